@@ -1,0 +1,50 @@
+# make demo: the quickstart on this machine.  make test: lint, types, layers, tests.
+# Both make .venv first. PYTHON=python3.12 chooses the interpreter it is made with.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: demo test clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	$(BIN)/compress run examples/quickstart.yaml --overwrite
+
+test: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+# Each stamp is newer than all it was made from, so a second call installs nothing.
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) install --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/.demo
+
+# torch first and alone: resolved with the rest, pip may take another build of it.
+$(VENV)/.torch: $(VENV)/.made constraints.txt
+	$(PIP) install '$(TORCH)' 'setuptools>=77' wheel
+	touch $@
+
+$(VENV)/.made:
+	@command -v $(PYTHON) >/dev/null || { echo "error: no '$(PYTHON)' found; \
+	install Python 3.10 or newer, or call: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	echo "error: $$($(PYTHON) --version 2>&1) is too old; Python 3.10 or newer is needed. \
+	Call: make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) \
+	cannot make virtual environments; install its venv module (Debian, Ubuntu: \
+	apt install python3-venv)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

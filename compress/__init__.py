@@ -1,0 +1,48 @@
+"""Post-training compression of language models: one config in, a smaller model out.
+
+``import compress`` is quick: public names are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.api import quantize
+    from compress.core.errors import CompressError
+    from compress.pipeline import evaluate, plan, run
+    from compress.runtime.load import load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressError",
+    "__version__",
+    "evaluate",
+    "load",
+    "plan",
+    "quantize",
+    "run",
+]
+
+_HOME = {
+    "CompressError": "compress.core.errors",
+    "evaluate": "compress.pipeline",
+    "load": "compress.runtime.load",
+    "plan": "compress.pipeline",
+    "quantize": "compress.api",
+    "run": "compress.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported or not."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Calibration text, and the statistics it leaves at each layer."""

@@ -1,0 +1,295 @@
+"""The command line. It parses arguments and prints; the work is in the pipeline.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 bad
+usage or config, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from compress.core.errors import CompressError
+from compress.log import set_up_logging
+
+if TYPE_CHECKING:
+    from compress.registry import PluginEntry
+
+logger = logging.getLogger(__name__)
+
+
+class _ReportingGroup(TyperGroup):
+    """Turns the errors a user can cause into one message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CompressError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail(_interrupted(ctx.invoked_subcommand), 130)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            _fail(_os_message(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    logger.debug("the error came from here", exc_info=True)
+    typer.echo(message, err=True)
+    raise typer.Exit(code)
+
+
+def _interrupted(command: str | None) -> str:
+    if command == "run":
+        return "interrupted; continue with the same command and --resume"
+    return "interrupted"
+
+
+def _os_message(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return (
+            f"the disk is full{where}; free some space, then continue the run with "
+            "--resume"
+        )
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
+app = typer.Typer(
+    name="compress",
+    cls=_ReportingGroup,
+    help="Make a language model smaller, and report what it cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file.", show_default=False)]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the config."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from compress import __version__
+
+        typer.echo(f"compress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say more, on stderr.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    set_up_logging(verbose=verbose)
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    resume: Annotated[
+        bool, typer.Option(help="Continue a run that was interrupted.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace an earlier run in the work directory.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Print plan, sizes, memory and time; compute nothing.")
+    ] = False,
+    sets: Sets = None,
+) -> None:
+    """Run the whole pipeline of a config: calibrate, quantize, evaluate, export."""
+    if resume and overwrite:
+        raise typer.BadParameter("--resume and --overwrite exclude each other")
+    from compress.config import load_config
+
+    loaded = load_config(config, sets or ())
+    from compress import pipeline
+
+    if dry_run:
+        typer.echo(pipeline.dry_run(loaded).text())
+        return
+    command = shlex.join(["compress", *sys.argv[1:]])
+    result = pipeline.run(loaded, resume=resume, overwrite=overwrite, command=command)
+    typer.echo(result.summary())
+
+
+@app.command()
+def plan(config: ConfigFile, sets: Sets = None, as_json: AsJson = False) -> None:
+    """Stop at the plan: scheme and bytes of each layer."""
+    from compress.config import load_config
+
+    loaded = load_config(config, sets or ())
+    from compress import pipeline
+
+    preview = pipeline.plan(loaded)
+    _print(preview.to_dict() if as_json else preview.text())
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="HF folder or id, .gguf file, or our own output.", show_default=False
+        ),
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="Model to measure KL divergence from.")
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text", "--texts", help="Bundled text or .txt file; repeatable."
+        ),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 10,
+    sequence_length: Annotated[
+        int, typer.Option(min=2, help="Tokens in a window.")
+    ] = 1024,
+    protocol: Annotated[
+        str, typer.Option(help="windows, hf2048 or llamacpp512.")
+    ] = "windows",
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity, and KL divergence from a base, of any checkpoint."""
+    from compress import pipeline
+
+    metrics = pipeline.evaluate(
+        model,
+        base=base,
+        texts=text,
+        windows=windows,
+        sequence_length=sequence_length,
+        protocol=protocol,
+    )
+    if as_json:
+        _print(metrics)
+    else:
+        _table(["metric", "value"], _flat_rows(metrics))
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        str, typer.Argument(help="Model, or a work directory.", show_default=False)
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Show layers, schemes and bits per weight of a checkpoint; loads no weights."""
+    from compress import pipeline
+
+    inspection = pipeline.inspect(path)
+    _print(inspection.to_dict() if as_json else inspection.text())
+
+
+@app.command()
+def export(
+    workdir: Annotated[
+        Path, typer.Argument(help="Work directory of a run.", show_default=False)
+    ],
+    to: Annotated[str, typer.Option(help="Format, such as gguf.", show_default=False)],
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Option of the exporter."),
+    ] = None,
+) -> None:
+    """Write another format from a finished run."""
+    from compress import pipeline
+    from compress.config import parse_options
+
+    options = parse_options(sets or ())
+    typer.echo(pipeline.export(workdir, to, options).summary())
+
+
+@app.command("list")
+def list_plugins(
+    kind: Annotated[
+        str | None, typer.Argument(help="quantizers or exporters.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List plug-ins: name, kind, origin, and whether they work."""
+    from compress.registry import entries
+
+    rows = [_plugin_row(entry) for entry in entries(kind)]
+    if as_json:
+        _print(rows)
+    else:
+        header = ["name", "kind", "origin", "summary"]
+        _table(header, [[str(row[key]) for key in header] for row in rows])
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the config, for editors."""
+    from compress.config import config_schema
+
+    _print(config_schema())
+
+
+def _plugin_row(entry: PluginEntry) -> dict[str, object]:
+    problem = entry.problem()
+    return {
+        "name": entry.name,
+        "kind": entry.kind,
+        "origin": entry.origin,
+        "summary": f"BROKEN: {problem}" if problem else entry.load().summary,
+        "works": problem is None,
+    }
+
+
+def _print(content: object) -> None:
+    typer.echo(content if isinstance(content, str) else json.dumps(content, indent=2))
+
+
+def _flat_rows(values: Any, prefix: str = "") -> list[list[str]]:
+    """Turn nested results into rows of dotted name and value."""
+    rows: list[list[str]] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            rows += _flat_rows(value, f"{prefix}{key}.")
+        elif not isinstance(value, list):
+            shown = f"{value:.5g}" if isinstance(value, float) else str(value)
+            rows.append([f"{prefix}{key}", shown])
+    return rows
+
+
+def _table(header: list[str], rows: list[list[str]]) -> None:
+    """Print a table; cut to the width on a terminal only, so that pipes see it all."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(
+        soft_wrap=False, width=None if sys.stdout.isatty() else 200, highlight=False
+    )
+    console.print(table, markup=False)
+
+
+def main() -> None:
+    """Run the command line; the target of the scripts."""
+    app()

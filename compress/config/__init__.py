@@ -1,0 +1,34 @@
+"""The YAML config: schema, loading with positions, and error messages."""
+
+from compress.config.loader import config_schema, load_config, parse_options
+from compress.config.plugins import create_exporter, create_quantizer
+from compress.config.schema import (
+    DENSE,
+    CalibrationSection,
+    Config,
+    EvaluateSection,
+    ExportEntry,
+    ModelSection,
+    Override,
+    QuantizeSection,
+    RunSection,
+    WeightedSource,
+)
+
+__all__ = [
+    "DENSE",
+    "CalibrationSection",
+    "Config",
+    "EvaluateSection",
+    "ExportEntry",
+    "ModelSection",
+    "Override",
+    "QuantizeSection",
+    "RunSection",
+    "WeightedSource",
+    "config_schema",
+    "create_exporter",
+    "create_quantizer",
+    "load_config",
+    "parse_options",
+]

@@ -1,0 +1,153 @@
+"""Check what a config says about plug-ins: names, options and schemes.
+
+The schema checks the frame; here the chosen plug-in's own ``Options`` check the rest,
+with the path prefixed, so that outside plug-ins give the same errors as built-ins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from compress.config.diagnostics import Findings, KeyPath, Origin
+from compress.config.schema import DENSE, QuantizeSection
+from compress.core.errors import ConfigError, SchemeError
+from compress.core.scheme import Scheme
+from compress.registry import get_exporter, get_quantizer
+
+if TYPE_CHECKING:
+    from compress.core.contracts import Exporter, Plugin, Quantizer
+
+
+def create_quantizer(
+    name: str, options: Mapping[str, Any] | None = None, *, path: KeyPath = ()
+) -> Quantizer:
+    """Return a quantizer with checked options.
+
+    Args:
+        name: As in ``quantize.method``.
+        options: As in ``quantize.options``.
+        path: Where the options stand in a config, for messages.
+
+    Raises:
+        ConfigError: The name or an option is wrong; one line for each error.
+    """
+    plugin = get_quantizer(name)
+    return plugin(_checked_options(plugin, options or {}, path))
+
+
+def create_exporter(
+    name: str, options: Mapping[str, Any] | None = None, *, path: KeyPath = ()
+) -> Exporter:
+    """Return an exporter with checked options; see :func:`create_quantizer`."""
+    plugin = get_exporter(name)
+    return plugin(_checked_options(plugin, options or {}, path))
+
+
+def _checked_options(
+    plugin: type[Plugin], options: Mapping[str, Any], path: KeyPath
+) -> Any:
+    try:
+        return plugin.Options.model_validate(dict(options))
+    except ValidationError as error:
+        findings = Findings(Origin())
+        findings.add_validation(error, plugin.Options.model_json_schema(), path)
+        findings.raise_any()
+        raise  # unreachable: a validation error has at least one line
+
+
+def check_plugins(data: Mapping[str, Any], findings: Findings) -> None:
+    """Add the errors of all plug-ins that plain config data names.
+
+    Works on the data, not on a ``Config``, so that these errors are told together with
+    those of the frame; whatever has the wrong type is left to the schema.
+    """
+    section = data.get("quantize")
+    if isinstance(section, dict):
+        _check_quantize(section, findings)
+    entries = data.get("export")
+    if isinstance(entries, list):
+        _check_exports(entries, findings)
+
+
+def _check_quantize(section: dict[str, Any], findings: Findings) -> None:
+    method = section.get("method", QuantizeSection.model_fields["method"].default)
+    scheme, options = section.get("scheme"), section.get("options", {})
+    if not isinstance(options, dict):
+        options = {}
+    made = _build_quantizer(method, options, ("quantize", "method"), findings)
+    _check_scheme(made, scheme, ("quantize", "scheme"), findings)
+    overrides = section.get("overrides")
+    for pattern, override in overrides.items() if isinstance(overrides, dict) else ():
+        if not isinstance(override, dict):
+            continue
+        path = ("quantize", "overrides", pattern)
+        special = made
+        if override.get("method") is not None:
+            special = _build_quantizer(
+                override["method"], {}, (*path, "method"), findings
+            )
+        own = override.get("scheme")
+        place = (*path, "method" if own is None else "scheme")
+        if own is not None or special is not made:
+            _check_scheme(special, scheme if own is None else own, place, findings)
+
+
+def _build_quantizer(
+    method: Any, options: dict[str, Any], path: KeyPath, findings: Findings
+) -> Quantizer | None:
+    if not isinstance(method, str):
+        return None
+    try:
+        plugin = get_quantizer(method)
+    except ConfigError as error:
+        findings.add(path, str(error))
+        return None
+    try:
+        return plugin(plugin.Options.model_validate(options))
+    except ValidationError as error:
+        schema = plugin.Options.model_json_schema()
+        findings.add_validation(error, schema, ("quantize", "options"))
+        return None
+
+
+def _check_scheme(
+    quantizer: Quantizer | None, name: Any, path: KeyPath, findings: Findings
+) -> None:
+    if quantizer is None or not isinstance(name, str) or name == DENSE:
+        return
+    try:
+        scheme = Scheme.parse(name)
+    except SchemeError:
+        return  # the schema says so
+    if not quantizer.supports(scheme):
+        able = ", ".join(quantizer.schemes())
+        findings.add(
+            path, f"{quantizer.name} cannot quantize to {name}; it can to: {able}"
+        )
+
+
+def _check_exports(entries: list[Any], findings: Findings) -> None:
+    seen: dict[str, int] = {}
+    for index, entry in enumerate(entries):
+        name = entry.get("format") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            continue
+        place: KeyPath = ("export", index)
+        if name in seen:
+            first = f"export.{seen[name]}"
+            message = f"{name!r} is also {first}; a format is written once a run"
+            findings.add((*place, "format"), message)
+        seen.setdefault(name, index)
+        try:
+            plugin = get_exporter(name)
+        except ConfigError as error:
+            findings.add((*place, "format"), str(error))
+            continue
+        options = {key: value for key, value in entry.items() if key != "format"}
+        try:
+            plugin.Options.model_validate(options)
+        except ValidationError as error:
+            findings.add_validation(error, plugin.Options.model_json_schema(), place)

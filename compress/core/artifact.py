@@ -1,0 +1,100 @@
+"""What exporters see: the description of a model, and the compressed model itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compress.core.families import Family
+from compress.core.plan import Plan
+from compress.core.tensors import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and storage type (``float32``, ``float16``, ``bfloat16``) of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def elements(self) -> int:
+        """Number of values."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class TensorSource(ABC):
+    """Dense tensors of a checkpoint, read one at a time, by transformers' names."""
+
+    @abstractmethod
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Describe every tensor in checkpoint order; reads no data."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """Return one tensor on the CPU, in its storage type; the caller owns it."""
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """All that is known about a model before a weight is read.
+
+    Attributes:
+        label: What the user called it.
+        config: The transformers config as plain data.
+        family: Row of the family table.
+        tensors: Every stored tensor by name. Tied heads are not listed.
+        dtype: Storage type of the model: float32, float16 or bfloat16.
+        tied: Whether the head shares the embedding's weight.
+        assets: Folder with tokenizer files, generation config and chat template.
+        source_gguf: The GGUF file that the model was read from, if it was.
+    """
+
+    label: str
+    config: Mapping[str, Any]
+    family: Family
+    tensors: Mapping[str, TensorInfo]
+    dtype: str
+    tied: bool
+    assets: Path | None = None
+    source_gguf: Path | None = None
+
+    @property
+    def block_count(self) -> int:
+        """Number of decoder blocks."""
+        return int(self.config["num_hidden_layers"])
+
+    def linears(self) -> list[str]:
+        """Full names of all quantizable layers of all blocks, in model order."""
+        return [
+            f"{self.family.block(index)}.{linear.path}"
+            for index in range(self.block_count)
+            for linear in self.family.linears
+        ]
+
+
+@dataclass(frozen=True)
+class CompressedModel:
+    """A plan carried out: dense tensors plus codes for the layers of the plan.
+
+    Attributes:
+        description: The model before compression.
+        plan: One entry for each coded matrix.
+        source: The dense tensors, read lazily.
+        quantized: Returns the codes of a layer of the plan, by module name.
+        provenance: Versions, seed, command and hashes, for model cards and metadata.
+    """
+
+    description: ModelDescription
+    plan: Plan
+    source: TensorSource
+    quantized: Callable[[str], QuantizedTensor]
+    provenance: Mapping[str, str] = field(default_factory=dict)

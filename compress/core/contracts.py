@@ -1,0 +1,144 @@
+"""The plug-in contracts. Built-ins and outside plug-ins register the same way.
+
+A plug-in is a class named by an entry point in ``compress.quantizers`` or
+``compress.exporters``. Its options are a frozen pydantic model, checked with the same
+messages as the rest of the config.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from compress.core.artifact import CompressedModel, ModelDescription
+from compress.core.plan import Plan
+from compress.core.scheme import Scheme
+from compress.core.statistics import LayerStatistics
+from compress.core.tensors import QuantizedTensor
+
+
+class Options(BaseModel):
+    """Base of every plug-in's options: unknown keys are errors, values are fixed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a plan cannot be carried out, found before any work.
+
+    Attributes:
+        where: Layer or option.
+        message: What is wrong, and what to do.
+    """
+
+    where: str
+    message: str
+
+
+class Plugin(ABC):
+    """What all plug-ins declare.
+
+    Attributes:
+        name: The word a config uses.
+        summary: One line for ``compress list``.
+        source: Paper and section, or the format's specification.
+        Options: Model of the plug-in's options.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = options if options is not None else self.Options()
+
+
+class Quantizer(Plugin):
+    """Turns one weight matrix into codes.
+
+    ``needs_statistics`` says whether calibration has to run; a quantizer that does not
+    need statistics is handed ``None``.
+    """
+
+    needs_statistics: ClassVar[bool] = False
+
+    @abstractmethod
+    def schemes(self) -> tuple[str, ...]:
+        """Names of schemes an allocator may choose, most bits first."""
+
+    def supports(self, scheme: Scheme) -> bool:
+        """Whether this quantizer can produce ``scheme``; any by default."""
+        return True
+
+    @abstractmethod
+    def quantize(
+        self, weight: Tensor, scheme: Scheme, statistics: LayerStatistics | None
+    ) -> QuantizedTensor:
+        """Return the codes of ``weight``.
+
+        Args:
+            weight: ``[R, C]``, any float type; not changed.
+            scheme: Its group size divides ``C``.
+            statistics: Of the inputs of this layer, if the method needs them.
+        """
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Files that an exporter wrote.
+
+    Attributes:
+        files: Paths, the main file first.
+        size_bytes: Sum of the weight files' sizes on disk.
+        notes: What a report should say, such as tensors that took another type.
+    """
+
+    files: tuple[Path, ...]
+    size_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+class Exporter(Plugin):
+    """Writes a compressed model as files that a stock consumer loads."""
+
+    consumer: ClassVar[str]
+    """The program that reads the files, for messages."""
+
+    @abstractmethod
+    def check(self, plan: Plan, model: ModelDescription) -> list[Problem]:
+        """List what this format cannot hold. Reads no weights."""
+
+    @abstractmethod
+    def tensor_bytes(self, plan: Plan, model: ModelDescription) -> Mapping[str, int]:
+        """Return the exact bytes of each stored matrix, by module or tensor name."""
+
+    @abstractmethod
+    def write(self, artifact: CompressedModel, folder: Path) -> ExportResult:
+        """Write all files into the empty ``folder``, one tensor in memory at a time."""
+
+    @abstractmethod
+    def read_codes(self, folder: Path, layer: str) -> QuantizedTensor:
+        """Decode one layer of the plan from the written files, with our own reader."""
+
+    @abstractmethod
+    def replay(self, folder: Path, windows: Tensor) -> Iterator[Tensor]:
+        """Run the files in their stock consumer.
+
+        Args:
+            folder: What :meth:`write` filled.
+            windows: int64 ``[N, T]`` token ids; each row is a forward pass of its own.
+
+        Yields:
+            float32 logits ``[T, V]`` for each window.
+
+        Raises:
+            MissingDependencyError: The consumer is not installed.
+        """

@@ -1,0 +1,1 @@
+"""Perplexity and the distance of a compressed model to its base."""

@@ -1,0 +1,179 @@
+"""How far a compressed model is from its base, token by token.
+
+For every counted position, with p the base's and q the candidate's next-token
+distribution and t the true token: KL = sum p log(p/q) in nats; top-1 agreement
+[argmax p = argmax q]; flips, [argmax p = t] != [argmax q = t]; dp = q_t - p_t.
+Softmax in float32, sums in float64, whatever the models' dtype.
+
+Standard errors come from the means of windows, since positions inside a window are not
+independent.
+
+Source: Dutta et al. (2024), "Accuracy is not all you need", for flips and KL; the
+quantities match ``llama-perplexity --kl-divergence``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.core.errors import CompressError
+from compress.evaluation.perplexity import TokenWindows
+
+_QUANTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p999": 0.999}
+_HISTOGRAM_EDGES = tuple(10.0 ** (e / 2) for e in range(-14, 5))
+# Positions whose two distributions are held at once: bounds memory to a few [n, V].
+_POSITIONS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per-position figures of one model on one text, each float64 ``[N, P]``.
+
+    Attributes:
+        protocol: Name of the perplexity protocol.
+        nll: Negative log-likelihood of the true token, in nats.
+        kl: To the base; ``None`` for the base itself.
+        same_top: Whether the most likely token is the base's.
+        flipped: Whether exactly one of the two predicts the true token.
+        dp: Probability of the true token minus the base's.
+    """
+
+    protocol: str
+    nll: Tensor
+    kl: Tensor | None = None
+    same_top: Tensor | None = None
+    flipped: Tensor | None = None
+    dp: Tensor | None = None
+
+
+def compare(
+    windows: TokenWindows,
+    base: Iterable[Tensor],
+    candidate: Iterable[Tensor] | None = None,
+) -> tuple[Scores, Scores | None]:
+    """Score a base, and a candidate against it, window by window.
+
+    Args:
+        windows: The text.
+        base: float32 logits ``[T, V]`` for each window.
+        candidate: The same of the compressed model.
+
+    Returns:
+        Scores of the base, and of the candidate if there is one.
+
+    Raises:
+        CompressError: Logits are not finite, or vocabularies differ.
+    """
+    base_nll: list[Tensor] = []
+    rows: list[tuple[Tensor, ...]] = []
+    others: Iterator[Tensor | None] = (
+        iter(candidate) if candidate is not None else iter([None] * len(windows.ids))
+    )
+    for ids, p, q in zip(windows.ids, base, others, strict=True):
+        base_nll.append(_nll(p, ids, windows.first))
+        if q is not None:
+            rows.append(_distance(p, q, ids, windows.first))
+    own = Scores(windows.protocol, torch.stack(base_nll))
+    if not rows:
+        return own, None
+    nll, kl, same, flipped, dp = (torch.stack(column) for column in zip(*rows, strict=True))
+    return own, Scores(windows.protocol, nll, kl, same, flipped, dp)
+
+
+def _finite(logits: Tensor, who: str) -> None:
+    if not bool(torch.isfinite(logits).all()):
+        raise CompressError(f"the {who} model yields NaN or infinite logits")
+
+
+def _nll(logits: Tensor, ids: Tensor, first: int) -> Tensor:
+    _finite(logits, "base")
+    logp = torch.log_softmax(logits[first:-1].float(), -1)
+    return -logp.gather(1, ids[first + 1 :, None])[:, 0].double()
+
+
+def _distance(p: Tensor, q: Tensor, ids: Tensor, first: int) -> tuple[Tensor, ...]:
+    if p.shape != q.shape:
+        raise CompressError(
+            f"the models' logits differ in shape: base {tuple(p.shape)}, "
+            f"compressed {tuple(q.shape)}; they must share one vocabulary"
+        )
+    _finite(q, "compressed")
+    parts = []
+    targets = ids[first + 1 :]
+    for start in range(first, len(ids) - 1, _POSITIONS_AT_ONCE):
+        stop = min(start + _POSITIONS_AT_ONCE, len(ids) - 1)
+        logp = torch.log_softmax(p[start:stop].float(), -1)
+        logq = torch.log_softmax(q[start:stop].float(), -1)
+        true = targets[start - first : stop - first, None]
+        kl = (logp.exp() * (logp - logq)).sum(-1, dtype=torch.float64).clamp(min=0)
+        top_p, top_q = logp.argmax(-1), logq.argmax(-1)
+        hit_p, hit_q = top_p == true[:, 0], top_q == true[:, 0]
+        lp, lq = logp.gather(1, true)[:, 0].double(), logq.gather(1, true)[:, 0].double()
+        columns = (-lq, kl, top_p == top_q, hit_p != hit_q, lq.exp() - lp.exp())
+        parts.append(tuple(column.double() for column in columns))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Return the mean of ``[N, P]`` and its standard error over the ``N`` windows."""
+    means = values.mean(1)
+    count = len(means)
+    error = float(means.std()) / math.sqrt(count) if count > 1 else math.nan
+    return float(values.mean()), error
+
+
+def summarize(scores: Scores, *, base: Scores | None, text_bytes: int) -> dict[str, Any]:
+    """Return the figures of a report for one text.
+
+    Args:
+        scores: Of the model.
+        base: Of the base model, when ``scores`` is a candidate's.
+        text_bytes: UTF-8 bytes of the counted tokens, for bits per byte.
+    """
+    nll, nll_error = mean_and_error(scores.nll)
+    perplexity = math.exp(nll)
+    figures: dict[str, Any] = {
+        "protocol": scores.protocol,
+        "tokens": scores.nll.numel(),
+        "perplexity": perplexity,
+        "perplexity_se": perplexity * nll_error,
+        "bits_per_byte": float(scores.nll.sum()) / (math.log(2) * text_bytes),
+    }
+    if base is None or scores.kl is None:
+        return figures
+    assert scores.same_top is not None and scores.flipped is not None
+    assert scores.dp is not None
+    ratio, ratio_error = mean_and_error(scores.nll - base.nll)
+    kl, kl_error = mean_and_error(scores.kl)
+    top, top_error = mean_and_error(scores.same_top)
+    flat = scores.kl.flatten()
+    ordered = flat.sort().values
+    last = len(ordered) - 1
+    figures |= {
+        "ppl_ratio": math.exp(ratio),
+        "ppl_ratio_se": math.exp(ratio) * ratio_error,
+        "kl": kl,
+        "kl_se": kl_error,
+        **{f"kl_{k}": float(ordered[round(q * last)]) for k, q in _QUANTILES.items()},
+        "kl_max": float(ordered[last]),
+        "kl_histogram": _histogram(flat),
+        "top1": top,
+        "top1_se": top_error,
+        "flips": float(scores.flipped.mean()),
+        "dp_rms": float(scores.dp.square().mean().sqrt()),
+    }
+    return figures
+
+
+def _histogram(kl: Tensor) -> dict[str, list[float]]:
+    """Count positions by half decades of KL; the outer bins are open."""
+    edges = torch.tensor(_HISTOGRAM_EDGES, dtype=kl.dtype)
+    places = torch.bucketize(kl, edges).clamp(1, len(edges) - 1) - 1
+    counts = torch.bincount(places, minlength=len(edges) - 1)
+    return {"edges": list(_HISTOGRAM_EDGES), "counts": [int(c) for c in counts]}

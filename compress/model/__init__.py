@@ -1,0 +1,1 @@
+"""Checkpoints: lazy sources of tensors, and running a model block by block."""

@@ -1,0 +1,276 @@
+"""Running a model with only one decoder block in memory.
+
+transformers builds the module tree without weights; embedding, blocks and head are filled
+from a ``TensorSource`` when their turn comes and emptied afterwards. What a block needs
+besides the hidden states (masks, rotary embeddings, per layer type) is recorded once, by
+running the model's own ``forward`` with the blocks replaced by recorders: so every
+architecture keeps its own rules, and none is copied here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.core.artifact import ModelDescription, TensorSource
+from compress.core.errors import CheckpointError
+from compress.model.sources import check_finite
+
+BlockCall = dict[str, Any]
+"""Keyword arguments of a block besides the hidden states; tensors have batch size 1."""
+
+# Tokens in one forward pass of a block: bounds the size of temporary tensors.
+_TOKENS_A_CALL = 4096
+
+
+@dataclass
+class Activations:
+    """Hidden states between two blocks, and what the next blocks must be called with.
+
+    Attributes:
+        hidden: float32 ``[N, T, C]`` on the CPU.
+        calls: For each block, its other arguments; the same for all windows.
+    """
+
+    hidden: Tensor
+    calls: list[BlockCall]
+
+
+class StreamedModel:
+    """A causal language model whose weights come and go.
+
+    Args:
+        description: The model; its config builds the module tree.
+        source: Where weights are read.
+        device: Where blocks run. Hidden states stay on the CPU.
+        dtype: Arithmetic of the blocks; float32 unless a device is short of memory.
+    """
+
+    def __init__(
+        self,
+        description: ModelDescription,
+        source: TensorSource,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.description = description
+        self.source = source
+        self._device = torch.device(device)
+        self._dtype = dtype
+        self.model = build_skeleton(description.config)
+        family = description.family
+        self._blocks = self.model.get_submodule(family.blocks)
+        self._body = self.model.get_submodule(family.blocks.rpartition(".")[0])
+
+    def with_source(self, source: TensorSource) -> StreamedModel:
+        """Return a second model of the same shape that reads other weights."""
+        return StreamedModel(
+            self.description, source, device=str(self._device), dtype=self._dtype
+        )
+
+    @torch.no_grad()
+    def embed(self, windows: Tensor) -> Activations:
+        """Return the inputs of block 0 for token windows int64 ``[N, T]``."""
+        family, hidden = self.description.family, []
+        calls: list[BlockCall] = [{} for _ in self._blocks]
+        with self._loaded(family.embedding), self._loaded(family.final_norm):
+            with _recorded(self._blocks, calls) as first:
+                for window in windows:
+                    ids = window.unsqueeze(0).to(self._device)
+                    self._body(input_ids=ids, use_cache=False)
+                    hidden.append(first.pop().cpu())
+        return Activations(torch.cat(hidden), calls)
+
+    @torch.no_grad()
+    def run_block(
+        self,
+        index: int,
+        activations: Activations,
+        *,
+        watch: Mapping[str, Callable[[Tensor], None]] | None = None,
+        keep: bool = True,
+    ) -> Tensor:
+        """Return the outputs ``[N, T, C]`` of a loaded block for all windows.
+
+        Args:
+            index: A block inside :meth:`block`.
+            activations: Its inputs.
+            watch: For paths of linears inside the block, a function that is handed the
+                layer's input ``[B, T, C]`` of each call.
+            keep: Return an empty tensor instead when false, to spare the memory.
+        """
+        block = self._blocks[index]
+        hooks = [
+            block.get_submodule(path).register_forward_pre_hook(
+                lambda _module, inputs, handle=handle: handle(inputs[0])
+            )
+            for path, handle in (watch or {}).items()
+        ]
+        call = _moved(activations.calls[index], self._device)
+        outputs = []
+        try:
+            batch = max(1, _TOKENS_A_CALL // activations.hidden.shape[1])
+            for hidden in activations.hidden.split(batch):
+                output = block(hidden.to(self._device, self._dtype), **call)
+                output = output[0] if isinstance(output, tuple) else output
+                if keep:
+                    outputs.append(output.to("cpu", torch.float32))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat(outputs) if outputs else torch.empty(0)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Fill decoder block ``index`` with weights; empty it on leaving."""
+        path = self.description.family.block(index)
+        with self._loaded(path) as block:
+            yield block
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Yield a function from hidden states ``[T, C]`` to float32 logits ``[T, V]``."""
+        family = self.description.family
+        # A tied head reads the embedding; the module tree still has its own slot.
+        path = family.embedding if self.description.tied else family.head
+        softcap = self.description.config.get("final_logit_softcapping")
+        with self._loaded(family.final_norm) as norm:
+            weight = self._tensor(f"{path}.weight")
+            bias_name = f"{family.head}.bias"
+            has_bias = bias_name in self.source.tensors()
+            bias = self._tensor(bias_name) if has_bias else None
+
+            def logits(hidden: Tensor) -> Tensor:
+                with torch.no_grad():
+                    states = norm(hidden.to(self._device, self._dtype))
+                    values = nn.functional.linear(states, weight, bias).float()
+                    if softcap:
+                        values = torch.tanh(values / softcap) * softcap
+                return values.cpu()
+
+            yield logits
+
+    def logits(
+        self, windows: Tensor, *, on_block: Callable[[], object] = lambda: None
+    ) -> Iterator[Tensor]:
+        """Yield float32 logits ``[T, V]`` of each token window of int64 ``[N, T]``.
+
+        Blocks are read once for all windows. ``on_block`` is called after each.
+        """
+        activations = self.embed(windows)
+        for index in range(self.description.block_count):
+            with self.block(index):
+                activations.hidden = self.run_block(index, activations)
+            on_block()
+        with self.head() as head:
+            for hidden in activations.hidden:
+                yield head(hidden)
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor = self.source.read(name)
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{name} is stored as {tensor.dtype}; expected a float type. "
+                "Quantized checkpoints of other tools have to be dequantized first"
+            )
+        check_finite(tensor, name)
+        return tensor.to(self._device, self._dtype)
+
+    @contextmanager
+    def _loaded(self, path: str) -> Iterator[nn.Module]:
+        module = self.model.get_submodule(path)
+        names = list(module.state_dict())
+        state = {name: self._tensor(f"{path}.{name}") for name in names}
+        for name, tensor in state.items():
+            expected = module.get_parameter(name).shape
+            if tensor.shape != expected:
+                raise CheckpointError(
+                    f"{path}.{name} has shape {tuple(tensor.shape)}; the config says "
+                    f"{tuple(expected)}"
+                )
+        module.load_state_dict(state, assign=True)
+        buffers = dict(module.named_buffers())  # computed by the model, not stored
+        del state
+        try:
+            yield module
+        finally:
+            module.to(device="meta")
+            for name, buffer in buffers.items():
+                owner, _, leaf = name.rpartition(".")
+                module.get_submodule(owner)._buffers[leaf] = buffer
+
+
+def build_skeleton(config: Mapping[str, Any]) -> Any:
+    """Return the transformers model of a config, in eval mode, without weights.
+
+    Buffers that the model computes (rotary frequencies, embedding scales) are real.
+
+    Raises:
+        CheckpointError: transformers cannot build the model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    data = dict(config)
+    kind = data.pop("model_type")
+    # Flash and SDPA kernels have no soft cap on attention scores (Gemma 2).
+    attention = "eager" if data.get("attn_logit_softcapping") else "sdpa"
+    try:
+        parsed = AutoConfig.for_model(kind, **data)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(
+                parsed, attn_implementation=attention, dtype=torch.float32
+            )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"transformers cannot build {kind!r}: {error}") from error
+    for module in model.modules():
+        if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.empty_like(buffer, device="cpu")
+            model._init_weights(module)
+    return model.eval()
+
+
+@contextmanager
+def _recorded(blocks: Any, calls: list[BlockCall]) -> Iterator[list[Tensor]]:
+    """Replace the blocks' forward by recorders; yields the list of inputs of block 0."""
+    first: list[Tensor] = []
+
+    def recorder(index: int) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if args:
+                raise CheckpointError("this architecture calls its blocks by position")
+            if not calls[index]:
+                calls[index].update(kwargs)
+            if index == 0:
+                first.append(hidden_states)
+            return hidden_states
+
+        return forward
+
+    for index, block in enumerate(blocks):
+        block.forward = recorder(index)
+    try:
+        yield first
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Copy a nest of tensors to ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(item, device) for item in value)
+    return value

@@ -1,0 +1,341 @@
+"""The report as one HTML page: no network, no library, readable without the script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+
+from compress.report.layers import layer_table
+from compress.report.plots import histogram_plots, ladder_plot, layer_plot, size_plot
+from compress.report.style import SCRIPT, STYLE
+from compress.report.svg import element
+from compress.report.tables import (
+    Report,
+    Table,
+    distance_table,
+    export_table,
+    group_table,
+    provenance_table,
+    quality_table,
+    run_table,
+    size_table,
+    verdict,
+)
+from compress.report.wording import (
+    GRADES,
+    RERUN_NOTE,
+    branch,
+    calibration_note,
+    count,
+    divergence,
+    fixed,
+    grade_of,
+    methods_used,
+    nats,
+    number_at,
+    percent,
+    size,
+    times,
+    worst_text,
+)
+
+# Says to the browser what the page promises: nothing is fetched.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def render_page(report: Report) -> str:
+    """Return the whole page; every text from outside is escaped."""
+    label = str(branch(report, "model").get("label", "model"))
+    sections = {
+        "size": ("Size", _size_section(report)),
+        "quality": ("Quality", _quality_section(report)),
+        "layers": ("Layers", _layer_section(report)),
+        "exports": ("Exports", _export_section(report)),
+        "run": ("Time and memory", _draw(run_table(report))),
+        "provenance": ("Provenance", _provenance_section(report)),
+    }
+    present = {key: part for key, part in sections.items() if part[1]}
+    body = element(
+        "div",
+        _header(report, label, {key: title for key, (title, _) in present.items()}),
+        element("main", _warnings(report), _cards(report), _sections(present)),
+        element(
+            "footer",
+            "Written by compress. The same numbers, for programs: ",
+            element("code", "report.json"),
+            ".",
+        ),
+        class_="wrap",
+    )
+    head = (
+        '<meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f"<title>{escape(label)}: compression report</title><style>{STYLE}</style>"
+    )
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>'
+        f"<body>{body}<script>{SCRIPT}</script></body></html>"
+    )
+
+
+def _header(report: Report, label: str, links: dict[str, str]) -> str:
+    model = branch(report, "model")
+    facts = (
+        f"{model.get('family', 'unknown')} family, "
+        f"{count(number_at(model, 'parameters'))} parameters, "
+        f"{count(number_at(model, 'blocks'))} blocks, {model.get('dtype')}. "
+        f"Compressed: {methods_used(report)}."
+    )
+    items = [
+        element("li", element("a", escape(title), href=f"#{key}"))
+        for key, title in links.items()
+    ]
+    return element(
+        "header",
+        element("h1", escape(label), ": compression report"),
+        _paragraph(facts),
+        _paragraph(f"{report.get('date') or ''}", "soft"),
+        element("nav", element("ul", *items), aria_label="Parts of the report"),
+    )
+
+
+def _sections(present: dict[str, tuple[str, str]]) -> str:
+    return "".join(
+        element("section", element("h2", title, id=key), content)
+        for key, (title, content) in present.items()
+    )
+
+
+def _warnings(report: Report) -> str:
+    items = [element("li", escape(str(text))) for text in report.get("warnings") or []]
+    if not items:
+        return ""
+    title = "Warning" if len(items) == 1 else "Warnings"
+    return element(
+        "div",
+        element("h2", title),
+        element("ul", *items),
+        class_="warnings",
+        role="note",
+    )
+
+
+def _cards(report: Report) -> str:
+    cards = [
+        *_size_cards(report),
+        *_quality_cards(report),
+        *_verification_card(report),
+    ]
+    return element("ul", *cards, class_="cards") if cards else ""
+
+
+def _card(what: str, value: str, more: str) -> str:
+    """Return one number that a reader wants first, with what it depends on."""
+    return element(
+        "li",
+        element("div", escape(what), class_="what"),
+        element("div", value, class_="value"),
+        element("div", escape(more), class_="more"),
+    )
+
+
+def _size_cards(report: Report) -> Iterable[str]:
+    sizes, bits = branch(report, "size_bytes"), branch(report, "bits_per_weight")
+    base = number_at(sizes, "base")
+    for name in sizes:
+        bytes_ = number_at(sizes, name)
+        if name != "base" and bytes_ is not None:
+            share = f"{percent(bytes_ / base)} of {size(base)}" if base else ""
+            yield _card(f"Size, {name}", escape(size(bytes_)), share)
+    linears = number_at(bits, "linears")
+    if linears is not None:
+        files = [
+            f"{name} {fixed(number_at(bits, name))}"
+            for name in bits
+            if name not in ("base", "linears")
+        ]
+        more = "quantized layers"
+        more += f"; whole file: {', '.join(files)}" if files else ""
+        yield _card("Bits per weight", fixed(linears), more)
+
+
+def _quality_cards(report: Report) -> Iterable[str]:
+    """Return the numbers of the worst text: a mean over texts would hide it."""
+    name = worst_text(report)
+    if name is None:
+        return
+    base = branch(report, "metrics", "base", "texts", name)
+    worst = branch(report, "metrics", "compressed", "texts", name)
+    total = len(branch(report, "metrics", "compressed", "texts"))
+    where = f"worst of {total} texts: {name}" if total > 1 else f"on {name}"
+    protocol = f"{worst.get('protocol')}, {where}"
+    ratio = times(number_at(worst, "ppl_ratio"))
+    if number_at(worst, "ppl_ratio") is not None:
+        before, after = (fixed(number_at(m, "perplexity")) for m in (base, worst))
+        yield _card("Perplexity", escape(ratio), f"{before} → {after}; {protocol}")
+    grade = grade_of(number_at(worst, "kl"))
+    if grade is not None:
+        number = f"{grade.symbol} {nats(number_at(worst, 'kl'))}"
+        lamp = element("span", number, class_=f"light {grade.name}")
+        more = f"{grade.name}: {divergence(worst)} nats; {protocol}"
+        yield _card("KL to base", lamp, more)
+    if number_at(worst, "top1") is not None:
+        yield _card("Same top-1", percent(number_at(worst, "top1")), where)
+
+
+def _verification_card(report: Report) -> Iterable[str]:
+    exports = branch(report, "exports")
+    if not exports:
+        return
+    words = {name: verdict(branch(exports, name, "verify")) for name in exports}
+    passed = sum(word == "passed" for word in words.values())
+    value = f"{passed} of {len(exports)}"
+    if "FAILED" in words.values():
+        value = element("span", f"{value}", class_="failed")
+    yield _card(
+        "Exports verified",
+        value,
+        "; ".join(f"{n}: {word}" for n, word in words.items()),
+    )
+
+
+def _size_section(report: Report) -> str:
+    plot = size_plot(report)
+    table = element("div", _draw(size_table(report)))
+    return element("div", table, plot, class_="figures") if plot else table
+
+
+def _quality_section(report: Report) -> str:
+    table = quality_table(report)
+    if not table.rows:
+        return ""
+    parts = [_draw(table)]
+    distance = distance_table(report)
+    ladder = ladder_plot(report)
+    if ladder:
+        parts.append(_lamps())
+        plots = [ladder, *histogram_plots(report)]
+        parts.append(element("div", *plots, class_="figures"))
+        parts += [element("h3", distance.title), _draw(distance)]
+    return "".join(parts)
+
+
+def _lamps() -> str:
+    items = [
+        element(
+            "li",
+            element("span", grade.label, class_=f"light {grade.name}"),
+            f": {escape(grade.meaning)}",
+        )
+        for grade in GRADES
+    ]
+    note = (
+        "The limits are a rule of thumb from models of 8 billion parameters, where "
+        "published 5-bit files reach 0.005 and 3-bit files 0.05 to 0.16. Small models "
+        "lose more at the same number of bits."
+    )
+    return element("ul", *items, class_="lamps") + _paragraph(note, "note")
+
+
+def _layer_section(report: Report) -> str:
+    groups = group_table(report)
+    if not groups.rows:
+        return ""
+    plots = [
+        layer_plot(
+            report,
+            "error",
+            title="Error of each layer's output",
+            note=f"Relative squared error. {calibration_note(report)}",
+        ),
+        layer_plot(
+            report,
+            "weight_error",
+            title="Error of each layer's weights",
+            note="Relative squared error; every weight counts the same.",
+        ),
+    ]
+    return "".join(
+        [
+            element("div", *plots, class_="figures") if any(plots) else "",
+            element("h3", groups.title),
+            _draw(groups),
+            element("h3", "Every layer"),
+            _paragraph("Choose a column's heading to sort by it.", "caption"),
+            layer_table(report),
+        ]
+    )
+
+
+def _export_section(report: Report) -> str:
+    table = export_table(report)
+    if not table.rows:
+        return ""
+    items = []
+    for name, export in branch(report, "exports").items():
+        files = [element("code", escape(str(f))) for f in export.get("files") or []]
+        items += [element("li", escape(name), ": ", file) for file in files]
+        items += [
+            element("li", escape(f"{name}: {n}")) for n in export.get("notes") or []
+        ]
+    return _draw(table) + element("ul", *items)
+
+
+def _provenance_section(report: Report) -> str:
+    parts = []
+    if report.get("command"):
+        command = element("code", escape(str(report["command"])))
+        parts += [element("h3", "Command"), element("pre", command, tabindex=0)]
+    if report.get("config_text"):
+        config = element("code", escape(str(report["config_text"])))
+        parts += [element("h3", "Config"), element("pre", config, tabindex=0)]
+    if parts:
+        parts.append(_paragraph(RERUN_NOTE, "note"))
+    table = provenance_table(report)
+    parts += [element("h3", "Versions, seeds and hashes"), _draw(table, class_="plain")]
+    return "".join(parts)
+
+
+def _draw(table: Table, *, class_: str = "") -> str:
+    """Return a table that scrolls inside its own box, with the caption below."""
+    if not table.rows:
+        return ""
+    sides = ["r" if side == "r" else "" for side in table.align]
+    heads = [
+        element("th", escape(text), scope="col", class_=side)
+        for text, side in zip(table.headers, sides, strict=True)
+    ]
+    rows = [
+        element(
+            "tr",
+            element("th", escape(row[0]), scope="row"),
+            *(_cell(text, side) for text, side in zip(row[1:], sides[1:], strict=True)),
+        )
+        for row in table.rows
+    ]
+    drawn = element(
+        "table", element("thead", element("tr", *heads)), element("tbody", *rows)
+    )
+    box = element(
+        "div",
+        drawn,
+        class_=f"scroll {class_}".strip(),
+        tabindex=0,
+        role="region",
+        aria_label=table.title,
+    )
+    return box + (_paragraph(table.caption, "caption") if table.caption else "")
+
+
+def _cell(text: str, side: str) -> str:
+    """Return a cell; a lamp and a failure are marked as such."""
+    grades = {grade.label: grade.name for grade in GRADES}
+    class_ = f"light {grades[text]}" if text in grades else side
+    if text.startswith(("FAILED", "DIFFERENT")):
+        class_ = "failed"
+    return element("td", escape(text), class_=class_)
+
+
+def _paragraph(text: str, class_: str = "") -> str:
+    return element("p", escape(text), class_=class_) if text else ""

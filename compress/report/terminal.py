@@ -1,0 +1,99 @@
+"""The table that ends a run: plain ASCII of our own, so that any terminal shows it."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+from compress.report.tables import (
+    Report,
+    Table,
+    export_table,
+    quality_table,
+    size_table,
+)
+from compress.report.wording import branch, calibration_note, methods_used
+
+# A Windows console of code page 1252 has no arrows or lamps.
+_ASCII = str.maketrans(
+    {"±": "+-", "×": "x", "–": "-", "●": "*", "▲": "!", "■": "#", "Δ": "d"}
+)
+_FILES_SHOWN = 6
+_FOLDED = ("protocol", "tokens", "limit")
+
+
+def summary_table(report: Report) -> str:
+    """Return the result of a run as plain text of about 100 columns.
+
+    Says size, bits per weight, perplexity, KL and top-1 before and after for each text,
+    how each export was verified, warnings, and where the files are.
+    """
+    tables = [size_table(report), quality_table(report), export_table(report)]
+    parts = [_heading(report)]
+    parts += [_draw(table) for table in tables if table.rows]
+    warnings = report.get("warnings") or []
+    if warnings:
+        parts.append("\n".join(f"WARNING: {warning}" for warning in warnings))
+    parts.append("Files\n" + "\n".join(f"  {path}" for path in _files(report)))
+    return "\n\n".join(parts)
+
+
+def _heading(report: Report) -> str:
+    label = branch(report, "model").get("label", "model")
+    return (
+        f"{label}: {methods_used(report)}\n"
+        f"{calibration_note(report)} +- is one standard error."
+    )
+
+
+def _draw(table: Table) -> str:
+    """Return a table with two spaces between columns and a rule under the header.
+
+    Facts that are the same in every row go below: the table has to fit a terminal.
+    """
+    table, shared = _fold(table)
+    grid = [
+        [cell.translate(_ASCII).replace("\n", " ") for cell in row]
+        for row in (table.headers, *table.rows)
+    ]
+    widths = [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if side == "r" else cell.ljust(width)
+            for cell, width, side in zip(row, widths, table.align, strict=True)
+        ).rstrip()
+        for row in grid
+    ]
+    rule = "  ".join("-" * width for width in widths)
+    below = [shared] if shared else []
+    return "\n  ".join((table.title, lines[0], rule, *lines[1:], *below))
+
+
+def _fold(table: Table) -> tuple[Table, str]:
+    """Return the table without its constant columns, and what those said."""
+    constant = {
+        index: f"{header}: {table.rows[0][index]}"
+        for index, header in enumerate(table.headers)
+        if header in _FOLDED and len({row[index] for row in table.rows}) == 1
+    }
+    kept = [i for i in range(len(table.headers)) if i not in constant]
+    smaller = Table(
+        table.title,
+        tuple(table.headers[i] for i in kept),
+        "".join(table.align[i] for i in kept),
+        tuple(tuple(row[i] for i in kept) for row in table.rows),
+    )
+    return smaller, "; ".join(constant.values())
+
+
+def _files(report: Report) -> list[str]:
+    """Return the paths of exports and reports, under the work directory if known."""
+    workdir = branch(report, "config", "run").get("workdir")
+    folder = PurePath(str(workdir)) if workdir else PurePath()
+    paths: list[str] = []
+    for export in branch(report, "exports").values():
+        files = [str(folder / name) for name in export.get("files") or []]
+        paths += files[:_FILES_SHOWN]
+        if len(files) > _FILES_SHOWN:
+            paths.append(f"... and {len(files) - _FILES_SHOWN} more beside them")
+    reports = [str(folder / f"report.{kind}") for kind in ("html", "md", "json")]
+    return [*paths, *reports]

@@ -1,0 +1,114 @@
+"""Load a written checkpoint as an ordinary transformers model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compress.core.artifact import TensorSource
+from compress.core.errors import CheckpointError
+from compress.model.quantized_source import PackedSource, quantization_of
+from compress.model.sources import SafetensorsSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LOG = logging.getLogger(__name__)
+
+
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """Return the model of a folder, dense and in evaluation mode.
+
+    Codes are decoded in float32 and then rounded once to ``dtype``, so with the default
+    the weights are exactly what the codes say. The compressed-tensors library is not
+    used. Memory is that of the dense model in ``dtype`` and one more tensor.
+
+    Args:
+        folder: Our safetensors output, or any dense safetensors folder.
+        dtype: Type of all weights; ``None`` takes the type that the config states.
+        device: Where the weights go.
+
+    Raises:
+        CheckpointError: The folder is missing or damaged, holds pickled weights, or is
+            quantized in a way that is not read here.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: not a folder; give a folder with config.json and safetensors"
+        )
+    packed = quantization_of(path) is not None
+    source = PackedSource(path) if packed else SafetensorsSource(path)
+    model = _skeleton(path, dtype)
+    _fill_(model, source, dtype=dtype or model.dtype, device=device)
+    model.to(device)
+    if (path / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model.eval()
+
+
+def _skeleton(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Return the model with its weights on the meta device and its buffers computed."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        # Buffers such as rotary frequencies are in no file: they must be computed.
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype or config.dtype or torch.float32
+            )
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(
+            f"{path}/config.json: transformers cannot build this model: {error}"
+        ) from error
+    return model
+
+
+def _fill_(
+    model: PreTrainedModel,
+    source: TensorSource,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> None:
+    """Put the checkpoint's tensors into ``model``; every parameter must be covered."""
+    expected = model.state_dict()
+    state: dict[str, Tensor] = {}
+    for name, info in source.tensors().items():
+        if name not in expected:
+            _LOG.warning("%s is in the checkpoint but not in the model: not used", name)
+            continue
+        if tuple(expected[name].shape) != info.shape:
+            raise CheckpointError(
+                f"{name} is {list(info.shape)} in the checkpoint, the config makes it "
+                f"{list(expected[name].shape)}"
+            )
+        tensor = source.read(name).to(device)
+        state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    absent = [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.is_meta
+    ]
+    if absent:
+        raise CheckpointError(
+            f"the checkpoint lacks {len(absent)} weights of the model, such as "
+            f"{absent[0]}; it is damaged or its config.json is of another model"
+        )

@@ -1,0 +1,1 @@
+"""Exporters: plug-ins that write a compressed model for a stock consumer."""

@@ -1,0 +1,314 @@
+"""The GGUF exporter: one file that llama.cpp loads, with the plan's own codes in it.
+
+Two ways to write: our own metadata and names for the families that have a GGUF
+architecture in the family table, or ``template: FILE.gguf`` for any architecture. The
+codes of a layer are written unchanged where GGUF has the same grid (see
+:mod:`compress.export.gguf_blocks`); nothing is rounded again unless ``reencode`` says
+so.
+
+The file also lists the plan's layers (``compress.layers``, ``compress.tensors``,
+``compress.heads``), so that :meth:`GGUFExporter.read_codes` needs nothing but the file.
+llama.cpp ignores these keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar, Literal, cast
+
+from torch import Tensor
+
+from compress.core import contracts
+from compress.core.artifact import CompressedModel, ModelDescription
+from compress.core.contracts import Exporter, ExportResult, Problem
+from compress.core.errors import CheckpointError, ExportError
+from compress.core.plan import Plan
+from compress.core.tensors import QuantizedTensor
+from compress.export.gguf_blocks import (
+    CODED_TYPES,
+    Bytes,
+    encode_dense,
+    pack_blocks,
+    unpack_blocks,
+)
+from compress.export.gguf_layout import (
+    Layout,
+    Placement,
+    main_scheme,
+    main_type,
+    missing_layers,
+    own_layout,
+    sizes,
+)
+from compress.export.gguf_metadata import (
+    architecture_metadata,
+    config_problems,
+    copied_metadata,
+    rope_divisors,
+    stamp,
+)
+from compress.export.gguf_names import from_gguf_rows, to_gguf_rows
+from compress.export.gguf_reader import GGUFFile, MetadataValue, open_gguf
+from compress.export.gguf_runtime import decoded_logits
+from compress.export.gguf_template import (
+    open_template,
+    rotary_heads_of,
+    template_layout,
+    template_metadata,
+)
+from compress.export.gguf_tokenizer import tokenizer_metadata
+from compress.export.gguf_writer import text, texts, wholes, write_gguf
+
+Type = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+
+
+class GGUFOptions(contracts.Options):
+    """Options of the GGUF exporter.
+
+    Attributes:
+        template: A dense GGUF of the same model, made by llama.cpp's converter. Needed
+            where our own writer does not know the architecture or the tokenizer.
+        embedding: Type of the embedding and the head where the plan has no codes for
+            them; ``q8_0`` if not given, or with a template as the template has them.
+        reencode: Type for layers whose codes GGUF cannot hold.
+        name: Stem of the file's name.
+    """
+
+    template: str | None = None
+    embedding: Type | None = None
+    reencode: Type | None = None
+    name: str | None = None
+
+
+class GGUFExporter(Exporter):
+    """Writes one GGUF file."""
+
+    name = "gguf"
+    summary = "one GGUF file for llama.cpp, the plan's codes unchanged"
+    source = "GGUF specification 3; llama.cpp convert_hf_to_gguf.py"
+    Options: ClassVar[type[contracts.Options]] = GGUFOptions
+    consumer = "llama.cpp"
+
+    def check(self, plan: Plan, model: ModelDescription) -> list[Problem]:
+        """List what GGUF, or the template, cannot hold."""
+        options = self._options
+        try:
+            if options.template is None:
+                problem = _own_problem(model)
+                if problem:
+                    return [problem]
+                problems = config_problems(model.config)
+                problems += self._tokenizer_problems(model)
+                return problems + list(self._layout(plan, model).problems)
+            return list(self._layout(plan, model).problems)
+        except ExportError as error:
+            return [Problem("template", str(error))]
+
+    def tensor_bytes(self, plan: Plan, model: ModelDescription) -> Mapping[str, int]:
+        """Return the exact bytes of each stored tensor, by module or tensor name."""
+        return sizes(self._layout(plan, model).placements)
+
+    def write(self, artifact: CompressedModel, folder: Path) -> ExportResult:
+        """Write one ``.gguf`` file, one tensor in memory at a time.
+
+        Raises:
+            ExportError: A problem that :meth:`check` lists, a template of other
+                weights, weights that are not finite, or a full disk.
+        """
+        plan, model = artifact.plan, artifact.description
+        problems = self.check(plan, model)
+        if problems:
+            listed = "; ".join(f"{p.where}: {p.message}" for p in problems[:5])
+            raise ExportError(f"cannot export to GGUF: {listed}")
+        layout = self._layout(plan, model)
+        template = self._template()
+        placements = layout.placements
+        if template is None:
+            metadata = architecture_metadata(model) | _tokenizer(model)
+        else:
+            metadata = template_metadata(template)
+            placements = _with_rotary_heads(placements, artifact, template)
+        stem = self._options.name or _stem(model.label, plan)
+        metadata |= stamp(name=stem, main_type=main_type(placements))
+        metadata |= _layer_table(placements)
+        path = folder / f"{stem}.gguf"
+        data = _data(artifact, placements, template)
+        rows = [placement.row for placement in placements]
+        write_gguf(path, metadata, rows=rows, data=data)
+        return ExportResult((path,), path.stat().st_size, layout.notes)
+
+    def read_codes(self, folder: Path, layer: str) -> QuantizedTensor:
+        """Decode one layer of the plan from the written file.
+
+        Raises:
+            ExportError: The file has no codes for ``layer``.
+        """
+        try:
+            file = open_gguf(_only_file(folder))
+            layers = list(file.require("compress.layers"))
+            index = layers.index(layer)
+            target = str(file.require("compress.tensors")[index])
+            heads = int(file.require("compress.heads")[index])
+            kind = file.tensors[target].type
+            if kind not in CODED_TYPES:
+                raise ExportError(f"{file.path}: {layer} is {kind}, which has no codes")
+            packed = unpack_blocks(file.read(target), kind)
+        except (CheckpointError, ValueError, KeyError) as error:
+            raise ExportError(f"{folder}: no codes of {layer}: {error}") from error
+        zero = None if packed.zero is None else from_gguf_rows(packed.zero, heads)
+        return replace(
+            packed,
+            codes=from_gguf_rows(packed.codes, heads),
+            scale=from_gguf_rows(packed.scale, heads),
+            zero=zero,
+        )
+
+    def replay(self, folder: Path, windows: Tensor) -> Iterator[Tensor]:
+        """Run the file in llama.cpp, decoded by llama.cpp to float32 first.
+
+        See :func:`compress.export.gguf_runtime.decoded_logits` for the reason.
+        """
+        yield from decoded_logits(_only_file(folder), windows)
+
+    @property
+    def _options(self) -> GGUFOptions:
+        return cast(GGUFOptions, self.options)
+
+    def _template(self) -> GGUFFile | None:
+        path = self._options.template
+        return None if path is None else open_template(path)
+
+    def _layout(self, plan: Plan, model: ModelDescription) -> Layout:
+        options = self._options
+        template = self._template()
+        if template is not None:
+            return template_layout(
+                plan,
+                model,
+                template=template,
+                embedding=options.embedding,
+                reencode=options.reencode,
+            )
+        problem = _own_problem(model)
+        if problem:
+            raise ExportError(f"{problem.where}: {problem.message}")
+        layout = own_layout(
+            plan,
+            model,
+            embedding=options.embedding or "q8_0",
+            reencode=options.reencode,
+        )
+        known = {name.removesuffix(".weight") for name in model.tensors}
+        missing = missing_layers(plan, known)
+        return replace(layout, problems=(*layout.problems, *missing))
+
+    def _tokenizer_problems(self, model: ModelDescription) -> list[Problem]:
+        try:
+            _tokenizer(model)
+        except (ExportError, CheckpointError) as error:
+            return [Problem("tokenizer", str(error))]
+        return []
+
+
+def _own_problem(model: ModelDescription) -> Problem | None:
+    if model.family.gguf_architecture is not None:
+        return None
+    return Problem(
+        "template",
+        f"our own GGUF writer does not know {model.family.name}; give "
+        "`template: FILE.gguf`, a GGUF of this model made by llama.cpp's converter",
+    )
+
+
+def _tokenizer(model: ModelDescription) -> dict[str, MetadataValue]:
+    if model.source_gguf is not None:
+        return copied_metadata(open_gguf(model.source_gguf))
+    rows = model.tensors[f"{model.family.embedding}.weight"].shape[0]
+    return tokenizer_metadata(model.assets, rows)
+
+
+def _with_rotary_heads(
+    placements: tuple[Placement, ...], artifact: CompressedModel, template: GGUFFile
+) -> tuple[Placement, ...]:
+    model, source = artifact.description, artifact.source
+    return tuple(
+        placement
+        if placement.layer is None
+        else replace(
+            placement,
+            heads=rotary_heads_of(template, placement, model=model, source=source),
+        )
+        for placement in placements
+    )
+
+
+def _layer_table(placements: tuple[Placement, ...]) -> dict[str, MetadataValue]:
+    coded = [placement for placement in placements if placement.layer is not None]
+    if not coded:
+        return {}
+    return {
+        "compress.layers": texts([str(placement.layer) for placement in coded]),
+        "compress.tensors": texts([placement.target for placement in coded]),
+        "compress.heads": wholes([placement.heads for placement in coded]),
+        "compress.types": text(" ".join(sorted({p.type for p in coded}))),
+    }
+
+
+def _data(
+    artifact: CompressedModel,
+    placements: tuple[Placement, ...],
+    template: GGUFFile | None,
+) -> Iterator[Bytes]:
+    import torch
+
+    for placement in placements:
+        if placement.layer is not None:
+            yield _layer_bytes(artifact.quantized(placement.layer), placement)
+        elif template is not None:
+            stored = template.tensors[placement.target]
+            if stored.type == placement.type:
+                yield template.read(placement.target)
+            else:
+                values = torch.from_numpy(template.read_values(placement.target))
+                yield encode_dense(values, placement.type, name=placement.target)
+        elif placement.source is None:
+            divisors = rope_divisors(artifact.description.config)
+            assert divisors is not None, "only rope_freqs.weight has no source"
+            yield encode_dense(divisors, placement.type, name=placement.target)
+        else:
+            weight = to_gguf_rows(
+                artifact.source.read(placement.source), placement.heads
+            )
+            yield encode_dense(weight, placement.type, name=placement.source)
+
+
+def _layer_bytes(quantized: QuantizedTensor, placement: Placement) -> Bytes:
+    heads = placement.heads
+    zero = quantized.zero
+    moved = replace(
+        quantized,
+        codes=to_gguf_rows(quantized.codes, heads),
+        scale=to_gguf_rows(quantized.scale, heads),
+        zero=None if zero is None else to_gguf_rows(zero, heads),
+    )
+    if placement.is_exact:
+        return pack_blocks(moved)
+    return encode_dense(moved.dequantize(), placement.type, name=str(placement.layer))
+
+
+def _only_file(folder: Path) -> Path:
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise ExportError(f"{folder} should hold one .gguf file, found {len(files)}")
+    return files[0]
+
+
+def _stem(label: str, plan: Plan) -> str:
+    last = re.split(r"[/\\:]", label.rstrip("/\\"))[-1].removesuffix(".gguf")
+    # A quantized source's own type would contradict the new scheme in the name.
+    last = re.sub(r"[.-](?:I?Q\d\w*|B?F16|F32)$", "", last, flags=re.IGNORECASE)
+    safe = re.sub(r"[^\w.-]+", "-", last).strip("-.") or "model"
+    return f"{safe}-{main_scheme(plan)}"

@@ -1,0 +1,209 @@
+"""Decides, without reading weights, how each tensor is stored in a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from compress.core.artifact import ModelDescription
+from compress.core.contracts import Problem
+from compress.core.plan import LayerPlan, Plan
+from compress.export.gguf_blocks import (
+    DENSE_TYPES,
+    coded_type,
+    holds_columns,
+    row_bytes,
+)
+from compress.export.gguf_metadata import ROPE_TENSOR, head_width, rope_parameters
+from compress.export.gguf_names import name_finder, rotary_heads
+from compress.export.gguf_writer import TensorRow
+
+_BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How one tensor of the model is stored.
+
+    Attributes:
+        source: Transformers' tensor name; ``None`` for a tensor that the config
+            implies, or that is copied from a template.
+        target: GGUF name.
+        type: Lower-case GGUF type.
+        shape: As torch has it.
+        size_bytes: Bytes of the data.
+        heads: Heads whose rows are interleaved; 0 for none.
+        layer: Module name if the plan has codes for it.
+        is_exact: Whether the codes of ``layer`` are written as they are.
+    """
+
+    source: str | None
+    target: str
+    type: str
+    shape: tuple[int, ...]
+    size_bytes: int
+    heads: int = 0
+    layer: str | None = None
+    is_exact: bool = False
+
+    @property
+    def key(self) -> str:
+        """Module name of a weight, else the name of the tensor."""
+        return (self.source or self.target).removesuffix(".weight")
+
+    @property
+    def row(self) -> TensorRow:
+        """The entry of the tensor table."""
+        return TensorRow(self.target, self.type, self.shape, self.size_bytes)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All placements in file order, what cannot be held, and what to report."""
+
+    placements: tuple[Placement, ...]
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+
+
+def layer_type(layer: LayerPlan, reencode: str | None) -> tuple[str | None, bool]:
+    """Return the GGUF type for a layer of the plan and whether it holds the codes.
+
+    The type is ``None`` when neither the codes nor ``reencode`` fit.
+    """
+    exact = coded_type(layer.scheme)
+    columns = layer.shape[1]
+    if exact is not None and holds_columns(exact, columns):
+        return exact, True
+    if reencode is not None and holds_columns(reencode, columns):
+        return reencode, False
+    return None, False
+
+
+def unheld(layer: LayerPlan, reencode: str | None) -> Problem:
+    """Return the message for a layer that GGUF cannot hold."""
+    scheme = layer.scheme
+    what = f"GGUF has no type for {scheme.name} with {scheme.scale_dtype} scales"
+    near = "q4_0, q4_1, q5_0, q5_1 or q8_0 (groups of 32, float16 scales)"
+    if reencode is not None:
+        return Problem(
+            layer.name,
+            f"{what}, and {layer.shape[1]} columns do not fit `reencode: {reencode}`; "
+            "use `reencode: f16`",
+        )
+    return Problem(
+        layer.name, f"{what}; use {near}, or set `reencode: q8_0` on the gguf export"
+    )
+
+
+def own_layout(
+    plan: Plan, model: ModelDescription, *, embedding: str, reencode: str | None
+) -> Layout:
+    """Return the layout of a family that our own writer knows.
+
+    Args:
+        plan: What is coded.
+        model: Its family names a GGUF architecture.
+        embedding: Type of the embedding and the head where the plan has no codes.
+        reencode: Type of layers whose codes GGUF cannot hold, or ``None``.
+    """
+    architecture = model.family.gguf_architecture
+    assert architecture is not None, "check() refuses families without one"
+    find = name_finder(architecture, model.block_count)
+    placements: list[Placement] = []
+    problems: list[Problem] = []
+    notes: list[str] = []
+    for name, info in model.tensors.items():
+        if name.endswith(_BUFFERS):
+            continue
+        target = find(name)
+        if target is None:
+            problems.append(
+                Problem(name, f"GGUF's {architecture} has no such tensor; use template")
+            )
+            continue
+        module = name.removesuffix(".weight")
+        layer = plan.layers.get(module)
+        if layer is not None:
+            kind, exact = layer_type(layer, reencode)
+            if kind is None:
+                problems.append(unheld(layer, reencode))
+                continue
+        else:
+            kind, exact = _dense_type(module, info.shape, model, embedding), False
+        if layer is None and module in (model.family.embedding, model.family.head):
+            notes += _embedding_notes(name, kind, embedding)
+        if layer is not None and not exact:
+            notes.append(f"{name}: {layer.scheme.name} re-encoded as {kind}")
+        heads = rotary_heads(model.family, model.config, name.rpartition(".")[0])
+        size = row_bytes(kind, info.shape[-1]) * _rows(info.shape)
+        held = None if layer is None else module
+        placements.append(
+            Placement(name, target, kind, info.shape, size, heads, held, exact)
+        )
+    placements += _rope_placement(model)
+    return Layout(tuple(placements), tuple(problems), tuple(notes))
+
+
+def main_type(placements: Iterable[Placement]) -> str:
+    """Return the type that holds most of the weights of the matrices."""
+    elements: dict[str, int] = {}
+    for placement in placements:
+        if len(placement.shape) > 1:
+            count = _rows(placement.shape) * placement.shape[-1]
+            elements[placement.type] = elements.get(placement.type, 0) + count
+    return max(elements, key=lambda kind: elements[kind], default="f32")
+
+
+def main_scheme(plan: Plan) -> str:
+    """Return the scheme that most weights of the plan have, or ``dense``."""
+    elements: dict[str, int] = {}
+    for layer in plan.layers.values():
+        count = layer.shape[0] * layer.shape[1]
+        elements[layer.scheme.name] = elements.get(layer.scheme.name, 0) + count
+    return max(elements, key=lambda name: elements[name], default="dense")
+
+
+def missing_layers(plan: Plan, found: Iterable[str]) -> list[Problem]:
+    """List layers of the plan that no tensor of the file stands for."""
+    known = set(found)
+    return [
+        Problem(name, "the model has no such weight; edit the plan")
+        for name in plan.layers
+        if name not in known
+    ]
+
+
+def sizes(placements: Sequence[Placement]) -> Mapping[str, int]:
+    """Return the bytes of each stored tensor by module or tensor name."""
+    return {placement.key: placement.size_bytes for placement in placements}
+
+
+def _dense_type(
+    module: str, shape: tuple[int, ...], model: ModelDescription, embedding: str
+) -> str:
+    if len(shape) == 1:
+        return "f32"  # llama.cpp wants norms and biases in full
+    if module in (model.family.embedding, model.family.head):
+        return embedding if holds_columns(embedding, shape[-1]) else "f16"
+    return DENSE_TYPES[model.dtype]
+
+
+def _embedding_notes(name: str, kind: str, embedding: str) -> list[str]:
+    if kind == embedding:
+        return []
+    return [f"{name}: its columns are no multiple of 32, so {kind}, not {embedding}"]
+
+
+def _rope_placement(model: ModelDescription) -> list[Placement]:
+    if rope_parameters(model.config)["rope_type"] != "llama3":
+        return []
+    width = head_width(model.config) // 2
+    return [Placement(None, ROPE_TENSOR, "f32", (width,), 4 * width)]
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows

@@ -1,0 +1,99 @@
+"""What lies beside the weights: configs, tokenizer files and the chat template."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.core import pack_quantized
+from compress.core.artifact import ModelDescription
+from compress.core.plan import Plan
+from compress.export.model_card import groups_of
+
+# The release whose layout we write; readers that check it compare major numbers only.
+_LAYOUT_VERSION = "0.20.0"
+_ASSETS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# Keys that speak of the original file, or of code that we do not copy.
+_DROPPED_KEYS = ("quantization_config", "torch_dtype", "auto_map", "_name_or_path")
+_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def model_config(plan: Plan, model: ModelDescription) -> dict[str, Any]:
+    """Return ``config.json``: the model's own, with types and codes described."""
+    config = {k: v for k, v in model.config.items() if k not in _DROPPED_KEYS}
+    config["dtype"] = model.dtype
+    config["tie_word_embeddings"] = model.tied
+    if not config.get("architectures"):
+        from transformers.models.auto.modeling_auto import (
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES,
+        )
+
+        config["architectures"] = [NAMES[config["model_type"]]]
+    if plan.layers:
+        config["quantization_config"] = quantization_config(plan, model)
+    return config
+
+
+def quantization_config(plan: Plan, model: ModelDescription) -> dict[str, Any]:
+    """Return the entry of ``config.json`` that says which layers have codes."""
+    groups = {
+        f"group_{number}": {
+            "targets": names,
+            "weights": pack_quantized.weight_arguments(scheme),
+            "input_activations": None,
+            "output_activations": None,
+            "format": pack_quantized.FORMAT,
+        }
+        for number, (scheme, names) in enumerate(groups_of(plan.layers).items())
+    }
+    # vLLM wants every linear either targeted or ignored.
+    linears = [*model.linears(), model.family.head]
+    return {
+        "quant_method": pack_quantized.QUANT_METHOD,
+        "format": pack_quantized.FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [name for name in linears if name not in plan.layers],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "version": _LAYOUT_VERSION,
+    }
+
+
+def generation_config(model: ModelDescription) -> str | None:
+    """Return ``generation_config.json``: the model's own, or its special tokens."""
+    own = model.assets / "generation_config.json" if model.assets else None
+    if own is not None and own.is_file():
+        return own.read_text("utf-8")
+    tokens = {key: model.config[key] for key in _TOKEN_KEYS if key in model.config}
+    return as_json(tokens) if tokens else None
+
+
+def as_json(data: Mapping[str, Any]) -> str:
+    """Return ``data`` as the text of a JSON file."""
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+def copy_assets(assets: Path | None, folder: Path) -> tuple[Path, ...]:
+    """Copy the tokenizer's files; never weights or code."""
+    found = [name for name in _ASSETS if assets and (assets / name).is_file()]
+    for name in found:
+        assert assets is not None
+        shutil.copyfile(assets / name, folder / name)
+    return tuple(folder / name for name in found)

@@ -1,0 +1,1 @@
+"""Structured pruners: plug-ins of the entry-point group ``compress.pruners``."""

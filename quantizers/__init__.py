@@ -1,0 +1,1 @@
+"""Quantizers: plug-ins that turn one weight matrix into codes."""

@@ -1,0 +1,57 @@
+"""Round to nearest: each weight goes to the closest point of its group's grid.
+
+The baseline that every calibrated method is measured against, and the fallback of those
+that cannot treat a layer. Needs no data. By default scales map the group's range to the
+grid, ``s = amax / ((2^b - 1) / 2)``, as other tools do, so that figures compare;
+``search: true`` picks the scale of least squared error instead.
+
+Source: compressed-tensors conventions for symmetric scales; see ``core/grids.py``.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from compress.core import grids
+from compress.core.contracts import Options, Quantizer
+from compress.core.scheme import Scheme
+from compress.core.statistics import LayerStatistics
+from compress.core.tensors import QuantizedTensor
+
+
+class RoundToNearestOptions(Options):
+    """Options of ``rtn``.
+
+    Attributes:
+        search: Choose each scale by squared error instead of by the group's range.
+    """
+
+    search: bool = False
+
+
+class RoundToNearest(Quantizer):
+    """Round to nearest on any integer grid; needs no data."""
+
+    name = "rtn"
+    summary = "round to nearest; needs no data"
+    source = "baseline; scales as in compressed-tensors"
+    Options: ClassVar[type[Options]] = RoundToNearestOptions
+    options: RoundToNearestOptions
+
+    def schemes(self) -> tuple[str, ...]:
+        """Names of schemes an allocator may choose, most bits first."""
+        return tuple(f"int{bits}-g32" for bits in range(8, 1, -1))
+
+    def quantize(
+        self, weight: Tensor, scheme: Scheme, statistics: LayerStatistics | None
+    ) -> QuantizedTensor:
+        """Return the nearest codes of ``weight`` ``[R, C]``; ``statistics`` is unused."""
+        groups = grids.as_groups(weight, scheme)
+        if self.options.search:
+            parameters = grids.search_parameters(groups, scheme)
+        else:
+            parameters = grids.range_parameters(groups, scheme)
+        codes = grids.encode(groups, parameters, scheme)
+        return grids.assemble(codes.view(weight.shape), parameters, scheme)
