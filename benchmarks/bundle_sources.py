@@ -37,8 +37,8 @@ PROVENANCE = {
         "public domain (package: MIT)",
     ),
     "Workshop on Electronic Texts": (
-        "Library of Congress, 1992 (`lcet10.txt` of the Canterbury corpus, in the source "
-        "distribution of PyPI brotli 1.2.1)",
+        "Library of Congress, 1992 (`lcet10.txt` of the Canterbury corpus, in the "
+        "source distribution of PyPI brotli 1.2.1)",
         "public domain (US federal)",
     ),
     "Alice's Adventures in Wonderland": (

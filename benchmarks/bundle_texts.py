@@ -2,8 +2,8 @@
 
     python benchmarks/bundle_texts.py MATERIAL
 
-MATERIAL is a folder with the files that ``bundle_sources.py`` lists, taken from where it
-says. Packing is deterministic: the same material gives the same bytes.
+MATERIAL is a folder with the files that ``bundle_sources.py`` lists, taken from where
+it says. Packing is deterministic: the same material gives the same bytes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from bundle_sources import BUNDLES, CODE_EVALUATION, PROVENANCE, Excerpt
 DATA = Path(__file__).parent.parent / "compress" / "data"
 HEADER = """# Licences of bundled texts
 
-The texts in this folder are data, not code: each keeps the licence of its source and the
-Apache-2.0 licence of the toolkit does not apply to them. `wikitext2` and the WikiText part
-of `mix_prose` are under CC BY-SA 3.0 (authors: the contributors of Wikipedia; collected by
-Merity et al. 2016). Calibration texts (`mix_*`) and evaluation texts (the others) come from
-different works or different files. Python files of the two sides are listed in
-`benchmarks/bundle_sources.py`.
+The texts in this folder are data, not code: each keeps the licence of its source and
+the Apache-2.0 licence of the toolkit does not apply to them. `wikitext2` and the
+WikiText part of `mix_prose` are under CC BY-SA 3.0
+(https://creativecommons.org/licenses/by-sa/3.0/; authors: the contributors of
+Wikipedia; collected by Merity et al. 2016). Calibration texts (`mix_*`) and evaluation
+texts (the others) come from different works or different files. Python files of the two
+sides are listed in `benchmarks/bundle_sources.py`.
 
 """
 
@@ -44,14 +45,18 @@ def main(material: Path) -> None:
         digest = hashlib.sha256(data).hexdigest()
         rows.append(f"| `{name}.gz` | {len(data)} | {len(packed)} | `{digest}` |")
         print(rows[-1])
-    table = "| file | bytes | packed | sha256 of the text |\n| --- | --- | --- | --- |\n"
-    sources = "\n\n| text | made from |\n| --- | --- |\n" + "\n".join(
-        f"| `{name}` | {'; '.join(_describe(excerpt) for excerpt in excerpts)} |"
-        for name, excerpts in BUNDLES.items()
+    table = (
+        "| file | bytes | packed | sha256 of the text |\n| --- | --- | --- | --- |\n"
     )
-    licences = "\n\n| source | where from | licence |\n| --- | --- | --- |\n" + "\n".join(
-        f"| {key} | {origin} | {licence} |"
-        for key, (origin, licence) in PROVENANCE.items()
+    sources = "\n\n| text | made from |\n| --- | --- |\n" + "\n".join(
+        f"| `{name}` | {_describe(excerpts)} |" for name, excerpts in BUNDLES.items()
+    )
+    licences = (
+        "\n\n| source | where from | licence |\n| --- | --- | --- |\n"
+        + "\n".join(
+            f"| {key} | {origin} | {licence} |"
+            for key, (origin, licence) in PROVENANCE.items()
+        )
     )
     notices = "\n\n" + (Path(__file__).parent / "bundle_notices.md").read_text()
     (DATA / "LICENSES.md").write_text(
@@ -59,9 +64,14 @@ def main(material: Path) -> None:
     )
 
 
-def _describe(excerpt: Excerpt) -> str:
-    amount = f", {excerpt.size} bytes" if excerpt.size else ""
-    return f"{excerpt.source} `{excerpt.file}`{amount}"
+def _describe(excerpts: tuple[Excerpt, ...]) -> str:
+    """Return the files of each source, with their extent if they are not whole."""
+    files: dict[str, list[str]] = {}
+    for excerpt in excerpts:
+        end = excerpt.start + excerpt.size
+        extent = f" (bytes {excerpt.start}-{end})" if excerpt.size else ""
+        files.setdefault(excerpt.source, []).append(f"`{excerpt.file}`{extent}")
+    return "; ".join(f"{source}: {', '.join(names)}" for source, names in files.items())
 
 
 def _read(material: Path, excerpt: Excerpt) -> str:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compress.evaluation.texts import evaluation_text
@@ -37,20 +38,18 @@ def windows_of(text: str, tokenizer: Any) -> Tensor:
 
 
 @torch.no_grad()
-def divergence(base: Any, other: Any, windows: Tensor) -> dict[str, float]:
-    """Return mean KL in nats, its standard error over windows, and top-1 agreement."""
-    means, agreements = [], []
-    for window in windows:
-        p = base(window[None]).logits[0].float().log_softmax(-1)
-        q = other(window[None]).logits[0].float().log_softmax(-1)
-        means.append((p.exp() * (p - q)).sum(-1).clamp(min=0).double().mean())
-        agreements.append((p.argmax(-1) == q.argmax(-1)).double().mean())
-    kl = torch.stack(means)
-    return {
-        "kl": float(kl.mean()),
-        "kl_se": float(kl.std() / len(kl) ** 0.5),
-        "top1": float(torch.stack(agreements).mean()),
-    }
+def divergence(p: Tensor, q: Tensor) -> tuple[float, float]:
+    """Return mean KL in nats and top-1 agreement of ``[T, V]`` log-probabilities."""
+    kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)
+    agreement = (p.argmax(-1) == q.argmax(-1)).double().mean()
+    return float(kl.double().mean()), float(agreement)
+
+
+@torch.no_grad()
+def log_softmax(model: Any, window: Tensor) -> Tensor:
+    """Return float32 ``[T, V]`` log-probabilities of one window."""
+    logits: Tensor = model(window[None]).logits[0]
+    return logits.float().log_softmax(-1)
 
 
 @torch.no_grad()
@@ -65,20 +64,35 @@ def round_to_nearest_(model: Any, group_size: int) -> Any:
 
 
 def table(
-    base: Any, others: Iterable[tuple[str, Any]], tokenizer: Any
+    base: Any, others: Mapping[str, Any], tokenizer: Any
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Return the divergence of each model on each text; models come one at a time."""
-    texts = {text: windows_of(text, tokenizer) for text in TEXTS}
-    rows = {}
-    for label, model in others:
-        rows[label] = {
-            text: divergence(base, model, windows) for text, windows in texts.items()
-        }
-        figures = "  ".join(
-            f"{text} {row['kl']:.4f} ({row['top1']:.1%})"
-            for text, row in rows[label].items()
-        )
-        print(f"{label:24} {figures}", flush=True)
+    """Return KL, its standard error over windows, and top-1 agreement.
+
+    All models are in memory together, so that the base runs once for all of them.
+
+    Returns:
+        ``{model: {text: {kl, kl_se, top1}}}``.
+    """
+    rows: dict[str, dict[str, dict[str, float]]] = {label: {} for label in others}
+    for text in TEXTS:
+        figures: dict[str, list[tuple[float, float]]] = {label: [] for label in others}
+        for window in tqdm(windows_of(text, tokenizer), desc=text):
+            p = log_softmax(base, window)
+            for label, model in others.items():
+                figures[label].append(divergence(p, log_softmax(model, window)))
+        for label, values in figures.items():
+            kl, top1 = torch.tensor(values, dtype=torch.float64).T
+            row = {
+                "kl": float(kl.mean()),
+                "kl_se": float(kl.std() / len(kl) ** 0.5),
+                "top1": float(top1.mean()),
+            }
+            rows[label][text] = row
+            print(
+                f"{text:10} {label:30} {row['kl']:.4f} +- {row['kl_se']:.4f} "
+                f"top-1 {row['top1']:.1%}",
+                flush=True,
+            )
     return rows
 
 
@@ -90,15 +104,12 @@ def main() -> None:
     parser.add_argument("--rtn", type=int, metavar="GROUP_SIZE")
     arguments = parser.parse_args()
 
-    def others() -> Iterable[tuple[str, Any]]:
-        if arguments.rtn:
-            model = round_to_nearest_(load(arguments.base), arguments.rtn)
-            yield f"rtn g{arguments.rtn}", model
-        for folder in arguments.folders:
-            yield folder.name, load(folder)
-
+    others = {folder.name: load(folder) for folder in arguments.folders}
+    if arguments.rtn:
+        rounded = round_to_nearest_(load(arguments.base), arguments.rtn)
+        others[f"rtn g{arguments.rtn}"] = rounded
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-    print(json.dumps(table(load(arguments.base), others(), tokenizer)))
+    print(json.dumps(table(load(arguments.base), others, tokenizer)))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ from compress.export.gguf_metadata import (
 )
 from compress.export.gguf_names import from_gguf_rows, to_gguf_rows
 from compress.export.gguf_reader import GGUFFile, MetadataValue, open_gguf
-from compress.export.gguf_runtime import decoded_logits
+from compress.export.gguf_runtime import decoded_logits, llamacpp_logits
 from compress.export.gguf_template import (
     open_template,
     rotary_heads_of,
@@ -172,6 +172,10 @@ class GGUFExporter(Exporter):
         See :func:`compress.export.gguf_runtime.decoded_logits` for the reason.
         """
         yield from decoded_logits(_only_file(folder), windows)
+
+    def serve(self, folder: Path, windows: Tensor) -> Iterator[Tensor]:
+        """Run the file in llama.cpp as it is, activations rounded to 8 bits included."""
+        return llamacpp_logits(_only_file(folder), windows)
 
     @property
     def _options(self) -> GGUFOptions:

@@ -34,6 +34,7 @@ BLOCK = 32
 CODED_TYPES = tuple(GGUF_SCHEMES)
 DENSE_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 DENSE_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_LARGEST_HALF = 65504.0
 _CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32 while a dense matrix is encoded
 
 
@@ -156,9 +157,10 @@ def _encode_rows(chunk: Tensor, kind: str, name: str) -> Bytes:
     if kind == "f32":
         return values.contiguous().view(torch.uint8).numpy()
     # A block's scale is at most its largest value, so what fits f16 has a finite scale.
-    if float(values.abs().max()) > np.finfo(np.float16).max:
+    if float(values.abs().max()) > _LARGEST_HALF:
         raise ExportError(
-            f"{name} has weights beyond 65504, which {kind} cannot store; use bf16"
+            f"{name} has weights beyond 65504, the range of the half precision that "
+            f"{kind} is made of; use bf16"
         )
     if kind == "f16":
         return values.to(torch.float16).contiguous().view(torch.uint8).numpy()

@@ -14,10 +14,16 @@ from compress.export.gguf_blocks import (
     holds_columns,
     row_bytes,
 )
-from compress.export.gguf_metadata import ROPE_TENSOR, head_width, rope_parameters
+from compress.export.gguf_metadata import (
+    ROPE_TENSOR,
+    config_notes,
+    head_width,
+    rope_parameters,
+)
 from compress.export.gguf_names import name_finder, rotary_heads
 from compress.export.gguf_writer import TensorRow
 
+_ENDS = ("token_embd.weight", "output.weight")
 _BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
 
 
@@ -112,7 +118,7 @@ def own_layout(
     find = name_finder(architecture, model.block_count)
     placements: list[Placement] = []
     problems: list[Problem] = []
-    notes: list[str] = []
+    notes = config_notes(model.config)
     for name, info in model.tensors.items():
         if name.endswith(_BUFFERS):
             continue
@@ -146,10 +152,10 @@ def own_layout(
 
 
 def main_type(placements: Iterable[Placement]) -> str:
-    """Return the type that holds most of the weights of the matrices."""
+    """Return the type that holds most weights of the matrices inside the blocks."""
     elements: dict[str, int] = {}
     for placement in placements:
-        if len(placement.shape) > 1:
+        if len(placement.shape) > 1 and placement.target not in _ENDS:
             count = _rows(placement.shape) * placement.shape[-1]
             elements[placement.type] = elements.get(placement.type, 0) + count
     return max(elements, key=lambda kind: elements[kind], default="f32")

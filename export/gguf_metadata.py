@@ -98,6 +98,19 @@ def config_problems(config: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
+def config_notes(config: Mapping[str, Any]) -> list[str]:
+    """List what llama.cpp does differently with files of our own writer."""
+    window = config.get("sliding_window")
+    if config["model_type"] != "mistral":  # Qwen's windows are off unless switched on
+        window = window if config.get("use_sliding_window") else None
+    if window is None or window >= config["max_position_embeddings"]:
+        return []
+    return [
+        f"llama.cpp does not limit attention to the model's window of {window} tokens: "
+        "longer texts give other results than transformers"
+    ]
+
+
 def architecture_metadata(model: ModelDescription) -> dict[str, MetadataValue]:
     """Return ``general.*`` and ``<architecture>.*`` for a known family.
 

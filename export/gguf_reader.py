@@ -13,6 +13,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -116,9 +117,9 @@ class GGUFFile:
         return self._bytes(name, 0, math.prod(self.tensors[name].shape[:-1]))
 
     def read_values(
-        self, name: str, start: int = 0, count: int | None = None
+        self, name: str, *, start: int = 0, count: int | None = None
     ) -> Floats:
-        """Return rows of a tensor as float32 ``[count, columns]``, a vector as ``[1, C]``.
+        """Return rows of a tensor as float32 ``[count, C]``; a vector is one row.
 
         Args:
             name: GGUF name.
@@ -167,11 +168,16 @@ def open_gguf(path: Path) -> GGUFFile:
         CheckpointError: The file is missing, no GGUF, cut short or damaged.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            return _HeaderReader(path, file, size).read()
+        state = path.stat()
+        return _open_as_it_is(path, state.st_size, state.st_mtime_ns)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read: {error.strerror}") from error
+
+
+@lru_cache(maxsize=2)  # a header takes 0.2 s, mostly tokens, and is asked for by layer
+def _open_as_it_is(path: Path, size: int, changed_ns: int) -> GGUFFile:
+    with path.open("rb") as file:
+        return _HeaderReader(path, file, size).read()
 
 
 class _HeaderReader:

@@ -1,12 +1,12 @@
-"""Quantize a model with llm-compressor's GPTQModifier; runs in an environment of its own.
+"""Quantize a model with llm-compressor's GPTQModifier, in an environment of its own.
 
     python llmcompressor_gptq.py MODEL TOKENS.npy OUT [--group-size 64]
 
-INT4 symmetric, every linear layer of the decoder, GPTQModifier otherwise at its defaults
-(static act-order, dampening 0.01, block 128). TOKENS holds int64 ``[N, T]``. OUT receives
-an ordinary float32 checkpoint of the dequantized weights, so that the measurement adds no
-rounding of its own, and ``peer.json``: seconds of the call to ``oneshot`` and the peak
-resident memory of this process.
+INT4 symmetric, every linear layer of the decoder, GPTQModifier otherwise at its
+defaults (static act-order, dampening 0.01, block 128). TOKENS holds int64 ``[N, T]``.
+OUT receives an ordinary float32 checkpoint of the dequantized weights, so that the
+measurement adds no rounding of its own, and ``peer.json``: seconds of the call to
+``oneshot`` and the peak resident memory of this process.
 """
 
 from __future__ import annotations

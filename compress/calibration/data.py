@@ -1,9 +1,10 @@
 """Calibration text to tokens: windows of equal length, spread over each source.
 
-Each source is tokenized once as a whole and cut into windows that do not overlap and are
-never padded. The ``k`` windows that a source owes are drawn one from each ``k``-th part
-of its text, so that they see all of it. Where a tokenizer puts a beginning-of-sequence
-token before a text, every window begins with it, as every prompt of the model will.
+Each source is tokenized once as a whole and cut into windows that do not overlap and
+are never padded. The ``k`` windows that a source owes are drawn one from each ``k``-th
+part of its text, so that they see all of it. Where a tokenizer puts a
+beginning-of-sequence token before a text, every window begins with it, as every prompt
+of the model will.
 
 Rows are shuffled, so that any part of them is a fair sample of all sources.
 """
@@ -38,8 +39,8 @@ __all__ = [
     "share_windows",
 ]
 
-# A dataset is read until it holds this many characters for each token that is asked for:
-# about four times what the windows need, so that they are not its first rows only.
+# A dataset is read until it holds this many characters for each token that is asked
+# for: about four times what the windows need, so that they are not its first rows only.
 _CHARACTERS_PER_TOKEN = 16
 
 

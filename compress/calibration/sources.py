@@ -1,9 +1,10 @@
 """Where calibration text comes from: bundled texts, files, and datasets.
 
-A source is a word: ``mix`` (the bundled blend), ``mix/prose`` (a part of it), a path that
-ends in ``.txt`` (or ``.raw``) or ``.jsonl``, or ``hf:NAME[:CONFIG][:SPLIT]``. A config gives one word
-or a list of them with weights. Everything that can be wrong with a source, except what a
-download brings, is found by :func:`check_sources` before a model is loaded.
+A source is a word: ``mix`` (the bundled blend), ``mix/prose`` (a part of it), a path
+that ends in ``.txt`` (or ``.raw``) or ``.jsonl``, or ``hf:NAME[:CONFIG][:SPLIT]``. A
+config gives one word or a list of them with weights. Everything that can be wrong with
+a source, except what a download brings, is found by :func:`check_sources` before a
+model is loaded.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ def check_sources(spec: SourceSpec) -> None:
     """
     for entry in parse_sources(spec):
         if entry.source.endswith(".jsonl"):
-            rows = list(_json_rows(Path(entry.source)))
-            _require_text(entry.source, "".join(str(row) for _, row in rows))
+            rows = _json_rows(Path(entry.source))
+            _require_text(entry.source, "".join(_words(row) for _, row in rows))
         elif entry.source.endswith(_TEXT_SUFFIXES):
             _require_text(entry.source, _read_file(Path(entry.source)))
 
@@ -105,12 +106,12 @@ def load_text(source: str, tokenizer: Any, *, characters: int) -> str:
     Args:
         source: A word that :func:`parse_sources` returned.
         tokenizer: Renders chat messages with its chat template.
-        characters: How much to take from a dataset, which may be huge; bundled texts and
-            files are taken whole.
+        characters: How much to take from a dataset, which may be huge; bundled texts
+            and files are taken whole.
 
     Raises:
-        CalibrationError: The source is missing, empty, malformed or out of reach, or has
-            chat messages and the tokenizer has no chat template.
+        CalibrationError: The source is missing, empty, malformed or out of reach, or
+            has chat messages and the tokenizer has no chat template.
     """
     if source.startswith("mix/"):
         return _bundled(source, tokenizer)
@@ -232,6 +233,12 @@ def _check_row(row: Any, where: str) -> Mapping[str, Any]:
     )
 
 
+def _words(row: Mapping[str, Any]) -> str:
+    if isinstance(row.get("text"), str):
+        return str(row["text"])
+    return "".join(message["content"] for message in row["messages"])
+
+
 def _document(row: Mapping[str, Any], tokenizer: Any, where: str) -> str:
     if isinstance(row.get("text"), str):
         return str(row["text"])
@@ -294,4 +301,3 @@ def _dataset(source: str, tokenizer: Any, characters: int) -> str:
             "the network, or use the bundled text: mix"
         ) from error
     return DOCUMENT_BREAK.join(documents)
-

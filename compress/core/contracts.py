@@ -42,6 +42,9 @@ class Problem:
     message: str
 
 
+_AnyOptions = Options  # inside Plugin the name is that of the class variable
+
+
 class Plugin(ABC):
     """What all plug-ins declare.
 
@@ -57,7 +60,7 @@ class Plugin(ABC):
     source: ClassVar[str]
     Options: ClassVar[type[Options]] = Options
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: _AnyOptions | None = None) -> None:
         self.options = options if options is not None else self.Options()
 
 
@@ -69,6 +72,11 @@ class Quantizer(Plugin):
     """
 
     needs_statistics: ClassVar[bool] = False
+
+    @property
+    def needs_drift(self) -> bool:
+        """Whether statistics should hold ``drift``, which takes a second forward pass."""
+        return False
 
     @abstractmethod
     def schemes(self) -> tuple[str, ...]:
@@ -142,3 +150,11 @@ class Exporter(Plugin):
         Raises:
             MissingDependencyError: The consumer is not installed.
         """
+
+    def serve(self, folder: Path, windows: Tensor) -> Iterator[Tensor] | None:
+        """Run the files exactly as their users do, where that differs from replaying.
+
+        :meth:`replay` may take away what is the consumer's choice and not the file's,
+        such as rounding activations. ``None``, the default, means that it does not.
+        """
+        return None

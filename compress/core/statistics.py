@@ -11,16 +11,19 @@ from torch import Tensor
 class LayerStatistics:
     """Second moments of the inputs that one or more linear layers share.
 
+    ``x`` is the input of the layer in the partly compressed model, ``y`` the input that
+    the same layer sees for the same token in the dense model.
+
     Attributes:
         hessian: float32 ``[C, C]``, the sum over tokens of ``2 x x^T``.
-        tokens: How many tokens the sum runs over.
-        held_out: The same sum over tokens kept apart, for choices that would overfit
-            if they were judged on ``hessian``; ``None`` when nothing was kept.
+        tokens: How many tokens the sums run over.
+        drift: float32 ``[C, C]``, the sum of ``2 (y - x) x^T``; ``None`` when the dense
+            model was not run beside the compressed one.
     """
 
     hessian: Tensor
     tokens: int
-    held_out: Tensor | None = None
+    drift: Tensor | None = None
 
     @property
     def columns(self) -> int:

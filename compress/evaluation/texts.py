@@ -1,9 +1,10 @@
 """Texts to evaluate on: bundled ones by name, and text files by path.
 
 Two forms of a text exist because two protocols want them: ``raw`` is the text as it is
-(``llamacpp512``), ``joined`` is what the perplexity of papers is computed on (``hf2048``).
-They differ for ``wikitext2`` alone: there every line is a row of a dataset, rows of white
-space become empty, and rows are joined by two newlines (GPTQ and its successors).
+(``llamacpp512``), ``joined`` is what the perplexity of papers is computed on
+(``hf2048``). They differ for ``wikitext2`` alone: there every line is a row of a
+dataset, rows of white space become empty, and rows are joined by two newlines (GPTQ and
+its successors).
 """
 
 from __future__ import annotations
@@ -117,8 +118,8 @@ def join_rows(raw: str) -> str:
 
     A row is a line with its newline; a row of white space is the empty string.
 
-    Source: IST-DASLab/gptq ``datautils.py``, ``"\\n\\n".join(testdata["text"])``, on the
-    ``wikitext-2-raw-v1`` dataset, whose builder empties blank rows.
+    Source: IST-DASLab/gptq, ``datautils.py``, on the rows of ``wikitext-2-raw-v1``,
+    whose builder empties blank rows.
     """
     rows = raw.split("\n")
     if not rows[-1]:

@@ -185,3 +185,22 @@ def check_finite(tensor: Tensor, name: str) -> None:
             f"{name} has {bad} NaN or infinite values out of {tensor.numel()}; "
             "the checkpoint is damaged, download or convert it again"
         )
+
+
+class SnapshotSource(TensorSource):
+    """A copy of another source's tensors, taken at once.
+
+    For a model in memory whose weights are about to be replaced.
+    """
+
+    def __init__(self, source: TensorSource) -> None:
+        self._infos = dict(source.tensors())
+        self._copies = {name: source.read(name) for name in self._infos}
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Describe the tensors as they were."""
+        return self._infos
+
+    def read(self, name: str) -> Tensor:
+        """Return a copy of a tensor as it was."""
+        return self._copies[name].clone()

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import CheckpointError
@@ -95,7 +96,7 @@ class StreamedModel:
         activations: Activations,
         *,
         watch: Mapping[str, Callable[[Tensor], None]] | None = None,
-        keep: bool = True,
+        at_once: bool = False,
     ) -> Tensor:
         """Return the outputs ``[N, T, C]`` of a loaded block for all windows.
 
@@ -104,7 +105,8 @@ class StreamedModel:
             activations: Its inputs.
             watch: For paths of linears inside the block, a function that is handed the
                 layer's input ``[B, T, C]`` of each call.
-            keep: Return an empty tensor instead when false, to spare the memory.
+            at_once: Run all windows in one call, so that a watcher sees the inputs of
+                all of them; otherwise in batches that bound the memory.
         """
         block = self._blocks[index]
         hooks = [
@@ -116,16 +118,16 @@ class StreamedModel:
         call = _moved(activations.calls[index], self._device)
         outputs = []
         try:
-            batch = max(1, _TOKENS_A_CALL // activations.hidden.shape[1])
+            count, length, _ = activations.hidden.shape
+            batch = count if at_once else max(1, _TOKENS_A_CALL // length)
             for hidden in activations.hidden.split(batch):
                 output = block(hidden.to(self._device, self._dtype), **call)
                 output = output[0] if isinstance(output, tuple) else output
-                if keep:
-                    outputs.append(output.to("cpu", torch.float32))
+                outputs.append(output.to("cpu", torch.float32))
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.cat(outputs) if outputs else torch.empty(0)
+        return torch.cat(outputs)
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -157,18 +159,16 @@ class StreamedModel:
 
             yield logits
 
-    def logits(
-        self, windows: Tensor, *, on_block: Callable[[], object] = lambda: None
-    ) -> Iterator[Tensor]:
+    def logits(self, windows: Tensor, *, name: str = "model") -> Iterator[Tensor]:
         """Yield float32 logits ``[T, V]`` of each token window of int64 ``[N, T]``.
 
-        Blocks are read once for all windows. ``on_block`` is called after each.
+        Blocks are read once for all windows; ``name`` labels the progress bar.
         """
         activations = self.embed(windows)
-        for index in range(self.description.block_count):
+        indices = range(self.description.block_count)
+        for index in tqdm(indices, desc=name, unit="block", leave=False, disable=None):
             with self.block(index):
                 activations.hidden = self.run_block(index, activations)
-            on_block()
         with self.head() as head:
             for hidden in activations.hidden:
                 yield head(hidden)

@@ -1,0 +1,188 @@
+"""Compressing a model that is already in memory: ``compress.quantize``."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.config import load_config
+from compress.config.plugins import create_exporter, create_quantizer
+from compress.core.artifact import CompressedModel, ModelDescription
+from compress.core.contracts import ExportResult
+from compress.core.errors import CalibrationError, ConfigError, PlanError
+from compress.core.families import family_of
+from compress.core.plan import Plan
+from compress.core.tensors import QuantizedTensor
+from compress.exporting import check_exports
+from compress.model.sources import ModuleSource, SnapshotSource
+from compress.planning.planner import make_plan
+from compress.transform import PlanRunner, part_of_layer
+from compress.workdir import WorkDir
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A model with quantized weights, and their codes.
+
+    Attributes:
+        model: The module that was given, its weights replaced by the codes' values.
+        artifact: Plan and codes.
+        records: Errors, notes and seconds of each layer, as in ``report.json``.
+    """
+
+    model: nn.Module
+    artifact: CompressedModel
+    records: Mapping[str, Mapping[str, Any]]
+
+    def save(
+        self, folder: str | Path, format: str = "safetensors", **options: Any
+    ) -> ExportResult:
+        """Export to ``folder``, which must be empty or absent.
+
+        Raises:
+            PlanError: The format cannot hold the plan.
+            ConfigError: The folder is not empty, or an option is wrong.
+        """
+        exporter = create_exporter(format, options)
+        check_exports(
+            {format: exporter}, self.artifact.plan, self.artifact.description
+        )
+        target = Path(folder)
+        if target.is_dir() and any(target.iterdir()):
+            raise ConfigError(f"{target} is not empty; give a new folder")
+        work = WorkDir(target.parent)
+        result: ExportResult = work.replace_folder(
+            target, lambda part: exporter.write(self.artifact, part)
+        )
+        return ExportResult(
+            tuple(target / file.name for file in result.files),
+            result.size_bytes,
+            result.notes,
+        )
+
+
+def quantize(
+    model: nn.Module,
+    scheme: str,
+    *,
+    method: str = "gptq",
+    calibration: Tensor | None = None,
+    tokenizer: Any = None,
+    options: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Mapping[str, str]] | None = None,
+    scale_dtype: str = "auto",
+    device: str = "cpu",
+) -> QuantizedModel:
+    """Quantize the linear layers of a transformers model in place.
+
+    Args:
+        model: A causal language model of a supported family, on the CPU.
+        scheme: Such as ``int4-g64``.
+        method: Name of a quantizer.
+        calibration: int64 ``[N, T]`` tokens; if absent, the bundled ``mix`` through
+            ``tokenizer``.
+        tokenizer: Saved beside exports, and used to tokenize ``mix``.
+        options: Of the method.
+        overrides: As in a config.
+        scale_dtype: Storage type of scales; ``auto`` takes the model's.
+        device: Where layers are solved.
+
+    Raises:
+        CompressError: As ``compress.run`` does.
+    """
+    section = load_config(
+        {
+            "model": {"path": "in memory"},
+            "quantize": {
+                "method": method,
+                "scheme": scheme,
+                "options": dict(options or {}),
+                "overrides": dict(overrides or {}),
+            },
+        }
+    ).quantize
+    assert section is not None
+    description = _describe(model, tokenizer)
+    source = SnapshotSource(ModuleSource(model))
+    methods = {method, *(o.method for o in section.overrides.values() if o.method)}
+    quantizers = {
+        name: create_quantizer(name, options if name == method else None)
+        for name in methods
+    }
+    plan = make_plan(
+        section,
+        description,
+        scale_dtype=description.dtype if scale_dtype == "auto" else scale_dtype,
+        quantizer=quantizers.__getitem__,
+    )
+    folder = tempfile.TemporaryDirectory(prefix="compress-")
+    workdir = WorkDir(Path(folder.name))
+    runner = PlanRunner(description, source, plan, quantizers, workdir, device=device)
+    windows = None
+    if runner.needs_calibration:
+        windows = calibration if calibration is not None else _mix(tokenizer)
+    runner.run(windows)
+    codes = {n: workdir.read_layer(part_of_layer(n, description), n) for n in plan.layers}
+    records = _records(plan, description, workdir)
+    folder.cleanup()
+    _replace_weights(model, codes)
+    artifact = CompressedModel(description, plan, source, codes.__getitem__)
+    return QuantizedModel(model, artifact, records)
+
+
+def _describe(model: nn.Module, tokenizer: Any) -> ModelDescription:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "model_type"):
+        raise ConfigError("expected a transformers model with a config")
+    data = config.to_dict()
+    source = ModuleSource(model)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    assets = None
+    if tokenizer is not None:
+        assets = Path(tempfile.mkdtemp(prefix="compress-tokenizer-"))
+        tokenizer.save_pretrained(assets)
+    return ModelDescription(
+        label=str(data.get("_name_or_path") or data["model_type"]),
+        config={**data, "dtype": dtype},
+        family=family_of(data["model_type"]),
+        tensors=source.tensors(),
+        dtype=dtype,
+        tied=bool(data.get("tie_word_embeddings", False)),
+        assets=assets,
+    )
+
+
+def _mix(tokenizer: Any) -> Tensor:
+    from compress.calibration.data import load_tokens
+
+    if tokenizer is None:
+        raise CalibrationError(
+            "this method needs calibration tokens: pass calibration=[N, T] token ids, "
+            "or tokenizer= to use the bundled mix"
+        )
+    return load_tokens(
+        "mix", tokenizer, samples=128, sequence_length=512, seed=0
+    ).tokens
+
+
+def _records(
+    plan: Plan, description: ModelDescription, workdir: WorkDir
+) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    parts: Sequence[str] = sorted({part_of_layer(n, description) for n in plan.layers})
+    for part in parts:
+        found |= workdir.records(part)
+    return found
+
+
+def _replace_weights(model: nn.Module, codes: Mapping[str, QuantizedTensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in codes.items():
+            weight = model.get_submodule(name).get_parameter("weight")
+            weight.copy_(tensor.dequantize().to(weight))

@@ -1,0 +1,160 @@
+"""Perplexity of a model, and its distance to a base, over several texts in one sweep.
+
+Blocks are read once for as many windows as fit the bound on hidden states, whatever the
+texts they belong to, and for base and candidate in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from compress.evaluation.divergence import Scores, compare, summarize
+from compress.evaluation.perplexity import TokenWindows, cut_windows
+from compress.evaluation.texts import evaluation_text
+
+_HIDDEN_BYTES = 1 << 29
+"""Hidden states of one model that are held at once while texts are swept."""
+
+
+class Predictor(Protocol):
+    """Anything that yields logits for windows: a streamed model, or an export."""
+
+    def __call__(self, windows: Tensor) -> Iterable[Tensor]:
+        """Yield float32 logits ``[T, V]`` for each window of int64 ``[N, T]``."""
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """A text cut into windows under a protocol.
+
+    Attributes:
+        name: Of the text.
+        windows: Token ids.
+        counted_bytes: UTF-8 bytes of the tokens whose predictions count.
+    """
+
+    name: str
+    windows: TokenWindows
+    counted_bytes: int
+
+
+def prepare_texts(
+    names: Sequence[str], tokenizer: Any, *, protocol: str, count: int, length: int
+) -> list[PreparedText]:
+    """Tokenize and cut texts; the arguments are those of :func:`cut_windows`."""
+    prepared = []
+    for name in names:
+        text = evaluation_text(name)
+        windows = cut_windows(
+            text.joined if protocol != "llamacpp512" else text.raw,
+            tokenizer,
+            protocol=protocol,
+            count=count,
+            length=length,
+            name=name,
+        )
+        counted = windows.ids[:, windows.first + 1 :]
+        pieces = tokenizer.batch_decode(counted, clean_up_tokenization_spaces=False)
+        size = sum(len(piece.encode()) for piece in pieces)
+        prepared.append(PreparedText(text.name, windows, size))
+    return prepared
+
+
+def evaluate_texts(
+    texts: Sequence[PreparedText],
+    base: Predictor,
+    candidate: Predictor | None,
+    *,
+    hidden_size: int,
+    kl: bool = True,
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return figures by text, of the base and of the candidate.
+
+    Args:
+        texts: Of one window length.
+        base: The reference.
+        candidate: What is compared with it.
+        hidden_size: Width of hidden states, which bounds how many windows run at once.
+        kl: Report distances too, not only the candidate's perplexity.
+    """
+    length = texts[0].windows.ids.shape[1]
+    most = max(1, _HIDDEN_BYTES // (length * hidden_size * 4))
+    parts: dict[str, list[tuple[Scores, Scores | None]]] = {t.name: [] for t in texts}
+    for run in _runs(texts, most):
+        ids = torch.cat([piece.ids for _, piece in run])
+        p = iter(base(ids))
+        q = iter(candidate(ids)) if candidate is not None else None
+        for name, piece in run:
+            n = len(piece.ids)
+            mine = None if q is None else _take(q, n)
+            parts[name].append(compare(piece, _take(p, n), mine))
+    own: dict[str, Any] = {}
+    other: dict[str, Any] = {}
+    for text in texts:
+        bases = _joined([b for b, _ in parts[text.name]])
+        own[text.name] = summarize(bases, base=None, text_bytes=text.counted_bytes)
+        candidates = [c for _, c in parts[text.name] if c is not None]
+        if candidates:
+            other[text.name] = summarize(
+                _joined(candidates),
+                base=bases if kl else None,
+                text_bytes=text.counted_bytes,
+            )
+    return own, other if candidate is not None else None
+
+
+def _take(logits: Iterator[Tensor], count: int) -> Iterator[Tensor]:
+    for _ in range(count):
+        yield next(logits)
+
+
+def _runs(
+    texts: Sequence[PreparedText], most: int
+) -> Iterator[list[tuple[str, TokenWindows]]]:
+    """Split the windows of all texts into runs of at most ``most``."""
+    run: list[tuple[str, TokenWindows]] = []
+    room = most
+    for text in texts:
+        start = 0
+        while start < len(text.windows.ids):
+            ids = text.windows.ids[start : start + room]
+            piece = TokenWindows(text.windows.protocol, ids, text.windows.first)
+            run.append((text.name, piece))
+            start, room = start + len(ids), room - len(ids)
+            if room == 0:
+                yield run
+                run, room = [], most
+    if run:
+        yield run
+
+
+def _joined(scores: list[Scores]) -> Scores:
+    if len(scores) == 1:
+        return scores[0]
+
+    def cat(pick: Callable[[Scores], Tensor | None]) -> Tensor | None:
+        values = [value for s in scores if (value := pick(s)) is not None]
+        return torch.cat(values) if values else None
+
+    nll = cat(lambda s: s.nll)
+    assert nll is not None
+    return Scores(
+        scores[0].protocol,
+        nll,
+        cat(lambda s: s.kl),
+        cat(lambda s: s.same_top),
+        cat(lambda s: s.flipped),
+        cat(lambda s: s.dp),
+    )
+
+
+def headline(texts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures of the first text beside those of all."""
+    first = next(iter(texts.values()))
+    picked = {key: first[key] for key in ("perplexity", "kl", "top1") if key in first}
+    return {**picked, "texts": dict(texts)}

@@ -1,0 +1,160 @@
+"""Writing exports, reading them back with their own consumers, and comparing codes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.core.artifact import CompressedModel
+from compress.core.contracts import Exporter
+from compress.core.errors import MissingDependencyError, PlanError
+from compress.core.plan import Plan
+from compress.core.tensors import QuantizedTensor
+from compress.evaluation.divergence import compare, mean_and_error
+from compress.evaluation.perplexity import TokenWindows
+from compress.workdir import WorkDir
+
+_log = logging.getLogger(__name__)
+
+
+def check_exports(exporters: Mapping[str, Exporter], plan: Plan, model: Any) -> None:
+    """Raise if a format cannot hold the plan; reads no weights.
+
+    Raises:
+        PlanError: With every problem of every format.
+    """
+    lines = []
+    for name, exporter in exporters.items():
+        problems = exporter.check(plan, model)
+        lines += [f"export.{name}: {p.where}: {p.message}" for p in problems[:5]]
+        if len(problems) > 5:
+            lines.append(f"export.{name}: and {len(problems) - 5} more layers")
+    if lines:
+        raise PlanError("\n".join(lines))
+
+
+def write_export(
+    name: str, exporter: Exporter, artifact: CompressedModel, workdir: WorkDir
+) -> dict[str, Any]:
+    """Write one export into ``WORKDIR/export/NAME``; returns its entry of the report."""
+    target = workdir.root / "export" / name
+    result = workdir.replace_folder(
+        target, lambda folder: exporter.write(artifact, folder)
+    )
+    files = [str(Path("export") / name / file.name) for file in result.files]
+    return {
+        "files": files,
+        "size_bytes": result.size_bytes,
+        "notes": list(result.notes),
+    }
+
+
+def verify_export(
+    exporter: Exporter,
+    folder: Path,
+    *,
+    windows: Tensor,
+    in_memory: Callable[[Tensor], Iterable[Tensor]],
+    limit: float,
+) -> dict[str, Any]:
+    """Run an export in its stock consumer and compare it with the model in memory.
+
+    Args:
+        exporter: That wrote ``folder``.
+        folder: The export.
+        windows: int64 ``[N, T]`` tokens to compare on.
+        in_memory: Logits of the compressed model.
+        limit: KL in nats that passes.
+    """
+    text = TokenWindows("verify", windows)
+    try:
+        _, scores = compare(text, in_memory(windows), exporter.replay(folder, windows))
+    except MissingDependencyError as error:
+        _log.warning("%s export is not verified: %s", exporter.name, error)
+        return {"skipped": str(error)}
+    assert scores is not None and scores.kl is not None and scores.same_top is not None
+    kl, _ = mean_and_error(scores.kl)
+    passed = kl <= limit
+    if not passed:
+        _log.warning(
+            "%s: KL %.2e between the file in %s and the model in memory exceeds %.0e",
+            folder,
+            kl,
+            exporter.consumer,
+            limit,
+        )
+    served = exporter.serve(folder, windows)
+    direct: dict[str, Any] = {}
+    if served is not None:
+        _, raw = compare(text, in_memory(windows), served)
+        assert raw is not None and raw.kl is not None
+        direct = {"kl_as_served": mean_and_error(raw.kl)[0]}
+    return {
+        "consumer": exporter.consumer,
+        **direct,
+        "kl": kl,
+        "top1": mean_and_error(scores.same_top)[0],
+        "tokens": scores.kl.numel(),
+        "limit": limit,
+        "passed": passed,
+    }
+
+
+def same_codes(a: QuantizedTensor, b: QuantizedTensor) -> bool:
+    """Whether two decoded layers agree in every code, scale, zero point and value."""
+    zeros = (a.zero is None) == (b.zero is None) and (
+        a.zero is None or b.zero is None or torch.equal(a.zero.float(), b.zero.float())
+    )
+    return (
+        zeros
+        and torch.equal(a.codes, b.codes)
+        and torch.equal(a.scale.float(), b.scale.float())
+        and torch.equal(a.dequantize(), b.dequantize())
+    )
+
+
+def compare_codes(
+    exporters: Mapping[str, Exporter], artifact: CompressedModel, workdir: WorkDir
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
+    """Decode every coded layer from each export, and hold it against the others.
+
+    Returns:
+        For each format, how many layers were read and whether all equal the codes that
+        were computed; and the same between the files, if there are two or more.
+    """
+    counts = {name: 0 for name in exporters}
+    equal = {name: True for name in exporters}
+    shared, agree = 0, True
+    for layer in artifact.plan.layers:
+        own = artifact.quantized(layer)
+        decoded = []
+        for name, exporter in exporters.items():
+            if name in _reencoding(exporters):
+                continue
+            read = exporter.read_codes(workdir.root / "export" / name, layer)
+            counts[name] += 1
+            equal[name] &= same_codes(own, read)
+            decoded.append(read)
+        if len(decoded) > 1:
+            shared += 1
+            agree &= all(same_codes(decoded[0], other) for other in decoded[1:])
+    per_format = {
+        name: {"layers": counts[name], "identical": equal[name]}
+        for name in exporters
+        if counts[name]
+    }
+    return per_format, {"layers": shared, "identical": agree} if shared else None
+
+
+def _reencoding(exporters: Mapping[str, Exporter]) -> set[str]:
+    """Return the formats that were told to write other codes than the plan's."""
+    return {
+        name
+        for name, exporter in exporters.items()
+        if getattr(exporter.options, "reencode", None) is not None
+    }

@@ -1,0 +1,399 @@
+"""The stages in order: load, calibrate, plan, quantize, evaluate, export, verify, report.
+
+The only module that knows all of them. Methods and formats are found by name; everything
+that was computed lies in the work directory, so that an interrupted run goes on where it
+stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from compress import exporting, preview, provenance
+from compress.calibration.data import CalibrationTokens, load_tokens
+from compress.calibration.sources import check_sources
+from compress.config import Config, load_config
+from compress.config.plugins import create_exporter, create_quantizer
+from compress.core.artifact import CompressedModel, ModelDescription
+from compress.core.contracts import Exporter, Quantizer
+from compress.core.errors import ConfigError
+from compress.core.plan import Plan
+from compress.evaluation.measure import PreparedText, evaluate_texts, prepare_texts
+from compress.evaluation.texts import check_evaluation_text
+from compress.model.loading import ModelHandle, check_tensors, locate, open_model
+from compress.model.streaming import StreamedModel
+from compress.planning.planner import make_plan, resolve_scale_dtype
+from compress.report import summary_table, write_report
+from compress.reporting import build_report
+from compress.scoring import evaluate, inspect
+from compress.transform import CompressedSource, PlanRunner, part_of_layer
+from compress.workdir import WorkDir
+
+__all__ = ["Result", "dry_run", "evaluate", "export", "inspect", "plan", "run"]
+
+_log = logging.getLogger(__name__)
+
+_VERIFY_WINDOWS, _VERIFY_TOKENS = 4, 256
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        report: What ``report.json`` holds.
+        workdir: Where everything lies.
+    """
+
+    report: Mapping[str, Any]
+    workdir: Path
+
+    def summary(self) -> str:
+        """Return the table that ends a run."""
+        return summary_table(self.report)
+
+
+class Run:
+    """One config on its way through the stages."""
+
+    def __init__(self, config: Config, command: str | None = None) -> None:
+        self.config = config
+        self.command = command
+        self.workdir = WorkDir(config.run.workdir)
+        self.seconds: dict[str, float] = {}
+        self.device = _device(config.run.device)
+        self._check_inputs()
+        with self.timed("load"):
+            self.handle = self._open()
+            self.model: ModelDescription = self.handle.description
+        self.quantizers = self._quantizers()
+        self.exporters = {
+            entry.format: create_exporter(
+                entry.format, entry.options, path=("export", index)
+            )
+            for index, entry in enumerate(config.export)
+        }
+        self.plan = self._plan()
+        exporting.check_exports(self.exporters, self.plan, self.model)
+        self.runner = PlanRunner(
+            self.model,
+            self.handle.source,
+            self.plan,
+            self.quantizers,
+            self.workdir,
+            device=self.device,
+            propagate=config.quantize.propagate if config.quantize else "quantized",
+        )
+        self.artifact = CompressedModel(
+            self.model,
+            self.plan,
+            self.handle.source,
+            self._codes,
+            {"compress": provenance.versions()["compress"]},
+        )
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time of a block of code to a stage."""
+        started = time.perf_counter()
+        yield
+        spent = time.perf_counter() - started
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+
+    def _check_inputs(self) -> None:
+        names = [entry.format for entry in self.config.export]
+        if len(set(names)) < len(names):
+            raise ConfigError("export: each format may be named once")
+        for name in self.config.evaluate.perplexity if self.config.evaluate else ():
+            check_evaluation_text(name)
+        quantize = self.config.quantize
+        if quantize is not None and self._uses_data():
+            check_sources(self.config.calibration.data)
+
+    def _methods(self) -> set[str]:
+        quantize = self.config.quantize
+        if quantize is None:
+            return set()
+        return {
+            quantize.method,
+            *(o.method for o in quantize.overrides.values() if o.method),
+        }
+
+    def _uses_data(self) -> bool:
+        return any(create_quantizer(m).needs_statistics for m in self._methods())
+
+    def _quantizers(self) -> dict[str, Quantizer]:
+        quantize = self.config.quantize
+        if quantize is None:
+            return {}
+        return {
+            method: create_quantizer(
+                method, quantize.options if method == quantize.method else None
+            )
+            for method in self._methods()
+        }
+
+    def _open(self) -> ModelHandle:
+        section = self.config.model
+        return open_model(
+            section.path,
+            dtype=section.dtype,
+            resident=section.resident,
+            cache=self.workdir.assets,
+        )
+
+    def _plan(self) -> Plan:
+        scale_dtype = resolve_scale_dtype(
+            self.config.quantize, self.model, list(self.exporters)
+        )
+        return make_plan(
+            self.config.quantize,
+            self.model,
+            scale_dtype=scale_dtype,
+            quantizer=self.quantizers.__getitem__,
+        )
+
+    def _codes(self, layer: str) -> Any:
+        return self.workdir.read_layer(part_of_layer(layer, self.model), layer)
+
+    def execute(self, *, resume: bool, overwrite: bool) -> Result:
+        """Carry out all stages that are not in the work directory yet."""
+        check_tensors(self.handle)
+        tokens = self._calibration_tokens()
+        fingerprint = self._fingerprint(tokens)
+        self.workdir.begin(fingerprint, overwrite=overwrite)
+        self.workdir.write_json("results/predicted.json", self._predicted())
+        (self.workdir.root / "plan.json").write_text(self.plan.to_json())
+        with self.timed("quantize"):
+            self.runner.run(tokens.tokens if tokens else None)
+        metrics = self.workdir.stage(
+            f"evaluation-{self._evaluation_key()}", self._evaluate
+        )
+        exports = {name: self._export(name) for name in self.exporters}
+        shared = self._compare_codes(exports)
+        return self._report(tokens, fingerprint, metrics, exports, shared)
+
+    def _predicted(self) -> dict[str, Any]:
+        return preview.predict(self).to_dict()["predicted"]  # type: ignore[no-any-return]
+
+    def _calibration_tokens(self) -> CalibrationTokens | None:
+        if not self.runner.needs_calibration:
+            return None
+        section = self.config.calibration
+        with self.timed("calibration text"):
+            return load_tokens(
+                section.data if isinstance(section.data, str) else list(section.data),
+                self.handle.tokenizer(),
+                samples=section.samples,
+                sequence_length=section.sequence_length,
+                seed=section.seed,
+            )
+
+    def _fingerprint(self, tokens: CalibrationTokens | None) -> dict[str, str]:
+        quantize = self.config.quantize
+        methods = quantize.model_dump(mode="json") if quantize else {}
+        methods.pop("scale_dtype", None)  # the plan has the one that was resolved
+        return {
+            "model": provenance.model_digest(
+                self.model, locate(self.config.model.path)
+            ),
+            "calibration": tokens.digest if tokens else "none",
+            "quantize": provenance.digest_of(methods),
+            "plan": provenance.digest_of(self.plan.to_json()),
+            "run.seed": str(self.config.run.seed),
+            "compress version": provenance.versions()["compress"],
+        }
+
+    def compressed_source(self) -> CompressedSource:
+        """Return the dense view of the compressed model."""
+        return CompressedSource(self.handle.source, self.plan, self._codes)
+
+    def _streamed(self) -> StreamedModel:
+        return StreamedModel(self.model, self.handle.source, device=self.device)
+
+    def _texts(self) -> list[PreparedText]:
+        section = self.config.evaluate
+        assert section is not None
+        return prepare_texts(
+            section.perplexity,
+            self.handle.tokenizer(),
+            protocol=section.protocol,
+            count=section.windows,
+            length=section.sequence_length,
+        )
+
+    def _evaluation_key(self) -> str:
+        section = self.config.evaluate
+        return provenance.digest_of(
+            section.model_dump(mode="json") if section else None
+        )[:12]
+
+    def _evaluate(self) -> dict[str, Any]:
+        section = self.config.evaluate
+        if section is None or not section.perplexity:
+            return {"base": None, "compressed": None}
+        with self.timed("evaluate"):
+            _log.info("evaluating on %s", ", ".join(section.perplexity))
+            base = self._streamed()
+            coded = base.with_source(self.compressed_source())
+            own, other = evaluate_texts(
+                self._texts(),
+                partial(base.logits, name="base"),
+                partial(coded.logits, name="compressed") if self.plan.layers else None,
+                hidden_size=int(self.model.config["hidden_size"]),
+                kl=section.kl,
+            )
+        return {"base": own, "compressed": other}
+
+    def _export(self, name: str) -> dict[str, Any]:
+        exporter = self.exporters[name]
+        key = provenance.digest_of(exporter.options.model_dump(mode="json"))[:12]
+        folder = self.workdir.root / "export" / name
+        stored = self.workdir.stored(f"export-{name}-{key}")
+        if stored is not None and folder.is_dir():
+            return dict(stored)
+        with self.timed(f"export {name}"):
+            _log.info("writing %s", folder)
+            entry = exporting.write_export(name, exporter, self.artifact, self.workdir)
+        with self.timed(f"verify {name}"):
+            entry["verify"] = self._verify(exporter, folder)
+        self.workdir.write_json(f"results/export-{name}-{key}.json", entry)
+        return entry
+
+    def _verify(self, exporter: Exporter, folder: Path) -> dict[str, Any]:
+        if not self.config.run.verify:
+            return {"skipped": "run.verify is false"}
+        texts = prepare_texts(
+            ["wikitext2"],
+            self.handle.tokenizer(),
+            protocol="windows",
+            count=_VERIFY_WINDOWS,
+            length=_VERIFY_TOKENS,
+        )
+        coded = self._streamed().with_source(self.compressed_source())
+        return exporting.verify_export(
+            exporter,
+            folder,
+            windows=texts[0].windows.ids,
+            in_memory=partial(coded.logits, name=f"verify {exporter.name}"),
+            limit=self.config.run.max_kl,
+        )
+
+    def _compare_codes(self, exports: dict[str, Any]) -> dict[str, Any] | None:
+        if not (self.config.run.verify and self.exporters and self.plan.layers):
+            return None
+        with self.timed("compare codes"):
+            per_format, shared = exporting.compare_codes(
+                self.exporters, self.artifact, self.workdir
+            )
+        for name, outcome in per_format.items():
+            exports[name]["codes"] = outcome
+        return shared
+
+    def _report(
+        self,
+        tokens: CalibrationTokens | None,
+        fingerprint: Mapping[str, str],
+        metrics: Mapping[str, Any],
+        exports: Mapping[str, Any],
+        shared: Mapping[str, Any] | None,
+    ) -> Result:
+        report = build_report(
+            self,
+            tokens=tokens,
+            hashes=fingerprint,
+            metrics=metrics,
+            exports=exports,
+            shared=shared,
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        write_report(report, self.workdir.root)
+        return Result(report, self.workdir.root)
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    if wanted != "auto":
+        if wanted.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"run.device: {wanted} is not available; use cpu or auto")
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _prepared(config: Config | Mapping[str, Any] | str | Path) -> Config:
+    import torch
+
+    loaded = config if isinstance(config, Config) else load_config(config)
+    if loaded.run.threads is not None:
+        torch.set_num_threads(loaded.run.threads)
+    torch.manual_seed(loaded.run.seed)
+    return loaded
+
+
+def run(
+    config: Config | Mapping[str, Any] | str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    command: str | None = None,
+) -> Result:
+    """Run a whole config: a YAML file, or the same as plain data.
+
+    Args:
+        config: What to do.
+        resume: Continue a run that was interrupted.
+        overwrite: Replace an earlier run in the work directory.
+        command: How the run was started, for the report.
+
+    Raises:
+        CompressError: One of its children, with what to do.
+    """
+    loaded = _prepared(config)
+    WorkDir(loaded.run.workdir).check(resume=resume, overwrite=overwrite)
+    return Run(loaded, command).execute(resume=resume, overwrite=overwrite)
+
+
+def plan(config: Config | Mapping[str, Any] | str | Path) -> preview.PlanPreview:
+    """Return the plan of a config with sizes and predictions; computes nothing."""
+    return preview.predict(Run(_prepared(config)))
+
+
+dry_run = plan
+
+
+def export(workdir: str | Path, to: str, options: Mapping[str, Any]) -> Result:
+    """Write another format from a finished run.
+
+    Args:
+        workdir: Of the run.
+        to: Name of the format.
+        options: Of its exporter.
+
+    Raises:
+        ConfigError: There is no finished run.
+        PlanError: The format cannot hold the plan.
+    """
+    import json
+
+    report = Path(workdir) / "report.json"
+    if not report.is_file():
+        raise ConfigError(f"{workdir}: no finished run here (no report.json)")
+    data = json.loads(report.read_text("utf-8"))["config"]
+    kept = [entry for entry in data.get("export") or [] if entry["format"] != to]
+    scale = json.loads((Path(workdir) / "plan.json").read_text("utf-8"))["layers"]
+    if data.get("quantize") and scale:
+        # The codes are there already: their scales cannot change type any more.
+        kinds = {entry["scheme"]["scale_dtype"] for entry in scale.values()}
+        data["quantize"]["scale_dtype"] = kinds.pop()
+    data["export"] = [*kept, {"format": to, **options}]
+    data["run"]["workdir"] = str(workdir)
+    return run(data, resume=True, command=f"compress export {workdir} --to {to}")

@@ -1,0 +1,101 @@
+"""What a run would do: the plan, the size of each file, memory and time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from compress.core.plan import Plan
+from compress.planning.budget import breakdown, dense_bytes, linear_bits_per_weight
+from compress.planning.estimate import Work, estimate
+
+if TYPE_CHECKING:
+    from compress.pipeline import Run
+
+
+@dataclass(frozen=True)
+class PlanPreview:
+    """A plan with its predictions.
+
+    Attributes:
+        plan: The decisions.
+        sizes: Bytes of weights, of the base and of each export.
+        parts: The same split into embedding, attention, mlp and other.
+        peak_memory_bytes: Predicted for the process.
+        seconds: Predicted for the run.
+    """
+
+    plan: Plan
+    sizes: Mapping[str, int]
+    parts: Mapping[str, Mapping[str, int]]
+    peak_memory_bytes: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        import json
+
+        return {
+            "plan": json.loads(self.plan.to_json()),
+            "size_breakdown": self.parts,
+            "predicted": {
+                "size_bytes": dict(self.sizes),
+                "peak_memory_bytes": self.peak_memory_bytes,
+                "seconds": self.seconds,
+            },
+        }
+
+    def text(self) -> str:
+        """Return tables for a terminal: layers by kind, then sizes and predictions."""
+        kinds: dict[tuple[str, str, str, tuple[int, int]], int] = {}
+        for layer in self.plan.layers.values():
+            path = ".".join(layer.name.split(".")[-2:])
+            key = (path, layer.method, layer.scheme.name, layer.shape)
+            kinds[key] = kinds.get(key, 0) + 1
+        lines = [f"Plan for {self.plan.model}", ""]
+        lines.append(f"{'layers':>6}  {'name':<26} {'shape':<14} {'method':<8} scheme")
+        for (path, method, scheme, (rows, columns)), count in kinds.items():
+            shape = f"{rows} x {columns}"
+            lines.append(f"{count:>6}  {path:<26} {shape:<14} {method:<8} {scheme}")
+        if not kinds:
+            lines.append("     0  (nothing is quantized)")
+        bits = linear_bits_per_weight(self.plan)
+        if bits is not None:
+            lines += ["", f"bits per weight of coded layers: {bits:.4f}"]
+        lines += ["", f"{'weights of':<14} {'bytes':>14}"]
+        lines += [f"{name:<14} {size:>14,}" for name, size in self.sizes.items()]
+        lines += [
+            "",
+            f"estimated peak memory: {self.peak_memory_bytes / (1 << 30):.2f} GiB",
+            f"estimated time:        {self.seconds:.0f} s",
+        ]
+        return "\n".join(lines)
+
+
+def predict(run: Run) -> PlanPreview:
+    """Return the preview of a run that has been set up but not started."""
+    sizes = {"base": dict(dense_bytes(run.model))}
+    for name, exporter in run.exporters.items():
+        sizes[name] = dict(exporter.tensor_bytes(run.plan, run.model))
+    calibration, section = run.config.calibration, run.config.evaluate
+    tokens = windows = 0
+    if section is not None:
+        windows = section.windows * len(section.perplexity)
+        tokens = windows * section.sequence_length
+    work = Work(
+        calibration=(calibration.samples, calibration.sequence_length)
+        if run.runner.needs_calibration
+        else None,
+        drift=run.runner.needs_drift,
+        evaluation_tokens=tokens,
+        evaluation_windows=windows,
+    )
+    predicted = estimate(run.model, run.plan, work)
+    return PlanPreview(
+        run.plan,
+        {name: sum(table.values()) for name, table in sizes.items()},
+        {name: breakdown(table, run.model) for name, table in sizes.items()},
+        predicted.peak_memory_bytes,
+        predicted.seconds,
+    )

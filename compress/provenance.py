@@ -1,0 +1,87 @@
+"""What a result came from: versions, hardware, and digests of models and configs."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from compress.core.artifact import ModelDescription
+
+_LIBRARIES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "gguf",
+    "compressed-tensors",
+    "llama-cpp-python",
+)
+_SAMPLE_BYTES = 1 << 16
+_SAMPLES = 16
+
+
+def versions() -> dict[str, str]:
+    """Return versions of Python, of the toolkit and of the libraries that matter."""
+    from compress import __version__
+
+    found = {"compress": __version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """Return processor, cores, memory and device in words and numbers."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text("utf-8", "replace").splitlines():
+            if line.startswith("model name"):
+                cpu = line.partition(":")[2].strip()
+                break
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    return {
+        "cpu": cpu,
+        "cores": cores or os.cpu_count(),
+        "memory_bytes": pages,
+        "device": device,
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident size this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def digest_of(data: Any) -> str:
+    """Return the SHA-256 of plain data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def model_digest(model: ModelDescription, path: Path) -> str:
+    """Return a digest of a checkpoint: config, names and shapes, sizes, and samples.
+
+    Files are sampled, sixteen runs of 64 KiB each, since reading gigabytes twice is not
+    worth it: two checkpoints that differ only between the samples look alike.
+    """
+    digest = hashlib.sha256(json.dumps(dict(model.config), default=str).encode())
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as handle:
+            for i in range(_SAMPLES):
+                handle.seek(max(0, (size - _SAMPLE_BYTES) * i // (_SAMPLES - 1)))
+                digest.update(handle.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,157 @@
+"""Gathering what a run did into the data that ``report.json`` holds."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from compress import preview, provenance
+from compress.calibration.data import CalibrationTokens
+from compress.core.artifact import ModelDescription
+from compress.evaluation.measure import headline
+from compress.planning.budget import linear_bits_per_weight, parameter_count
+from compress.transform import EMBEDDINGS, part_of_layer
+
+if TYPE_CHECKING:
+    from compress.pipeline import Run
+
+_WIDTH = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
+
+
+def build_report(
+    run: Run,
+    *,
+    tokens: CalibrationTokens | None,
+    hashes: Mapping[str, str],
+    metrics: Mapping[str, Any],
+    exports: Mapping[str, Any],
+    shared: Mapping[str, Any] | None,
+    date: str,
+) -> dict[str, Any]:
+    """Return the report of a finished run; its keys are described in docs/report.md."""
+    model, config = run.model, run.config
+    data = config.model_dump(mode="json", exclude_unset=True)
+    parameters = parameter_count(model)
+    shown = preview.predict(run)
+    layers = _layers(run)
+    sizes = {"base": shown.sizes["base"]}
+    sizes |= {name: entry["size_bytes"] for name, entry in exports.items()}
+    bits: dict[str, float] = {"base": _WIDTH[model.dtype]}
+    coded = linear_bits_per_weight(run.plan)
+    if coded is not None:
+        bits["linears"] = coded
+    bits |= {name: sizes[name] * 8 / parameters for name in exports}
+    return {
+        "version": 1,
+        "model": {
+            "label": model.label,
+            "family": model.family.name,
+            "model_type": model.config["model_type"],
+            "parameters": parameters,
+            "dtype": model.dtype,
+            "blocks": model.block_count,
+            "path": config.model.path,
+        },
+        "config": config.model_dump(mode="json"),
+        "config_text": _yaml(data),
+        "command": run.command or "compress.run(config)",
+        "seed": config.run.seed,
+        "date": date,
+        "versions": provenance.versions(),
+        "hashes": dict(hashes) | {"config": provenance.digest_of(data)},
+        "hardware": provenance.hardware(run.device),
+        "calibration": _calibration(run, tokens),
+        "size_bytes": sizes,
+        "bits_per_weight": bits,
+        "size_breakdown": {k: dict(v) for k, v in shown.parts.items()},
+        "metrics": {
+            key: headline(texts) if texts else None for key, texts in metrics.items()
+        },
+        "layers": layers,
+        "exports": dict(exports),
+        "one_plan_two_files": shared,
+        "seconds": run.seconds,
+        "peak_memory_bytes": provenance.peak_memory_bytes(),
+        "predicted": run.workdir.stored("predicted"),
+        "warnings": _warnings(model, layers, exports),
+    }
+
+
+def _yaml(data: Mapping[str, Any]) -> str:
+    from ruamel.yaml import YAML
+
+    stream = io.StringIO()
+    YAML(typ="safe", pure=True).dump(dict(data), stream)
+    return stream.getvalue()
+
+
+def _calibration(run: Run, tokens: CalibrationTokens | None) -> dict[str, Any] | None:
+    if tokens is None:
+        return None
+    section = run.config.calibration
+    return {
+        "data": section.model_dump(mode="json")["data"],
+        "sources": [list(pair) for pair in tokens.sources],
+        "samples": section.samples,
+        "sequence_length": section.sequence_length,
+        "tokens": tokens.tokens.numel(),
+    }
+
+
+def _layers(run: Run) -> list[dict[str, Any]]:
+    model = run.model
+    roles = {linear.path: linear.role for linear in model.family.linears}
+    width = _WIDTH[model.dtype] / 8
+    rows: list[dict[str, Any]] = []
+    records: dict[str, Any] = {}
+    for name, layer in run.plan.layers.items():
+        part = part_of_layer(name, model)
+        if name not in records:
+            records.update(run.workdir.records(part))
+        record = records[name]
+        path = name.removeprefix(f"{model.family.blocks}.").partition(".")[2]
+        inside = part != EMBEDDINGS
+        bits = layer.scheme.bits_per_weight(layer.shape[1])
+        weights = layer.shape[0] * layer.shape[1]
+        rows.append(
+            {
+                "name": name,
+                "block": int(part) if inside else None,
+                "role": roles[path] if inside else name.rpartition(".")[2],
+                "method": layer.method,
+                "scheme": layer.scheme.name,
+                "shape": list(layer.shape),
+                "bits_per_weight": bits,
+                "bytes_before": round(weights * width),
+                "bytes_after": round(weights * bits / 8),
+                "error": record["error"],
+                "weight_error": record["weight_error"],
+                "seconds": record["seconds"],
+                "notes": record["notes"],
+            }
+        )
+    return rows
+
+
+def _warnings(
+    model: ModelDescription, layers: list[dict[str, Any]], exports: Mapping[str, Any]
+) -> list[str]:
+    found = []
+    if model.source_gguf is not None:
+        found.append(
+            f"The source is a GGUF file ({model.source_gguf.name}). If it was quantized "
+            "before, its weights lie on a coarse grid already: figures against it say "
+            "nothing of the loss against the original model."
+        )
+    found += [f"{row['name']}: {note}" for row in layers for note in row["notes"]]
+    for name, entry in exports.items():
+        verify = entry.get("verify", {})
+        if verify.get("passed") is False:
+            found.append(
+                f"{name}: KL {verify['kl']:.2e} between the file in "
+                f"{verify['consumer']} and the model in memory exceeds "
+                f"{verify['limit']:.0e}"
+            )
+        found += [f"{name}: {note}" for note in entry.get("notes", [])]
+    return found

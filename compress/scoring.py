@@ -1,0 +1,189 @@
+"""Figures of any checkpoint, ours or not: ``compress eval`` and ``compress inspect``."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from compress.core.errors import CheckpointError
+from compress.core.scheme import Scheme
+from compress.evaluation.measure import Predictor, evaluate_texts, prepare_texts
+from compress.model.loading import ModelHandle, check_tensors, locate, open_model
+from compress.model.quantized_source import PackedSource
+from compress.model.streaming import StreamedModel
+
+DEFAULT_TEXTS = ("wikitext2", "speeches", "code")
+
+
+def evaluate(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    texts: Sequence[str] | None = None,
+    windows: int = 10,
+    sequence_length: int = 1024,
+    protocol: str = "windows",
+) -> dict[str, Any]:
+    """Return perplexity of a checkpoint, and its distance to a base if one is given.
+
+    GGUF files run in llama.cpp itself, everything else block by block in torch.
+
+    Args:
+        path: HF folder or id, GGUF file, our own output, or ``builtin:NAME``.
+        base: The same, of the model to compare with.
+        texts: Bundled texts or files.
+        windows: Windows a text.
+        sequence_length: Tokens in a window.
+        protocol: ``windows``, ``hf2048`` or ``llamacpp512``.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        handle = open_model(str(path), cache=Path(cache) / "model")
+        other = None
+        if base is not None:
+            other = open_model(str(base), cache=Path(cache) / "base")
+        prepared = prepare_texts(
+            texts or DEFAULT_TEXTS,
+            (other or handle).tokenizer(),
+            protocol=protocol,
+            count=windows,
+            length=sequence_length,
+        )
+        width = int(handle.description.config["hidden_size"])
+        first = other or handle
+        own, compared = evaluate_texts(
+            prepared,
+            _predictor(first, "base"),
+            _predictor(handle, "model") if other is not None else None,
+            hidden_size=width,
+        )
+    result = {"model": str(path), "protocol": protocol}
+    if other is None:
+        return {**result, "texts": own}
+    return {**result, "base": str(base), "texts": compared, "base_texts": own}
+
+
+def _predictor(handle: ModelHandle, name: str) -> Predictor:
+    if handle.description.source_gguf is not None:
+        from compress.export.gguf_runtime import llamacpp_logits
+
+        return partial(llamacpp_logits, handle.description.source_gguf)
+    check_tensors(handle)
+    streamed = StreamedModel(handle.description, handle.source)
+    return partial(streamed.logits, name=name)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Layers of a checkpoint, without their weights.
+
+    Attributes:
+        label: Of the model.
+        architecture: ``model_type``.
+        parameters: Number of stored weights.
+        size_bytes: Of the weight files.
+        layers: Name, shape, scheme and bits per weight of each matrix.
+    """
+
+    label: str
+    architecture: str
+    parameters: int
+    size_bytes: int
+    layers: tuple[dict[str, Any], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {**vars(self), "bits_per_weight": self.bits_per_weight}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the files for each weight, everything included."""
+        return self.size_bytes * 8 / max(1, self.parameters)
+
+    def text(self) -> str:
+        """Return a table."""
+        lines = [
+            f"{self.label}: {self.architecture}, {self.parameters:,} parameters, "
+            f"{self.size_bytes:,} bytes, {self.bits_per_weight:.3f} bits per weight",
+            "",
+            f"{'layer':<48} {'shape':<16} {'scheme':<16} bits",
+        ]
+        for layer in self.layers:
+            shape = " x ".join(map(str, layer["shape"]))
+            lines.append(
+                f"{layer['name']:<48} {shape:<16} {layer['scheme']:<16} "
+                f"{layer['bits_per_weight']:.3f}"
+            )
+        return "\n".join(lines)
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Describe a checkpoint, or the safetensors export of a work directory.
+
+    Raises:
+        CheckpointError: There is no checkpoint.
+    """
+    where = Path(path)
+    if (where / "state.json").is_file():
+        exports = sorted((where / "export").glob("*")) if where.is_dir() else []
+        if not exports:
+            raise CheckpointError(f"{where}: a work directory without exports yet")
+        where = exports[-1] if exports[-1].name == "safetensors" else exports[0]
+        gguf = sorted(where.glob("*.gguf"))
+        where = gguf[0] if gguf else where
+    file = locate(str(where) if where.exists() else str(path))
+    if file.suffix == ".gguf":
+        return _inspect_gguf(file)
+    with tempfile.TemporaryDirectory() as cache:
+        handle = open_model(str(file), cache=Path(cache))
+    schemes: dict[str, Scheme] = {}
+    if isinstance(handle.source, PackedSource):
+        schemes = dict(handle.source.schemes)
+    layers = []
+    for name, info in handle.description.tensors.items():
+        scheme = schemes.get(name.removesuffix(".weight"))
+        bits = {"float32": 32.0}.get(info.dtype, 16.0)
+        if scheme is not None:
+            bits = scheme.bits_per_weight(info.shape[1])
+        layers.append(
+            {
+                "name": name,
+                "shape": list(info.shape),
+                "scheme": scheme.name if scheme else info.dtype,
+                "bits_per_weight": bits,
+            }
+        )
+    return Inspection(
+        str(path),
+        str(handle.description.config["model_type"]),
+        sum(info.elements for info in handle.description.tensors.values()),
+        sum(shard.stat().st_size for shard in file.glob("*.safetensors")),
+        tuple(layers),
+    )
+
+
+def _inspect_gguf(file: Path) -> Inspection:
+    from compress.export.gguf_reader import open_gguf
+
+    opened = open_gguf(file)
+    layers = []
+    total = 0
+    for name, tensor in opened.tensors.items():
+        count = 1
+        for size in tensor.shape:
+            count *= size
+        total += count
+        layers.append(
+            {
+                "name": name,
+                "shape": list(tensor.shape),
+                "scheme": tensor.type,
+                "bits_per_weight": tensor.size_bytes * 8 / count,
+            }
+        )
+    return Inspection(
+        str(file), opened.architecture, total, file.stat().st_size, tuple(layers)
+    )

@@ -1,0 +1,231 @@
+"""The work directory: checkpoints of each block, results of each stage, atomic writes.
+
+Everything is written to a temporary name in the same folder, flushed to disk and renamed,
+so that a file either is whole or is not there. A killed run leaves at most temporary
+files, which the next one removes. ``state.json`` holds a fingerprint of all that decides
+the codes; a run only resumes into a directory with the same fingerprint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compress.core.errors import CheckpointError, CompressError, ConfigError
+from compress.core.scheme import Scheme
+from compress.core.tensors import QuantizedTensor
+
+_OURS = ("state.json", "plan.json", "blocks", "results", "export")
+_REPORTS = ("report.json", "report.md", "report.html")
+_TEMPORARY = ".part"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is either whole or absent, whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + _TEMPORARY)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What quantizing one layer gave, for the report.
+
+    Attributes:
+        error: ``tr(E H E^T) / tr(W H W^T)``; ``None`` without statistics.
+        weight_error: ``|E|^2 / |W|^2``.
+        seconds: Time of the solve.
+    """
+
+    error: float | None
+    weight_error: float
+    seconds: float
+
+
+class WorkDir:
+    """One run's folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def assets(self) -> Path:
+        """Tokenizer files made from a GGUF source."""
+        return self.root / "source"
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Raise if the folder cannot take this run.
+
+        Raises:
+            ConfigError: It holds a run and the user did not say what to do with it, or
+                it is no folder, or it holds nothing to resume.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise ConfigError(f"run.workdir: {self.root} is a file, not a folder")
+        has_run = (self.root / "state.json").is_file()
+        if has_run and not (resume or overwrite):
+            raise ConfigError(
+                f"run.workdir: {self.root} holds an earlier run; continue it with "
+                "--resume, replace it with --overwrite, or set another run.workdir"
+            )
+
+    def begin(self, fingerprint: Mapping[str, str], *, overwrite: bool) -> None:
+        """Start or continue a run.
+
+        Args:
+            fingerprint: Digest of each thing that decides the codes, by name.
+            overwrite: Drop whatever an earlier run left.
+
+        Raises:
+            ConfigError: An unfinished run here was made from something else; the
+                message names what changed.
+        """
+        if overwrite:
+            self._clear()
+        state = self.root / "state.json"
+        if state.is_file():
+            earlier = self._read_json(state)["fingerprint"]
+            names = sorted({*earlier, *fingerprint})
+            changed = [n for n in names if earlier.get(n) != fingerprint.get(n)]
+            if changed:
+                raise ConfigError(
+                    f"cannot resume in {self.root}: {', '.join(changed)} changed since "
+                    "that run began; use --overwrite to start again"
+                )
+        self._sweep()
+        self.write_json("state.json", {"version": 1, "fingerprint": dict(fingerprint)})
+
+    def _clear(self) -> None:
+        for name in (*_OURS, *_REPORTS):
+            path = self.root / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        for leftover in self.root.glob(f"**/*{_TEMPORARY}"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+
+    def write_json(self, name: str, data: Any) -> None:
+        """Write plain data as ``name``, atomically."""
+        write_atomically(self.root / name, json.dumps(data, indent=1).encode())
+
+    def _read_json(self, path: Path) -> Any:
+        try:
+            return json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}); start again with --overwrite"
+            ) from error
+
+    def stage(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return a stage's stored result, or compute and store it (plain data)."""
+        path = self.root / "results" / f"{name}.json"
+        if path.is_file():
+            return self._read_json(path)
+        result = compute()
+        self.write_json(f"results/{name}.json", result)
+        return result
+
+    def stored(self, name: str) -> Any | None:
+        """Return the stored result of a stage, or ``None``."""
+        path = self.root / "results" / f"{name}.json"
+        return self._read_json(path) if path.is_file() else None
+
+    def has_part(self, part: str) -> bool:
+        """Whether the codes of a part (a block, or ``embeddings``) are complete."""
+        return self._part(part).is_file()
+
+    def save_part(
+        self,
+        part: str,
+        tensors: Mapping[str, QuantizedTensor],
+        records: Mapping[str, LayerRecord],
+    ) -> None:
+        """Store the codes of all layers of a part."""
+        from safetensors.torch import save
+
+        flat: dict[str, Tensor] = {}
+        about: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            for key, value in tensor.state().items():
+                flat[f"{name}.{key}"] = value.cpu().contiguous()
+            about[name] = {
+                "scheme": tensor.scheme.to_dict(),
+                "notes": list(tensor.notes),
+                **vars(records[name]),
+            }
+        data = save(flat, metadata={"layers": json.dumps(about)})
+        write_atomically(self._part(part), data)
+
+    def records(self, part: str) -> dict[str, dict[str, Any]]:
+        """Return scheme, notes, errors and seconds of each layer of a part."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self._part(part)
+        try:
+            with safe_open(path, framework="pt") as file:
+                about: dict[str, dict[str, Any]] = json.loads(file.metadata()["layers"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}); delete it and run again with --resume"
+            ) from error
+        return about
+
+    def read_layer(self, part: str, layer: str) -> QuantizedTensor:
+        """Return the stored codes of one layer."""
+        from safetensors import safe_open
+
+        about = self.records(part)[layer]
+        with safe_open(self._part(part), framework="pt") as file:
+            stored = set(file.keys())
+            parts = {
+                key: file.get_tensor(f"{layer}.{key}").clone()
+                for key in ("codes", "scale", "zero")
+                if f"{layer}.{key}" in stored
+            }
+        return QuantizedTensor(
+            parts["codes"],
+            parts["scale"],
+            parts.get("zero"),
+            Scheme.from_dict(about["scheme"]),
+            tuple(about["notes"]),
+        )
+
+    def _part(self, part: str) -> Path:
+        return self.root / "blocks" / f"{part}.safetensors"
+
+    def replace_folder(self, target: Path, fill: Callable[[Path], Any]) -> Any:
+        """Fill a temporary folder and rename it to ``target`` when it is complete."""
+        temporary = target.with_name(target.name + _TEMPORARY)
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+        try:
+            result = fill(temporary)
+        except (OSError, CompressError):
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        return result

@@ -1,0 +1,159 @@
+"""GPTQ: round column by column, and let later columns make up for the error.
+
+Minimises ``tr((W - Q) H (W - Q)^T)`` for weights ``W [R, C]``, codes' values ``Q`` and the
+inputs' second moment ``H = 2 sum x x^T`` (the Hessian of the layer's squared output
+error). Columns are taken in order of falling ``diag(H)``; the error of each, divided by
+the diagonal of ``U`` with ``H^-1 = U^T U``, is spread over the columns still to come.
+
+Source: Frantar et al. (2022), "GPTQ: Accurate Post-Training Quantization for Generative
+Pre-trained Transformers", algorithm 1; the drift correction follows the idea of Li et
+al. (2025), "GPTAQ", in another form. Differs from the paper:
+
+* scales are static, chosen before the loop by an H-weighted search over both signs
+  (``core/grids.py``), so that act-order needs no index at inference;
+* the off-diagonal of H is shrunk, the usual cure for a covariance from few samples: it is
+  what makes the result hold on text unlike the calibration text;
+* ``drift``: half of the least-squares correction towards the dense model's outputs is
+  added to W first, so that a layer repairs what the layers before it lost;
+* ``refit``: closed-form scales and one pass of coordinate descent over the codes after
+  the loop, accepted only where the objective falls.
+
+Limits: memory is a few ``[C, C]`` matrices; time grows as ``R C^2``.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.core import feedback, grids
+from compress.core.contracts import Options, Quantizer
+from compress.core.scheme import Scheme
+from compress.core.statistics import LayerStatistics
+from compress.core.tensors import QuantizedTensor
+
+_LARGEST_DAMP = 1.0
+
+
+class GPTQOptions(Options):
+    """Options of ``gptq``.
+
+    Attributes:
+        damp: Added to the diagonal of H, as a share of its mean. Multiplied by ten up to
+            1 while H is not positive definite; then the layer falls back to rounding.
+        shrink: Share by which the off-diagonal of H is reduced.
+        drift: Share of the correction towards the dense model's outputs that is added.
+        act_order: Take columns by falling ``diag(H)`` instead of from left to right.
+        search: Choose scales by H-weighted error instead of by each group's range.
+        refit: Rounds of closed-form scales and coordinate descent after the loop.
+    """
+
+    damp: float = Field(default=0.01, gt=0, le=_LARGEST_DAMP)
+    shrink: float = Field(default=0.1, ge=0, lt=1)
+    drift: float = Field(default=0.5, ge=0, le=1)
+    act_order: bool = True
+    search: bool = True
+    refit: int = Field(default=0, ge=0, le=10)
+
+
+class GPTQ(Quantizer):
+    """Error feedback on any integer grid, with statistics from calibration."""
+
+    name = "gptq"
+    summary = "error feedback with weighted scale search and drift correction"
+    source = "Frantar et al. 2022 (arXiv 2210.17323); Li et al. 2025 (GPTAQ)"
+    Options: ClassVar[type[Options]] = GPTQOptions
+    options: GPTQOptions
+    needs_statistics: ClassVar[bool] = True
+
+    @property
+    def needs_drift(self) -> bool:
+        """Whether the drift correction is on."""
+        return self.options.drift > 0
+
+    def schemes(self) -> tuple[str, ...]:
+        """Names of schemes an allocator may choose, most bits first."""
+        return tuple(f"int{bits}-g32" for bits in range(8, 1, -1))
+
+    def quantize(
+        self, weight: Tensor, scheme: Scheme, statistics: LayerStatistics | None
+    ) -> QuantizedTensor:
+        """Return codes of ``weight`` ``[R, C]``, solved in float32 on its device.
+
+        Falls back to round to nearest, with a note, when H cannot be factored.
+        """
+        assert statistics is not None, "gptq declares needs_statistics"
+        options = self.options
+        hessian = _regularized(statistics.hessian, options.shrink)
+        target = weight.float().clone()
+        target[:, statistics.hessian.diagonal() == 0] = 0  # never fed: cannot matter
+        damped, factor, notes = _factor(hessian, options)
+        if factor is None:
+            return _round(target, scheme, notes)
+        if statistics.drift is not None and options.drift:
+            pull = torch.cholesky_solve((target @ statistics.drift).T, factor).T
+            target += options.drift * pull
+        parameters = _parameters(target, statistics, scheme, search=options.search)
+        order = _column_order(statistics.hessian, act_order=options.act_order)
+        codes = feedback.solve(target, damped, parameters, scheme, order=order)
+        for _ in range(options.refit):
+            parameters = feedback.refit_scales(target, damped, codes, parameters, scheme)
+            codes = feedback.descend(
+                target, damped, codes, parameters, scheme, order=order
+            )
+        return grids.assemble(codes, parameters, scheme, notes=notes)
+
+
+def _regularized(hessian: Tensor, shrink: float) -> Tensor:
+    """Shrink the off-diagonal, and give columns that are never fed a unit diagonal."""
+    diagonal = hessian.diagonal().clone()
+    dead = diagonal == 0
+    shrunk = hessian * (1 - shrink)
+    diagonal[dead] = diagonal[~dead].mean() if bool((~dead).any()) else 1.0
+    shrunk.diagonal().copy_(diagonal)
+    return shrunk
+
+
+def _factor(
+    hessian: Tensor, options: GPTQOptions
+) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
+    """Return damped H, its lower Cholesky factor (``None`` if it has none), and notes."""
+    mean = float(hessian.diagonal().mean())
+    damp = options.damp
+    while damp <= _LARGEST_DAMP:
+        damped = hessian.clone()
+        damped.diagonal().add_(damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed) and bool(torch.isfinite(lower).all()):
+            raised = damp > options.damp
+            note = (f"damp raised to {damp:g}: the Hessian is near singular",)
+            return damped, lower, note if raised else ()
+        damp *= 10
+    note = ("rounded to nearest: the Hessian cannot be factored even with damp 1",)
+    return hessian, None, note
+
+
+def _parameters(
+    target: Tensor, statistics: LayerStatistics, scheme: Scheme, *, search: bool
+) -> grids.GridParameters:
+    groups = grids.as_groups(target, scheme)
+    if not search:
+        return grids.range_parameters(groups, scheme)
+    importance = statistics.hessian.diagonal().view(groups.shape[1], -1)
+    return grids.search_parameters(groups, scheme, importance=importance)
+
+
+def _column_order(hessian: Tensor, *, act_order: bool) -> Tensor:
+    if act_order:
+        return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    return torch.arange(hessian.shape[0], device=hessian.device)
+
+
+def _round(target: Tensor, scheme: Scheme, notes: tuple[str, ...]) -> QuantizedTensor:
+    groups = grids.as_groups(target, scheme)
+    parameters = grids.search_parameters(groups, scheme)
+    codes = grids.encode(groups, parameters, scheme).view(target.shape)
+    return grids.assemble(codes, parameters, scheme, notes=notes)
