@@ -15,7 +15,7 @@ from compress.config import load_config
 from compress.config.plugins import create_exporter, create_quantizer
 from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.contracts import ExportResult
-from compress.core.errors import CalibrationError, ConfigError, PlanError
+from compress.core.errors import CalibrationError, ConfigError
 from compress.core.families import family_of
 from compress.core.plan import Plan
 from compress.core.tensors import QuantizedTensor
@@ -50,9 +50,7 @@ class QuantizedModel:
             ConfigError: The folder is not empty, or an option is wrong.
         """
         exporter = create_exporter(format, options)
-        check_exports(
-            {format: exporter}, self.artifact.plan, self.artifact.description
-        )
+        check_exports({format: exporter}, self.artifact.plan, self.artifact.description)
         target = Path(folder)
         if target.is_dir() and any(target.iterdir()):
             raise ConfigError(f"{target} is not empty; give a new folder")
@@ -128,7 +126,9 @@ def quantize(
     if runner.needs_calibration:
         windows = calibration if calibration is not None else _mix(tokenizer)
     runner.run(windows)
-    codes = {n: workdir.read_layer(part_of_layer(n, description), n) for n in plan.layers}
+    codes = {
+        n: workdir.read_layer(part_of_layer(n, description), n) for n in plan.layers
+    }
     records = _records(plan, description, workdir)
     folder.cleanup()
     _replace_weights(model, codes)

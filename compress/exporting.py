@@ -41,7 +41,7 @@ def check_exports(exporters: Mapping[str, Exporter], plan: Plan, model: Any) -> 
 def write_export(
     name: str, exporter: Exporter, artifact: CompressedModel, workdir: WorkDir
 ) -> dict[str, Any]:
-    """Write one export into ``WORKDIR/export/NAME``; returns its entry of the report."""
+    """Write one export into ``WORKDIR/export/NAME``; return its report entry."""
     target = workdir.root / "export" / name
     result = workdir.replace_folder(
         target, lambda folder: exporter.write(artifact, folder)

@@ -1,8 +1,8 @@
-"""The stages in order: load, calibrate, plan, quantize, evaluate, export, verify, report.
+"""All stages in order: load, plan, calibrate, quantize, evaluate, export, report.
 
-The only module that knows all of them. Methods and formats are found by name; everything
-that was computed lies in the work directory, so that an interrupted run goes on where it
-stopped.
+The only module that knows them all. Methods and formats are found by name; everything
+that was computed lies in the work directory, so that an interrupted run goes on where
+it stopped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Figures of any checkpoint, ours or not: ``compress eval`` and ``compress inspect``."""
+"""Figures of any checkpoint: ``compress eval`` and ``compress inspect``."""
 
 from __future__ import annotations
 

@@ -195,8 +195,8 @@ class PlanRunner:
         done = self.workdir.has_part(name) or not layers
         kept: dict[str, list[Tensor]] = {}
         if dense is not None:
-            watch = {} if done else _keep_inputs(linears, kept)
-            dense.hidden = model.run_block(index, dense, watch=watch)
+            keep = {} if done else _keep_inputs(linears, kept)
+            dense.hidden = model.run_block(index, dense, watch=keep)
         if done:
             if self.propagate == "quantized":
                 for path, layer in layers.items():
@@ -226,7 +226,7 @@ class PlanRunner:
 def _keep_inputs(
     linears: list[Linear], kept: dict[str, list[Tensor]]
 ) -> dict[str, Callable[[Tensor], None]]:
-    """Return hooks that keep the inputs of the dense model, once for each shared one."""
+    """Return hooks that keep the dense inputs, once for each shared one."""
     first = {linear.input: linear.path for linear in reversed(linears)}
     return {path: kept.setdefault(shared, []).append for shared, path in first.items()}
 

@@ -1,9 +1,9 @@
 """The work directory: checkpoints of each block, results of each stage, atomic writes.
 
-Everything is written to a temporary name in the same folder, flushed to disk and renamed,
-so that a file either is whole or is not there. A killed run leaves at most temporary
-files, which the next one removes. ``state.json`` holds a fingerprint of all that decides
-the codes; a run only resumes into a directory with the same fingerprint.
+Everything is written to a temporary name in the same folder, flushed to disk and
+renamed, so that a file either is whole or is not there. A killed run leaves at most
+temporary files, which the next one removes. ``state.json`` holds a fingerprint of all
+that decides the codes; a run only resumes into a directory with the same fingerprint.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ class GGUFExporter(Exporter):
         yield from decoded_logits(_only_file(folder), windows)
 
     def serve(self, folder: Path, windows: Tensor) -> Iterator[Tensor]:
-        """Run the file in llama.cpp as it is, activations rounded to 8 bits included."""
+        """Run the file as it is: llama.cpp rounds activations to 8 bits."""
         return llamacpp_logits(_only_file(folder), windows)
 
     @property

@@ -1,7 +1,7 @@
 """GPTQ: round column by column, and let later columns make up for the error.
 
-Minimises ``tr((W - Q) H (W - Q)^T)`` for weights ``W [R, C]``, codes' values ``Q`` and the
-inputs' second moment ``H = 2 sum x x^T`` (the Hessian of the layer's squared output
+Minimises ``tr((W - Q) H (W - Q)^T)`` for weights ``W [R, C]``, codes' values ``Q`` and
+the inputs' second moment ``H = 2 sum x x^T`` (the Hessian of the layer's squared output
 error). Columns are taken in order of falling ``diag(H)``; the error of each, divided by
 the diagonal of ``U`` with ``H^-1 = U^T U``, is spread over the columns still to come.
 
@@ -11,7 +11,8 @@ al. (2025), "GPTAQ", in another form. Differs from the paper:
 
 * scales are static, chosen before the loop by an H-weighted search over both signs
   (``core/grids.py``), so that act-order needs no index at inference;
-* the off-diagonal of H is shrunk, the usual cure for a covariance from few samples: it is
+* the off-diagonal of H is shrunk, the usual cure for a covariance from few samples: it
+  is
   what makes the result hold on text unlike the calibration text;
 * ``drift``: half of the least-squares correction towards the dense model's outputs is
   added to W first, so that a layer repairs what the layers before it lost;
@@ -42,7 +43,8 @@ class GPTQOptions(Options):
     """Options of ``gptq``.
 
     Attributes:
-        damp: Added to the diagonal of H, as a share of its mean. Multiplied by ten up to
+        damp: Added to the diagonal of H, as a share of its mean. Multiplied by ten up
+        to
             1 while H is not positive definite; then the layer falls back to rounding.
         shrink: Share by which the off-diagonal of H is reduced.
         drift: Share of the correction towards the dense model's outputs that is added.
@@ -100,7 +102,9 @@ class GPTQ(Quantizer):
         order = _column_order(statistics.hessian, act_order=options.act_order)
         codes = feedback.solve(target, damped, parameters, scheme, order=order)
         for _ in range(options.refit):
-            parameters = feedback.refit_scales(target, damped, codes, parameters, scheme)
+            parameters = feedback.refit_scales(
+                target, damped, codes, parameters, scheme
+            )
             codes = feedback.descend(
                 target, damped, codes, parameters, scheme, order=order
             )
@@ -120,7 +124,7 @@ def _regularized(hessian: Tensor, shrink: float) -> Tensor:
 def _factor(
     hessian: Tensor, options: GPTQOptions
 ) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
-    """Return damped H, its lower Cholesky factor (``None`` if it has none), and notes."""
+    """Return damped H, its Cholesky factor (``None`` if it has none), and notes."""
     mean = float(hessian.diagonal().mean())
     damp = options.damp
     while damp <= _LARGEST_DAMP:

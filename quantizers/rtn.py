@@ -47,7 +47,7 @@ class RoundToNearest(Quantizer):
     def quantize(
         self, weight: Tensor, scheme: Scheme, statistics: LayerStatistics | None
     ) -> QuantizedTensor:
-        """Return the nearest codes of ``weight`` ``[R, C]``; ``statistics`` is unused."""
+        """Return the nearest codes of ``weight`` ``[R, C]``; uses no statistics."""
         groups = grids.as_groups(weight, scheme)
         if self.options.search:
             parameters = grids.search_parameters(groups, scheme)

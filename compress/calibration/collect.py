@@ -3,8 +3,8 @@
 Calibration and quantization share one forward pass of a block: when the first of the
 layers that share an input is about to run, its input for *all* windows is at hand, so
 statistics are complete, the layers are quantized there and then, and the pass goes on
-with their new weights. Each layer thus sees what the compressed layers before it feed it
-("true sequential" order) for the price of a single pass.
+with their new weights. Each layer thus sees what the compressed layers before it feed
+it ("true sequential" order) for the price of a single pass.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Quantizer(Plugin):
 
     @property
     def needs_drift(self) -> bool:
-        """Whether statistics should hold ``drift``, which takes a second forward pass."""
+        """Whether statistics must hold ``drift``, which takes a second forward pass."""
         return False
 
     @abstractmethod

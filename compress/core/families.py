@@ -1,8 +1,9 @@
 """Model families: where blocks, linears, norms, shared inputs and slice groups are.
 
-One row a family. Paths are relative to a decoder block unless they say otherwise, and are
-the same in the checkpoint and in transformers' module tree. A family whose experts are
-listed is known by name; methods that cannot treat experts refuse it before any work.
+One row a family. Paths are relative to a decoder block unless they say otherwise, and
+are the same in the checkpoint and in transformers' module tree. A family whose experts
+are listed is known by name; methods that cannot treat experts refuse it before any
+work.
 """
 
 from __future__ import annotations

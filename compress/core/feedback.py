@@ -1,8 +1,8 @@
 """Error feedback on a quadratic objective: the column loop, and its refinements.
 
-All functions minimise ``tr((W - Q) H (W - Q)^T)`` over values ``Q`` of a grid. They know
-nothing of statistics or options, so any method that has a target and a positive definite
-``H`` can use them.
+All functions minimise ``tr((W - Q) H (W - Q)^T)`` over values ``Q`` of a grid. They
+know nothing of statistics or options, so any method that has a target and a positive
+definite ``H`` can use them.
 
 Source: Frantar et al. (2022), "GPTQ", algorithm 1, for :func:`solve`; Behdin et al.
 (2023), "QuantEase", for :func:`descend`; weighted least squares for
@@ -23,7 +23,7 @@ _COLUMNS_AT_ONCE = 128
 
 
 def _spread(values: Tensor, columns: int, order: Tensor) -> Tensor:
-    """Expand ``[R, G]`` to one value a column, ``[C, R]``, in the given column order."""
+    """Expand ``[R, G]`` to one value a column, ``[C, R]``, in the given order."""
     wide = values.repeat_interleave(columns // values.shape[1], dim=1)
     return wide[:, order].T.contiguous()
 
@@ -136,9 +136,9 @@ def refit_scales(
 ) -> GridParameters:
     """Return scales refitted to fixed codes, group after group, by least squares.
 
-    For a group with code values ``c`` (zero point taken off) the best change of its scale
-    is ``<e, c>_H / <c, c>_H`` with ``e`` the present error. A change is rounded to the
-    storage type first and kept only where the objective still falls.
+    For a group with code values ``c`` (zero point taken off) the best change of its
+    scale is ``<e, c>_H / <c, c>_H`` with ``e`` the present error. A change is rounded
+    to the storage type first and kept only where the objective still falls.
     """
     rows, columns = weight.shape
     count = parameters.scale.shape[1]

@@ -1,8 +1,8 @@
 """Integer grids: where scales come from, and codes from scales.
 
-Every function works on weights seen as groups, ``[R, G, g]``: ``g`` columns share a scale.
-Scales and float minima are rounded to their storage type *before* codes are computed, so
-that dequantizing gives exactly what the loader of a file will see.
+Every function works on weights seen as groups, ``[R, G, g]``: ``g`` columns share a
+scale. Scales and float minima are rounded to their storage type *before* codes are
+computed, so that dequantizing gives exactly what the loader of a file will see.
 
 Source: Frantar et al. (2022), "GPTQ", for the error-driven choice of scales (there with
 exponent 2.4 and no weights). Differs: squared error, weighted by the second moment of
@@ -42,7 +42,7 @@ class GridParameters:
 
 
 def as_groups(weight: Tensor, scheme: Scheme) -> Tensor:
-    """Return a float32 view ``[R, G, g]`` of ``[R, C]``; ``g`` columns share a scale."""
+    """Return ``[R, C]`` as float32 ``[R, G, g]``; ``g`` columns share a scale."""
     rows, columns = weight.shape
     size = scheme.group_of(columns)
     return weight.float().view(rows, columns // size, size)
@@ -58,8 +58,8 @@ def range_parameters(
 ) -> GridParameters:
     """Return the parameters that map each group's range, times ``factor``, to the grid.
 
-    Symmetric grids use ``amax / ((2**bits - 1) / 2)``, the compressed-tensors convention,
-    which clips the largest value by up to half a step. The other grids span
+    Symmetric grids use ``amax / ((2**bits - 1) / 2)``, the compressed-tensors
+    convention, which clips the largest value by up to half a step. The other grids span
     ``[min(0, min), max(0, max)]``.
 
     Args:
@@ -134,7 +134,8 @@ def search_parameters(
         factors = [*factors, *(-factor for factor in factors)]
     rows = max(1, _CHUNK_WEIGHTS // max(1, groups[0].numel()))
     parts = [
-        _search_rows(chunk, scheme, importance, factors) for chunk in groups.split(rows)
+        _search_rows(chunk, scheme, importance, factors)
+        for chunk in torch.split(groups, rows)
     ]
     zeros = [part.zero for part in parts if part.zero is not None]
     return GridParameters(
@@ -200,5 +201,9 @@ def assemble(
             "set quantize.scale_dtype: bfloat16 or float32"
         )
     return QuantizedTensor(
-        codes.to(torch.int8).contiguous(), scale.contiguous(), stored_zero, scheme, notes
+        codes.to(torch.int8).contiguous(),
+        scale.contiguous(),
+        stored_zero,
+        scheme,
+        notes,
     )

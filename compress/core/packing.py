@@ -2,8 +2,8 @@
 
 Code ``i`` of a row takes bits ``[i*b, (i+1)*b)`` of the row's bit string; 32-bit words
 are little-endian, codes may straddle two words and the tail is zero. This is the
-``pack-quantized`` layout of compressed-tensors >= 0.18 (older releases left the top bits
-of a word unused for 3, 5, 6 and 7 bits).
+``pack-quantized`` layout of compressed-tensors >= 0.18 (older releases left the top
+bits of a word unused for 3, 5, 6 and 7 bits).
 """
 
 from __future__ import annotations

@@ -82,7 +82,9 @@ def compare(
     own = Scores(windows.protocol, torch.stack(base_nll))
     if not rows:
         return own, None
-    nll, kl, same, flipped, dp = (torch.stack(column) for column in zip(*rows, strict=True))
+    nll, kl, same, flipped, dp = (
+        torch.stack(column) for column in zip(*rows, strict=True)
+    )
     return own, Scores(windows.protocol, nll, kl, same, flipped, dp)
 
 
@@ -114,7 +116,10 @@ def _distance(p: Tensor, q: Tensor, ids: Tensor, first: int) -> tuple[Tensor, ..
         kl = (logp.exp() * (logp - logq)).sum(-1, dtype=torch.float64).clamp(min=0)
         top_p, top_q = logp.argmax(-1), logq.argmax(-1)
         hit_p, hit_q = top_p == true[:, 0], top_q == true[:, 0]
-        lp, lq = logp.gather(1, true)[:, 0].double(), logq.gather(1, true)[:, 0].double()
+        lp, lq = (
+            logp.gather(1, true)[:, 0].double(),
+            logq.gather(1, true)[:, 0].double(),
+        )
         columns = (-lq, kl, top_p == top_q, hit_p != hit_q, lq.exp() - lp.exp())
         parts.append(tuple(column.double() for column in columns))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
@@ -128,7 +133,9 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), error
 
 
-def summarize(scores: Scores, *, base: Scores | None, text_bytes: int) -> dict[str, Any]:
+def summarize(
+    scores: Scores, *, base: Scores | None, text_bytes: int
+) -> dict[str, Any]:
     """Return the figures of a report for one text.
 
     Args:

@@ -1,6 +1,7 @@
 """Perplexity protocols: how a text becomes windows, and which predictions count.
 
-Figures of different protocols are never comparable, so each carries its protocol's name.
+Figures of different protocols are never comparable, so each carries its protocol's
+name.
 
 * ``windows``: the first N non-overlapping windows of a chosen length, every prediction
   counts. Short, for reports; the length is part of the name (``windows10x1024``).

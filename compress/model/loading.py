@@ -139,7 +139,9 @@ def _builtin(name: str) -> Path:
         )
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
-        raise CheckpointError(f"package {distribution} is damaged: it has no .gguf file")
+        raise CheckpointError(
+            f"package {distribution} is damaged: it has no .gguf file"
+        )
     return files[0]
 
 
@@ -192,7 +194,7 @@ def _commonest(source: TensorSource) -> str:
 
 
 def _with_defaults(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Return the config with transformers' defaults filled in (``head_dim`` and so on)."""
+    """Return the config with transformers' defaults filled in (``head_dim``...)."""
     from transformers import AutoConfig
 
     data = dict(config)
@@ -235,13 +237,11 @@ def check_tensors(handle: ModelHandle) -> None:
         info = description.tensors.get(name)
         if info is None:
             raise CheckpointError(
-                f"{description.label}: the checkpoint lacks {name}; it is incomplete, or "
-                "its config.json is of another model"
+                f"{description.label}: the checkpoint lacks {name}; it is incomplete, "
+                "or its config.json is of another model"
             )
         if info.shape != tuple(parameter.shape):
             raise CheckpointError(
                 f"{description.label}: {name} has shape {info.shape}; the config says "
                 f"{tuple(parameter.shape)}"
             )
-
-

@@ -117,8 +117,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{path}: damaged safetensors header: {error}") from error
     if 8 + length + end != size:
         raise CheckpointError(
-            f"{path}: truncated: the header describes {8 + length + end} bytes, the file "
-            f"has {size}; download it again"
+            f"{path}: truncated: the header describes {8 + length + end} bytes, the "
+            f"file has {size}; download it again"
         )
     return infos
 
@@ -140,7 +140,7 @@ class ModuleSource(TensorSource):
     """The parameters of a transformers model that is already in memory."""
 
     def __init__(self, model: nn.Module) -> None:
-        # remove_duplicate drops the second name of tied weights, as save_pretrained does.
+        # Drops the second name of tied weights, as save_pretrained does.
         self._parameters = dict(model.named_parameters(remove_duplicate=True))
 
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -156,7 +156,7 @@ class ModuleSource(TensorSource):
 
 
 class ResidentSource(TensorSource):
-    """Another source, held in memory after the first read (``model.resident: true``)."""
+    """Another source, kept in memory once read (``model.resident: true``)."""
 
     def __init__(self, source: TensorSource) -> None:
         self._source = source

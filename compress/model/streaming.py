@@ -1,10 +1,10 @@
 """Running a model with only one decoder block in memory.
 
-transformers builds the module tree without weights; embedding, blocks and head are filled
-from a ``TensorSource`` when their turn comes and emptied afterwards. What a block needs
-besides the hidden states (masks, rotary embeddings, per layer type) is recorded once, by
-running the model's own ``forward`` with the blocks replaced by recorders: so every
-architecture keeps its own rules, and none is copied here.
+transformers builds the module tree without weights; embedding, blocks and head are
+filled from a ``TensorSource`` when their turn comes and emptied afterwards. What a
+block needs besides the hidden states (masks, rotary embeddings, per layer type) is
+recorded once, by running the model's own ``forward`` with the blocks replaced by
+recorders: so every architecture keeps its own rules, and none is copied here.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class StreamedModel:
         try:
             count, length, _ = activations.hidden.shape
             batch = count if at_once else max(1, _TOKENS_A_CALL // length)
-            for hidden in activations.hidden.split(batch):
+            for hidden in torch.split(activations.hidden, batch):
                 output = block(hidden.to(self._device, self._dtype), **call)
                 output = output[0] if isinstance(output, tuple) else output
                 outputs.append(output.to("cpu", torch.float32))
@@ -138,7 +138,7 @@ class StreamedModel:
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Yield a function from hidden states ``[T, C]`` to float32 logits ``[T, V]``."""
+        """Yield a function from hidden ``[T, C]`` to float32 logits ``[T, V]``."""
         family = self.description.family
         # A tied head reads the embedding; the module tree still has its own slot.
         path = family.embedding if self.description.tied else family.head
@@ -231,7 +231,9 @@ def build_skeleton(config: Mapping[str, Any]) -> Any:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"transformers cannot build {kind!r}: {error}") from error
     for module in model.modules():
-        if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
+        if any(
+            buffer.is_meta for buffer in module._buffers.values() if buffer is not None
+        ):
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = torch.empty_like(buffer, device="cpu")
@@ -241,7 +243,7 @@ def build_skeleton(config: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def _recorded(blocks: Any, calls: list[BlockCall]) -> Iterator[list[Tensor]]:
-    """Replace the blocks' forward by recorders; yields the list of inputs of block 0."""
+    """Replace the blocks' forward by recorders; yield the inputs of block 0."""
     first: list[Tensor] = []
 
     def recorder(index: int) -> Callable[..., Tensor]:

@@ -1,9 +1,9 @@
 """Peak memory and time of a run, predicted from shapes and one small timing.
 
 Memory is what the interpreter and its libraries take, plus the larger of the stages'
-working sets. Time counts multiplications, divided by the speed of a matrix product timed
-on the spot, so that it fits the machine; both are predictions, and the report prints
-them beside what was measured.
+working sets. Time counts multiplications, divided by the speed of a matrix product
+timed on the spot, so that it fits the machine; both are predictions, and the report
+prints them beside what was measured.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def _memory(model: ModelDescription, work: Work) -> int:
 def _operations(model: ModelDescription, plan: Plan, work: Work) -> float:
     hidden, inner, vocabulary = _sizes(model)
     weights = _block_weights(model) * model.block_count
-    total = sum(
+    total = 0.0
+    total += sum(
         layer.shape[0] * layer.shape[1] * _SEARCH_OPERATIONS
         for layer in plan.layers.values()
     )
@@ -107,7 +108,7 @@ def _operations(model: ModelDescription, plan: Plan, work: Work) -> float:
     streams = 2
     total += 2 * work.evaluation_tokens * (weights + vocabulary * hidden) * streams
     total += work.evaluation_tokens * vocabulary * 60
-    return float(total)
+    return total
 
 
 def _speed() -> float:

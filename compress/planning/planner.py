@@ -62,7 +62,7 @@ def make_plan(
 
 
 def _matrices(model: ModelDescription, overrides: Mapping[str, Override]) -> list[str]:
-    """Return layers of the plan: all linears, and embedding or head if they are named."""
+    """Return all linears, and embedding or head if an override names them."""
     extra = [model.family.embedding]
     if not model.tied:
         extra.append(model.family.head)
