@@ -46,16 +46,18 @@ def measure(inputs: Tensor, dense: Tensor | None, layer: str) -> LayerStatistics
         CalibrationError: The inputs are not finite.
     """
     flat = inputs.reshape(-1, inputs.shape[-1]).float()
-    if not bool(torch.isfinite(flat).all()):
-        raise CalibrationError(
-            f"inputs of {layer} are NaN or infinite; the checkpoint is damaged, or its "
-            "activations do not fit the arithmetic"
-        )
+    hessian = gram(flat)
     drift = None
     if dense is not None:
         moved = dense.reshape(flat.shape).to(flat) - flat
         drift = (moved.T @ flat).mul_(2)
-    return LayerStatistics(gram(flat), flat.shape[0], drift)
+    # One bad activation makes a whole row of the sum bad, which is cheaper to look for.
+    if not bool(torch.isfinite(hessian if drift is None else hessian + drift).all()):
+        raise CalibrationError(
+            f"inputs of {layer} are NaN or infinite; the checkpoint is damaged, or its "
+            "activations do not fit the arithmetic"
+        )
+    return LayerStatistics(hessian, flat.shape[0], drift)
 
 
 def first_arrivals(
