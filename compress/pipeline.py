@@ -35,7 +35,7 @@ from compress.report import summary_table, write_report
 from compress.reporting import build_report
 from compress.scoring import evaluate, inspect
 from compress.transform import CompressedSource, PlanRunner, part_of_layer
-from compress.workdir import WorkDir
+from compress.workdir import WorkDir, write_atomically
 
 __all__ = ["Result", "dry_run", "evaluate", "export", "inspect", "plan", "run"]
 
@@ -171,7 +171,7 @@ class Run:
         fingerprint = self._fingerprint(tokens)
         self.workdir.begin(fingerprint, overwrite=overwrite)
         self.workdir.write_json("results/predicted.json", self._predicted())
-        (self.workdir.root / "plan.json").write_text(self.plan.to_json())
+        write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
         with self.timed("quantize"):
             self.runner.run(tokens.tokens if tokens else None)
         metrics = self.workdir.stage(
