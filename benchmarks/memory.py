@@ -28,9 +28,8 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from compress.calibration.sources import MIX_NAMES
 from compress.core.artifact import TensorInfo
-from compress.data import read_text
+from compress.data import MIX, read_text
 from compress.export.sharding import Entry, plan_shards, write_shards
 
 LIMIT_BYTES = 3 << 30
@@ -100,7 +99,8 @@ def write_checkpoint(folder: Path, shape: dict[str, int]) -> int:
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([read_text(name) for name in MIX_NAMES], vocab_size=8000)
+    texts = [read_text(f"mix_{part}") for part in MIX]
+    bpe.train_from_iterator(texts, vocab_size=8000, show_progress=False)
     PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer).save_pretrained(folder)
     return sum(entry.info.elements for entry in entries)
 

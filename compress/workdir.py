@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.core.errors import CheckpointError, CompressError, ConfigError
+from compress.core.errors import CheckpointError, ConfigError
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 
@@ -36,10 +36,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+        os.replace(temporary, path)
+    except BaseException:  # whatever it was, no half file stays behind
         temporary.unlink(missing_ok=True)
         raise
-    os.replace(temporary, path)
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class WorkDir:
         temporary.mkdir(parents=True)
         try:
             result = fill(temporary)
-        except (OSError, CompressError):
+        except BaseException:  # whatever it was, no half folder stays behind
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         if target.exists():

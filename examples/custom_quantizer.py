@@ -9,8 +9,8 @@ package of yours whose ``pyproject.toml`` has
     clipped = "your_package.custom_quantizer:Clipped"
 
 and install that with ``pip install -e .``. From then on ``compress list`` shows it, and
-``quantize: {method: clipped, scheme: int4-g64, options: {clip: 0.8}}`` runs it, with the
-same checks of options and schemes that built-in methods have.
+``quantize: {method: clipped, scheme: int4-g64, options: {clip: 0.8}}`` runs it, with
+the same checks of options and schemes that built-in methods have.
 """
 
 from __future__ import annotations

@@ -56,17 +56,19 @@ def quantize_in_memory(folder: Path, target: Path) -> float:
         overrides={"re:.*mlp.*": {"scheme": "int4-g32"}},
     )
     coded.save(target)  # config and weights; pass tokenizer= above to save that too
-    errors = [record["weight_error"] for record in coded.records.values()]
+    errors = [float(record["weight_error"]) for record in coded.records.values()]
     return sum(errors) / len(errors)
 
 
 def main(model: str, workdir: Path, *, samples: int = 32, length: int = 256) -> None:
     """Run all parts of the example."""
     compressed = run_a_config(model, workdir / "run", samples=samples, length=length)
+    dense = convert(model, workdir / "dense")
 
-    # Any checkpoint can be measured, and compared with another.
+    # Any checkpoint can be measured, and compared with another. (A GGUF file would run
+    # in llama.cpp, which rounds activations; two folders run in the same arithmetic.)
     metrics = compress.evaluate(
-        compressed, base=model, texts=[TEXT], windows=2, sequence_length=length
+        compressed, base=dense, texts=[TEXT], windows=2, sequence_length=length
     )
     print("KL by compress.evaluate:", metrics["texts"][TEXT]["kl"])
 
@@ -74,7 +76,6 @@ def main(model: str, workdir: Path, *, samples: int = 32, length: int = 256) -> 
     loaded = compress.load(compressed)
     print(type(loaded).__name__, "with", loaded.num_parameters(), "parameters")
 
-    dense = convert(model, workdir / "dense")
     target = workdir / "in_memory"
     if target.exists():
         print(f"{target} is there already; delete it to write it again")

@@ -27,7 +27,7 @@ def save_checkpoint(
     shard: str = "1GB",
     **changes: Any,
 ) -> Any:
-    """Save a random model (two blocks, 64 wide) and its tokenizer; returns the model."""
+    """Save a random model of two blocks and its tokenizer; returns the model."""
     from transformers import AutoModelForCausalLM
 
     config = tiny_config(model_type, **changes)

@@ -68,7 +68,7 @@ def _shards(folder: Path) -> list[Path]:
         try:
             names = json.loads(index.read_text("utf-8"))["weight_map"].values()
             unique = list(dict.fromkeys(map(str, names)))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not a shard index: {error}") from error
         for name in unique:
             if Path(name).name != name:

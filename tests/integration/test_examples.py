@@ -23,7 +23,12 @@ by_name = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples") / "tiny"
-    save_checkpoint(folder, tie_word_embeddings=True, dtype=torch.float16)
+    save_checkpoint(
+        folder,
+        tie_word_embeddings=True,
+        dtype=torch.float16,
+        intermediate_size=128,
+    )
     return folder
 
 

@@ -116,8 +116,8 @@ def test_a_search_is_never_worse_than_the_range(
     assert bool((lost(searched) <= lost(grids.range_parameters(groups, scheme))).all())
 
 
-# Grids of different widths are not nested, so a single group can lose by a bit more; the
-# claim is about many weights.
+# Grids of different widths are not nested, so a single group can lose by a bit more;
+# the claim is about many weights.
 @settings(deadline=None, max_examples=30)
 @given(st.sampled_from(Zero), st.booleans(), st.integers(0, 1 << 30))
 def test_more_bits_never_increase_the_error_of_rounding(

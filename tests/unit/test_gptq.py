@@ -109,8 +109,7 @@ def textbook_codes(weight: Tensor, hessian: Tensor, scheme: Scheme) -> Tensor:
     """
     rows, columns = weight.shape
     parameters = grids.range_parameters(grids.as_groups(weight, scheme), scheme)
-    scale = parameters.scale.double().repeat_interleave(columns // scheme.group_of(16))
-    scale = scale.view(rows, columns)
+    scale = parameters.scale.double().expand(rows, columns)  # one for each row
     work, inverse = weight.double().clone(), torch.linalg.inv(hessian.double())
     codes = torch.empty(rows, columns, dtype=torch.float64)
     for i in range(columns):

@@ -1,0 +1,176 @@
+"""One block in memory at a time gives what transformers gives with all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from export_fixtures import StateDictSource
+
+from compress.core.artifact import ModelDescription, TensorInfo
+from compress.core.errors import CheckpointError
+from compress.core.families import family_of
+from compress.core.tensors import TORCH_DTYPES
+from compress.model.streaming import StreamedModel, build_skeleton
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "smollm3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8},
+    "phi3": {"pad_token_id": 0},
+}
+WINDOWS = torch.randint(3, 128, (3, 24), generator=torch.Generator().manual_seed(1))
+
+
+def model_of(
+    kind: str, *, tied: bool = False, dtype: str = "float32", **changes: Any
+) -> tuple[Any, ModelDescription, StateDictSource]:
+    """Return a random transformers model, its description and its tensors."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = SIZES | FAMILIES[kind] | {"tie_word_embeddings": tied} | changes
+    config = AutoConfig.for_model(kind, **values)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = model.eval().to(TORCH_DTYPES[dtype])
+    state = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:  # no norm is all ones
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            state[name] = parameter.detach().clone()
+    description = ModelDescription(
+        label=kind,
+        config=config.to_dict(),
+        family=family_of(kind),
+        tensors={n: TensorInfo(tuple(t.shape), dtype) for n, t in state.items()},
+        dtype=dtype,
+        tied=tied,
+    )
+    return model, description, StateDictSource(state)
+
+
+def own_logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.stack([model(window[None]).logits[0] for window in WINDOWS])
+
+
+def streamed_logits(streamed: StreamedModel) -> torch.Tensor:
+    return torch.stack(list(streamed.logits(WINDOWS)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_streamed_logits_are_those_of_transformers(kind: str, tied: bool) -> None:
+    model, description, source = model_of(kind, tied=tied)
+    expected = own_logits(model)
+    found = streamed_logits(StreamedModel(description, source))
+    assert float(expected.std()) > 0.05
+    assert torch.allclose(found, expected, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_family_table_names_all_linears_and_norms(kind: str) -> None:
+    model, description, _ = model_of(kind)
+    family = description.family
+    block = dict(model.get_submodule(family.block(0)).named_modules())
+    linears = [n for n, m in block.items() if isinstance(m, torch.nn.Linear)]
+    norms = [n for n, m in block.items() if type(m).__name__.endswith("RMSNorm")]
+    assert sorted(linear.path for linear in family.linears) == sorted(linears)
+    assert sorted(family.norms) == sorted(norms)
+
+
+def test_a_half_precision_checkpoint_runs_in_float32() -> None:
+    _, description, source = model_of("llama", dtype="bfloat16")
+    found = streamed_logits(StreamedModel(description, source))
+    model, _, _ = model_of("llama")  # its rotary frequencies are not rounded
+    model.load_state_dict({n: t.float() for n, t in source.state.items()})
+    assert torch.allclose(found, own_logits(model), atol=1e-4)
+
+
+def test_scaled_rotary_embeddings_are_kept() -> None:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+    model, description, source = model_of("llama", rope_parameters=rope)
+    found = streamed_logits(StreamedModel(description, source))
+    assert torch.allclose(found, own_logits(model), atol=1e-4)
+
+
+def test_only_one_block_has_weights_at_a_time() -> None:
+    _, description, source = model_of("llama")
+    streamed = StreamedModel(description, source)
+
+    def filled() -> list[int]:
+        blocks = streamed.model.model.layers
+        return [i for i, b in enumerate(blocks) if not next(b.parameters()).is_meta]
+
+    assert filled() == []
+    with streamed.block(1):
+        assert filled() == [1]
+    assert all(p.is_meta for p in streamed.model.parameters())
+
+
+def test_blocks_are_read_once_for_all_windows() -> None:
+    _, description, source = model_of("llama")
+    streamed_logits(StreamedModel(description, source))
+    inside = [name for name in source.reads if ".layers." in name]
+    assert sorted(inside) == sorted(n for n in source.state if ".layers." in n)
+
+
+def test_all_windows_at_once_give_the_same_states() -> None:
+    _, description, source = model_of("gemma2")
+    streamed = StreamedModel(description, source)
+    states = streamed.embed(WINDOWS)
+    seen: list[int] = []
+    with streamed.block(0):
+        parts = streamed.run_block(0, states)
+        watch = {"self_attn.q_proj": lambda x: seen.append(len(x))}
+        whole = streamed.run_block(0, states, watch=watch, at_once=True)
+        again = streamed.run_block(0, states)
+    assert seen == [len(WINDOWS)]  # and the hook is gone afterwards
+    assert torch.allclose(parts, whole, atol=1e-5)
+    assert torch.equal(parts, again)
+
+
+def test_a_misshapen_weight_is_refused() -> None:
+    _, description, source = model_of("llama")
+    source.state["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 4)
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight has shape \(3, 4\)"):
+        streamed_logits(StreamedModel(description, source))
+
+
+def test_integer_weights_are_refused() -> None:
+    _, description, source = model_of("llama")
+    name = "model.layers.0.mlp.up_proj.weight"
+    source.state[name] = source.state[name].to(torch.int8)
+    with pytest.raises(
+        CheckpointError, match=r"stored as torch\.int8; expected a float"
+    ):
+        streamed_logits(StreamedModel(description, source))
+
+
+def test_a_config_that_transformers_refuses_is_an_error() -> None:
+    with pytest.raises(CheckpointError, match="cannot build 'no_such_model'"):
+        build_skeleton({"model_type": "no_such_model"})
