@@ -12,8 +12,8 @@ measured by ``reference_kl.py`` on texts that no calibration has seen; with ``wi
 as calibration, only WikiText-2 is of the same kind.
 
 Seconds of the peer: its call to ``oneshot``. Ours: the whole of ``compress.run`` with
-its export, but without reopening that (``run.verify``). ``without drift`` leaves out the
-second forward pass; ``16 windows`` draws its own sixteen from the same texts. Run it on
+its export, but without reopening that (``run.verify``). ``without drift`` leaves out
+the second forward pass; ``16 windows`` draws its own sixteen from the same texts. Run it on
 a quiet machine: with two cores, a busy one multiplies all times.
 """
 

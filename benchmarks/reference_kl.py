@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compress.evaluation.texts import evaluation_text
 
-TEXTS = ("wikitext2", "tales", "speeches", "code")
+TEXTS = ("wikitext2", "tales", "code")
 WINDOWS, LENGTH = 10, 1024
 
 

@@ -8,6 +8,7 @@ it stopped.
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from compress.core.plan import Plan
 from compress.evaluation.measure import PreparedText, evaluate_texts, prepare_texts
 from compress.evaluation.texts import check_evaluation_text
 from compress.model.loading import ModelHandle, check_tensors, locate, open_model
-from compress.model.streaming import StreamedModel
+from compress.model.streaming import StreamedModel, choose_device
 from compress.planning.planner import make_plan, resolve_scale_dtype
 from compress.report import summary_table, write_report
 from compress.reporting import build_report
@@ -64,12 +65,15 @@ class Result:
 class Run:
     """One config on its way through the stages."""
 
-    def __init__(self, config: Config, command: str | None = None) -> None:
+    def __init__(
+        self, config: Config, command: str | None = None, assets: Path | None = None
+    ) -> None:
         self.config = config
         self.command = command
         self.workdir = WorkDir(config.run.workdir)
+        self._assets = assets or self.workdir.assets
         self.seconds: dict[str, float] = {}
-        self.device = _device(config.run.device)
+        self.device = choose_device(config.run.device)
         self._check_inputs()
         with self.timed("load"):
             self.handle = self._open()
@@ -147,7 +151,8 @@ class Run:
             section.path,
             dtype=section.dtype,
             resident=section.resident,
-            cache=self.workdir.assets,
+            trust_remote_code=section.trust_remote_code,
+            cache=self._assets,
         )
 
     def _plan(self) -> Plan:
@@ -319,16 +324,6 @@ class Run:
         return Result(report, self.workdir.root)
 
 
-def _device(wanted: str) -> str:
-    import torch
-
-    if wanted != "auto":
-        if wanted.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError(f"run.device: {wanted} is not available; use cpu or auto")
-        return wanted
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _prepared(config: Config | Mapping[str, Any] | str | Path) -> Config:
     import torch
 
@@ -364,7 +359,8 @@ def run(
 
 def plan(config: Config | Mapping[str, Any] | str | Path) -> preview.PlanPreview:
     """Return the plan of a config with sizes and predictions; computes nothing."""
-    return preview.predict(Run(_prepared(config)))
+    with tempfile.TemporaryDirectory() as assets:
+        return preview.predict(Run(_prepared(config), assets=Path(assets)))
 
 
 dry_run = plan

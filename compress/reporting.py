@@ -141,8 +141,8 @@ def _warnings(
     if model.source_gguf is not None:
         found.append(
             f"The source is a GGUF file ({model.source_gguf.name}). If it was "
-            "quantized before, its weights lie on a coarse grid already: figures against it "
-            "say nothing of the loss against the original model."
+            "quantized before, its weights lie on a coarse grid already: figures "
+            "against it say nothing of the loss against the original model."
         )
     found += [f"{row['name']}: {note}" for row in layers for note in row["notes"]]
     for name, entry in exports.items():

@@ -30,7 +30,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return perplexity of a checkpoint, and its distance to a base if one is given.
 
-    GGUF files run in llama.cpp itself, everything else block by block in torch.
+    GGUF files run in llama.cpp itself, everything else block by block in torch, and so
+    does a base, whatever it is: llama.cpp rounds activations, and a base must not.
 
     Args:
         path: HF folder or id, GGUF file, our own output, or ``builtin:NAME``.
@@ -56,7 +57,7 @@ def evaluate(
         first = other or handle
         own, compared = evaluate_texts(
             prepared,
-            _predictor(first, "base"),
+            _predictor(first, "base") if other is None else _streamed(first, "base"),
             _predictor(handle, "model") if other is not None else None,
             hidden_size=width,
         )
@@ -71,6 +72,10 @@ def _predictor(handle: ModelHandle, name: str) -> Predictor:
         from compress.export.gguf_runtime import llamacpp_logits
 
         return partial(llamacpp_logits, handle.description.source_gguf)
+    return _streamed(handle, name)
+
+
+def _streamed(handle: ModelHandle, name: str) -> Predictor:
     check_tensors(handle)
     streamed = StreamedModel(handle.description, handle.source)
     return partial(streamed.logits, name=name)

@@ -78,7 +78,7 @@ class SafetensorsExporter(Exporter):
     """Writes ``pack-quantized`` safetensors with config, tokenizer and card."""
 
     name = "safetensors"
-    summary = "compressed-tensors pack-quantized checkpoint for transformers and vLLM"
+    summary = "compressed-tensors pack-quantized checkpoint for transformers"
     source = "compressed-tensors 0.20, pack-quantized layout"
     consumer = "transformers"
     Options = SafetensorsOptions

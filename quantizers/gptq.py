@@ -44,7 +44,7 @@ class GPTQOptions(Options):
 
     Attributes:
         damp: Added to the diagonal of H, as a share of its mean. Multiplied by ten, up
-            to 1, while H is not positive definite; then the layer is rounded to nearest.
+            to 1, while H is not positive definite; then the layer is merely rounded.
         shrink: Share by which the off-diagonal of H is reduced.
         drift: Share of the correction towards the dense model's outputs that is added.
         act_order: Take columns by falling ``diag(H)`` instead of from left to right.

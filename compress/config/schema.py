@@ -100,7 +100,8 @@ class ModelSection(Section):
         description="Hold the whole model in memory instead of one block.",
     )
     trust_remote_code: bool = Field(
-        default=False, description="Run Python code that comes with the checkpoint."
+        default=False,
+        description="Let the tokenizer run Python code of the checkpoint.",
     )
 
 

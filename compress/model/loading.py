@@ -33,10 +33,12 @@ class ModelHandle:
     Attributes:
         description: Config, family, tensors.
         source: Its dense tensors.
+        trust_remote_code: Whether a tokenizer may run Python code of the checkpoint.
     """
 
     description: ModelDescription
     source: TensorSource
+    trust_remote_code: bool = False
 
     def tokenizer(self) -> Any:
         """Return the transformers tokenizer of the model.
@@ -48,7 +50,9 @@ class ModelHandle:
 
         folder = self.description.assets
         try:
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=self.trust_remote_code
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{folder}: no usable tokenizer: {first}") from error
@@ -71,7 +75,12 @@ class _CastSource(TensorSource):
 
 
 def open_model(
-    path: str, *, dtype: str = "auto", resident: bool = False, cache: Path
+    path: str,
+    *,
+    dtype: str = "auto",
+    resident: bool = False,
+    trust_remote_code: bool = False,
+    cache: Path,
 ) -> ModelHandle:
     """Open a model without reading its weights.
 
@@ -79,6 +88,7 @@ def open_model(
         path: HF folder or id, ``.gguf`` file, or ``builtin:NAME``.
         dtype: Storage type to round weights to; ``auto`` keeps the checkpoint's.
         resident: Keep every tensor in memory once it was read.
+        trust_remote_code: Let the tokenizer run Python code of the checkpoint.
         cache: Folder for the tokenizer files that are made from a GGUF file.
 
     Raises:
@@ -103,7 +113,8 @@ def open_model(
         assets=assets,
         source_gguf=where if where.suffix == ".gguf" else None,
     )
-    return ModelHandle(description, ResidentSource(source) if resident else source)
+    chosen_source = ResidentSource(source) if resident else source
+    return ModelHandle(description, chosen_source, trust_remote_code)
 
 
 def locate(path: str) -> Path:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from compress.core.artifact import ModelDescription, TensorSource
-from compress.core.errors import CheckpointError
+from compress.core.errors import CheckpointError, ConfigError
 from compress.model.sources import check_finite
 
 BlockCall = dict[str, Any]
@@ -205,6 +205,19 @@ class StreamedModel:
             for name, buffer in buffers.items():
                 owner, _, leaf = name.rpartition(".")
                 module.get_submodule(owner)._buffers[leaf] = buffer
+
+
+def choose_device(wanted: str) -> str:
+    """Return the device for ``auto``, or ``wanted`` if it is there.
+
+    Raises:
+        ConfigError: There is no CUDA device.
+    """
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"run.device: {wanted} is not available; use cpu or auto")
+    return wanted
 
 
 def build_skeleton(config: Mapping[str, Any]) -> Any:

@@ -37,6 +37,7 @@ def make_plan(
     problems: list[str] = []
     layers: dict[str, LayerPlan] = {}
     unused = set(section.overrides)
+    outside = {model.family.embedding, model.family.head}
     for name in _matrices(model, section.overrides):
         scheme_name, method = section.scheme, section.method
         for pattern, override in section.overrides.items():
@@ -51,6 +52,11 @@ def make_plan(
         rows, columns = _shape(model, name)
         layers[name] = LayerPlan(name, (rows, columns), method, scheme)
         problems += _problems(layers[name], quantizer(method))
+        if quantizer(method).needs_statistics and name in outside:
+            problems.append(
+                f"{name}: {method} needs statistics, and none are measured outside the "
+                "decoder blocks; add method: rtn to its override"
+            )
     problems += [
         f"quantize.overrides.{pattern}: no layer has this name; layers are named like "
         f"{model.linears()[0]}"
