@@ -13,8 +13,8 @@ as calibration, only WikiText-2 is of the same kind.
 
 Seconds of the peer: its call to ``oneshot``. Ours: the whole of ``compress.run`` with
 its export, but without reopening that (``run.verify``). ``without drift`` leaves out
-the second forward pass; ``16 windows`` draws its own sixteen from the same texts. Run it on
-a quiet machine: with two cores, a busy one multiplies all times.
+the second forward pass; ``16 windows`` draws its own sixteen from the same texts. Run
+it on a quiet machine: with two cores, a busy one multiplies all times.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ class Run:
     Attributes:
         label: Its row in the table.
         folder: A folder that transformers loads.
-        seconds: Time it took to make.
+        seconds: Time it took to make; ``None`` if it was not taken quietly.
         peak_memory_bytes: Peak resident memory while it was made.
     """
 
     label: str
     folder: Path
-    seconds: float
+    seconds: float | None
     peak_memory_bytes: int
 
 
@@ -76,7 +76,6 @@ def main() -> None:
     if not model.exists():
         offgrid.main(work / "offgrid")
     mix = [{"source": str(arguments.data / name), "weight": 1} for name in MIX]
-    calibrations: dict[str, Any] = {"peer mix": mix, "wikitext": mix[0]["source"]}
     python = arguments.peer_python or make_environment(work / "envs" / "llmcompressor")
     # These are compared by time too, so they run one after the other.
     runs = [
@@ -84,11 +83,14 @@ def main() -> None:
         run_ours(model, mix, "peer mix without drift", work, arguments.reuse, drift=0),
         run_ours(model, mix, "peer mix 16 windows", work, arguments.reuse, samples=16),
     ]
+    runs.append(run_ours(model, mix, "peer mix", work, arguments.reuse))
+    wikitext = mix[0]["source"]
     runs += [
-        run_ours(model, data, label, work, arguments.reuse)
-        for label, data in {**calibrations, "bundled mix": "mix"}.items()
+        run_ours(
+            model, data, f"{label} 16 windows", work, arguments.reuse, samples=16
+        )
+        for label, data in {"wikitext": wikitext, "bundled mix": "mix"}.items()
     ]
-    wikitext = calibrations["wikitext"]
     runs.append(run_peer(python, model, wikitext, "wikitext", work, arguments.reuse))
     models = {"round to nearest": round_to_nearest_(load(model), GROUP)}
     models |= {run.label: load(run.folder) for run in runs}
@@ -236,7 +238,8 @@ def figures_of(
         if label in cost:
             run = cost[label]
             kl[-1] |= {"seconds": run.seconds, "peak bytes": run.peak_memory_bytes}
-            ratios[-1]["seconds"] = run.seconds / cost[PEER_ROW].seconds
+            if run.seconds is not None and cost[PEER_ROW].seconds:
+                ratios[-1]["seconds"] = run.seconds / cost[PEER_ROW].seconds
     errors = [
         {"model": label} | {text: row[text]["kl_se"] for text in TEXTS}
         for label, row in rows.items()

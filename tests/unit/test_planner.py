@@ -14,6 +14,7 @@ from compress.core.errors import ConfigError, PlanError
 from compress.core.plan import Plan
 from compress.core.scheme import Scheme
 from compress.planning.planner import make_plan, resolve_scale_dtype
+from compress.quantizers.gptq import GPTQ
 from compress.quantizers.rtn import RoundToNearest
 
 
@@ -82,6 +83,12 @@ def test_embedding_and_head_are_planned_when_they_are_named(tied: bool) -> None:
     plan = plan_of(section(**overrides), tiny_llama(tied=tied)[1])
     assert plan.layers["model.embed_tokens"].scheme.name == "int8-g32"
     assert ("lm_head" in plan.layers) != tied
+
+
+def test_methods_with_statistics_cannot_treat_the_embedding() -> None:
+    overrides = {"model.embed_tokens": {"scheme": "q8_0"}}
+    with pytest.raises(PlanError, match="embed_tokens: .*add method: rtn"):
+        plan_of(section(**overrides), quantizer=GPTQ)
 
 
 def test_a_tied_head_cannot_be_named() -> None:
