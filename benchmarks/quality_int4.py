@@ -86,9 +86,7 @@ def main() -> None:
     runs.append(run_ours(model, mix, "peer mix", work, arguments.reuse))
     wikitext = mix[0]["source"]
     runs += [
-        run_ours(
-            model, data, f"{label} 16 windows", work, arguments.reuse, samples=16
-        )
+        run_ours(model, data, f"{label} 16 windows", work, arguments.reuse, samples=16)
         for label, data in {"wikitext": wikitext, "bundled mix": "mix"}.items()
     ]
     runs.append(run_peer(python, model, wikitext, "wikitext", work, arguments.reuse))

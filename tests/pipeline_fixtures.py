@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from gguf_fixtures import TEXT, save_tokenizer, tiny_config
 from torch import Tensor
+from typer.testing import CliRunner, Result
 
 LONG_TEXT = "\n\n".join(
     f"{TEXT}\nLine {i} says that {i * 37 % 101} of {i} cats sat on mat {i * i}."
@@ -51,7 +53,7 @@ def write_text(folder: Path, name: str = "text.txt") -> Path:
 
 
 def config_of(
-    model: Path, text: Path, workdir: Path, **changes: Mapping[str, Any] | Any
+    model: Path, text: Path, workdir: Path, /, **changes: Mapping[str, Any] | Any
 ) -> dict[str, Any]:
     """Return a small config; keywords merge into sections, ``None`` drops one."""
     sections: dict[str, Any] = {
@@ -97,3 +99,15 @@ def windows(rows: int = 4, length: int = 16, vocabulary: int = 128) -> Tensor:
     """Return random token ids ``[rows, length]``."""
     generator = torch.Generator().manual_seed(3)
     return torch.randint(3, vocabulary, (rows, length), generator=generator)
+
+
+def call(*arguments: object) -> Result:
+    """Run the command line in this process; leaves logging as it was."""
+    from compress.cli import app
+
+    logger = logging.getLogger("compress")
+    before = logger.handlers[:], logger.propagate, logger.level
+    try:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    finally:
+        logger.handlers[:], logger.propagate, logger.level = before

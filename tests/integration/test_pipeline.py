@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from pipeline_fixtures import (
+    call,
     config_of,
     digests,
     save_checkpoint,
@@ -19,10 +20,8 @@ from pipeline_fixtures import (
     write_text,
 )
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
 import compress
-from compress.cli import app
 from compress.export.gguf_reader import open_gguf
 
 GGUF = {"format": "gguf", "embedding": "f16"}
@@ -70,10 +69,6 @@ def full(ground: Ground) -> Path:
 @pytest.fixture
 def llama_cpp() -> None:
     pytest.importorskip("llama_cpp")
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def report_of(workdir: Path) -> dict[str, Any]:
