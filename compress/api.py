@@ -20,7 +20,7 @@ from compress.core.families import family_of
 from compress.core.plan import Plan
 from compress.core.tensors import QuantizedTensor
 from compress.exporting import check_exports
-from compress.model.sources import ModuleSource, SnapshotSource
+from compress.model.sources import ModuleSource, SnapshotSource, in_model_order
 from compress.planning.planner import make_plan
 from compress.transform import PlanRunner, part_of_layer
 from compress.workdir import WorkDir
@@ -141,7 +141,7 @@ def _describe(model: nn.Module, tokenizer: Any) -> ModelDescription:
     if config is None or not hasattr(config, "model_type"):
         raise ConfigError("expected a transformers model with a config")
     data = config.to_dict()
-    source = ModuleSource(model)
+    source, family = ModuleSource(model), family_of(data["model_type"])
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     assets = None
     if tokenizer is not None:
@@ -150,8 +150,8 @@ def _describe(model: nn.Module, tokenizer: Any) -> ModelDescription:
     return ModelDescription(
         label=str(data.get("_name_or_path") or data["model_type"]),
         config={**data, "dtype": dtype},
-        family=family_of(data["model_type"]),
-        tensors=source.tensors(),
+        family=family,
+        tensors=in_model_order(source.tensors(), family),
         dtype=dtype,
         tied=bool(data.get("tie_word_embeddings", False)),
         assets=assets,

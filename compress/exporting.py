@@ -16,10 +16,14 @@ from compress.core.errors import MissingDependencyError, PlanError
 from compress.core.plan import Plan
 from compress.core.tensors import QuantizedTensor
 from compress.evaluation.divergence import compare, mean_and_error
-from compress.evaluation.perplexity import TokenWindows
+from compress.evaluation.perplexity import TokenWindows, cut_windows
+from compress.evaluation.texts import evaluation_text
 from compress.workdir import WorkDir
 
 _log = logging.getLogger(__name__)
+
+# Enough for 1,024 tokens of 64 characters each.
+_VERIFY_CHARACTERS = 1 << 16
 
 
 def check_exports(exporters: Mapping[str, Exporter], plan: Plan, model: Any) -> None:
@@ -52,6 +56,17 @@ def write_export(
         "size_bytes": result.size_bytes,
         "notes": list(result.notes),
     }
+
+
+def verification_windows(tokenizer: Any) -> Tensor:
+    """Return the tokens that exports are compared on, int64 ``[4, 256]``.
+
+    They are the beginning of WikiText-2; no more of it is tokenized.
+    """
+    text = evaluation_text("wikitext2").joined[:_VERIFY_CHARACTERS]
+    return cut_windows(
+        text, tokenizer, protocol="windows", count=4, length=256, name="wikitext2"
+    ).ids
 
 
 def verify_export(

@@ -42,8 +42,6 @@ __all__ = ["Result", "dry_run", "evaluate", "export", "inspect", "plan", "run"]
 
 _log = logging.getLogger(__name__)
 
-_VERIFY_WINDOWS, _VERIFY_TOKENS = 4, 256
-
 
 @dataclass(frozen=True)
 class Result:
@@ -260,34 +258,34 @@ class Run:
 
     def _export(self, name: str) -> dict[str, Any]:
         exporter = self.exporters[name]
-        key = provenance.digest_of(exporter.options.model_dump(mode="json"))[:12]
-        folder = self.workdir.root / "export" / name
-        stored = self.workdir.stored(f"export-{name}-{key}")
-        if stored is not None and folder.is_dir():
-            return dict(stored)
+        section, folder = self.config.run, self.workdir.root / "export" / name
+        made_with = {
+            "options": exporter.options.model_dump(mode="json"),
+            "verify": [section.verify, section.max_kl],
+        }
+        # One result a format: the folder holds what was written last.
+        stored = self.workdir.stored(f"export-{name}")
+        if stored is not None and stored["with"] == made_with and folder.is_dir():
+            return dict(stored["entry"])
         with self.timed(f"export {name}"):
             _log.info("writing %s", folder)
             entry = exporting.write_export(name, exporter, self.artifact, self.workdir)
         with self.timed(f"verify {name}"):
             entry["verify"] = self._verify(exporter, folder)
-        self.workdir.write_json(f"results/export-{name}-{key}.json", entry)
+        self.workdir.write_json(
+            f"results/export-{name}.json", {"with": made_with, "entry": entry}
+        )
         return entry
 
     def _verify(self, exporter: Exporter, folder: Path) -> dict[str, Any]:
         if not self.config.run.verify:
             return {"skipped": "run.verify is false"}
-        texts = prepare_texts(
-            ["wikitext2"],
-            self.handle.tokenizer(),
-            protocol="windows",
-            count=_VERIFY_WINDOWS,
-            length=_VERIFY_TOKENS,
-        )
+        windows = exporting.verification_windows(self.handle.tokenizer())
         coded = self._streamed().with_source(self.compressed_source())
         return exporting.verify_export(
             exporter,
             folder,
-            windows=texts[0].windows.ids,
+            windows=windows,
             in_memory=partial(coded.logits, name=f"verify {exporter.name}"),
             limit=self.config.run.max_kl,
         )

@@ -104,8 +104,8 @@ def write_gguf(
             writer.write_tensor_data(part.reshape(math.prod(part.shape)))
     except OSError as error:
         raise ExportError(
-            f"cannot write {path}: {error.strerror or error}; "
-            "free space or choose another folder"
+            f"{path}: cannot write: {error.strerror or error}; "
+            "free some space and continue with --resume, or choose another folder"
         ) from error
     finally:
         writer.close()

@@ -174,7 +174,8 @@ class SafetensorsExporter(Exporter):
             copied = copy_assets(model.assets, folder)
         except OSError as error:
             raise ExportError(
-                f"{folder}: cannot write: {error}; free some space"
+                f"{folder}: cannot write: {error.strerror or error}; "
+                "free some space and continue with --resume, or choose another folder"
             ) from error
         others = tuple(folder / name for name in texts)
         return ExportResult((*files, *others, *copied), size, notes)

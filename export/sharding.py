@@ -163,7 +163,7 @@ def _writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ExportError(
             f"{path}: cannot write: {error.strerror or error}; "
-            "free some space or choose another run.workdir"
+            "free some space and continue with --resume, or choose another folder"
         ) from error
 
 

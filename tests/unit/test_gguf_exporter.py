@@ -227,7 +227,7 @@ def test_a_full_disk_is_an_export_error(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
-    with pytest.raises(ExportError, match="No space left on device; free space"):
+    with pytest.raises(ExportError, match="No space left on device; free some space"):
         exporter().write(compressed("llama", assets=assets), tmp_path)
 
 

@@ -14,12 +14,14 @@ from torch import nn
 
 from compress.core.artifact import TensorInfo
 from compress.core.errors import CheckpointError
+from compress.core.families import family_of
 from compress.model.sources import (
     ModuleSource,
     ResidentSource,
     SafetensorsSource,
     SnapshotSource,
     check_finite,
+    in_model_order,
     read_header,
 )
 
@@ -178,3 +180,24 @@ def test_values_that_are_not_finite_are_counted() -> None:
         CheckpointError, match="x has 2 NaN or infinite values out of 16"
     ):
         check_finite(tensor, "x")
+
+
+def test_tensors_come_in_the_order_of_the_model() -> None:
+    names = [
+        "model.embed_tokens.weight",
+        "model.layers.2.self_attn.q_proj.weight",
+        "model.layers.2.mlp.up_proj.weight",
+        "model.layers.2.input_layernorm.weight",
+        "model.layers.10.mlp.up_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ]
+    info = TensorInfo((1,), "float32")
+    found = in_model_order({n: info for n in sorted(names)}, family_of("llama"))
+    assert list(found) == names
+
+
+def test_names_outside_the_known_layout_are_kept() -> None:
+    info = TensorInfo((1,), "float32")
+    odd = {"model.layers.x.weight": info, "v": info}
+    assert set(in_model_order(odd, family_of("llama"))) == set(odd)

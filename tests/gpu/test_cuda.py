@@ -1,0 +1,49 @@
+"""Run with ``pytest -m gpu`` on a machine with a CUDA device."""
+
+import pytest
+import torch
+from pipeline_fixtures import config_of, save_checkpoint, write_text
+from safetensors.torch import load_file
+
+import compress
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def run_on(device, folder, name, method):
+    workdir = folder / name
+    config = config_of(folder / "model", folder / "text.txt", workdir)
+    config["quantize"] = {"method": method, "scheme": "int4-g32"}
+    config["export"] = [{"format": "safetensors"}]
+    config["run"] = {"workdir": str(workdir), "device": device, "verify": False}
+    report = compress.run(config).report
+    return load_file(workdir / "export/safetensors/model.safetensors"), report
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_checkpoint(tmp_path / "model")
+    write_text(tmp_path)
+    return tmp_path
+
+
+def test_rounding_gives_the_same_codes_as_the_cpu(folder):
+    cpu, _ = run_on("cpu", folder, "cpu", "rtn")
+    cuda, _ = run_on("cuda", folder, "cuda", "rtn")
+    assert all(torch.equal(cpu[name], cuda[name]) for name in cpu)
+
+
+def test_gptq_gives_the_same_codes_twice(folder):
+    first, _ = run_on("cuda", folder, "first", "gptq")
+    second, _ = run_on("cuda", folder, "second", "gptq")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_gptq_is_as_close_as_on_the_cpu(folder):
+    _, cpu = run_on("cpu", folder, "cpu", "gptq")
+    _, cuda = run_on("cuda", folder, "cuda", "gptq")
+    errors = [sum(row["error"] for row in r["layers"]) for r in (cpu, cuda)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
