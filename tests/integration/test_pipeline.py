@@ -112,7 +112,7 @@ def test_the_report_has_all_its_keys(full: Path) -> None:
     report = report_of(full)
     assert set(report) == REPORT_KEYS
     assert report["model"]["blocks"] == 2
-    assert report["command"].startswith("compress ")
+    assert report["command"].split()[0] == "compress"
     assert {"model", "calibration", "quantize", "plan"} <= set(report["hashes"])
     assert report["calibration"]["tokens"] == 8 * 32
     stages = {"load", "quantize", "evaluate", "export safetensors", "export gguf"}
