@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from compress.core.artifact import CompressedModel
 from compress.core.errors import CheckpointError, ExportError, MissingDependencyError
-from compress.core.pack_quantized import decode, encode
+from compress.core.compressed_tensors import layout_of
 from compress.core.scheme import Scheme
 from compress.export.safetensors import SafetensorsExporter, SafetensorsOptions
 
