@@ -178,7 +178,7 @@ def _scheme_notes(schemes: Iterable[Scheme], model: ModelDescription) -> list[st
             f"Inputs are rounded at run time too ({', '.join(rounded)}). transformers "
             "emulates that in float, slowly; integer or FP8 arithmetic is vLLM's."
         )
-    small = [name for name in formats if "fp4" in name or "fp6" in name]
+    small = [name for name in formats if name.startswith(("nvfp", "mxfp"))]
     if small and model.dtype != "bfloat16":
         found.append(
             f"{', '.join(small)}: compressed-tensors decodes it to bfloat16; load the "
