@@ -113,8 +113,9 @@ def _layers(run: Run) -> list[dict[str, Any]]:
         record = records[name]
         path = name.removeprefix(f"{model.family.blocks}.").partition(".")[2]
         inside = part != EMBEDDINGS
-        bits = layer.scheme.bits_per_weight(layer.shape[1])
-        weights = layer.shape[0] * layer.shape[1]
+        height, columns = layer.shape
+        bits = layer.scheme.bits_per_weight(columns, height)
+        weights = height * columns
         rows.append(
             {
                 "name": name,

@@ -152,7 +152,7 @@ def inspect(path: str | Path) -> Inspection:
         scheme = schemes.get(name.removesuffix(".weight"))
         bits = {"float32": 32.0}.get(info.dtype, 16.0)
         if scheme is not None:
-            bits = scheme.bits_per_weight(info.shape[1])
+            bits = scheme.bits_per_weight(info.shape[1], info.shape[0])
         layers.append(
             {
                 "name": name,

@@ -197,19 +197,14 @@ class WorkDir:
 
         about = self.records(part)[layer]
         with safe_open(self._part(part), framework="pt") as file:
-            stored = set(file.keys())
+            prefix = f"{layer}."
             parts = {
-                key: file.get_tensor(f"{layer}.{key}").clone()
-                for key in ("codes", "scale", "zero")
-                if f"{layer}.{key}" in stored
+                key.removeprefix(prefix): file.get_tensor(key).clone()
+                for key in file.keys()
+                if key.startswith(prefix)
             }
-        return QuantizedTensor(
-            parts["codes"],
-            parts["scale"],
-            parts.get("zero"),
-            Scheme.from_dict(about["scheme"]),
-            tuple(about["notes"]),
-        )
+        scheme = Scheme.from_dict(about["scheme"])
+        return QuantizedTensor.from_state(parts, scheme, tuple(about["notes"]))
 
     def _part(self, part: str) -> Path:
         return self.root / "blocks" / f"{part}.safetensors"

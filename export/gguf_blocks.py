@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import ExportError
-from compress.core.scheme import GGUF_SCHEMES, Scheme, Zero
+from compress.core.scheme import Scheme, Zero
+from compress.core.scheme_names import GGUF_SCHEMES
 from compress.core.tensors import QuantizedTensor
 
 Bytes = npt.NDArray[np.uint8]
@@ -43,7 +44,7 @@ def coded_type(scheme: Scheme) -> str | None:
     if scheme.group_size != BLOCK or scheme.scale_dtype != "float16":
         return None
     for name, (bits, zero) in GGUF_SCHEMES.items():
-        if (scheme.bits, scheme.zero) == (bits, zero):
+        if scheme == Scheme(bits, BLOCK, zero):
             return name
     return None
 

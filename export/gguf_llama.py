@@ -124,8 +124,8 @@ def _load(llama: Any, path: str, *, vocabulary_only: bool = False) -> Any:
     params = llama.llama_model_default_params()
     params.n_gpu_layers = 0
     params.vocab_only = vocabulary_only
-    # No weights repacked for one processor: the same numbers on every machine, and with
-    # AMX the product of llama-cpp-python 0.3.36 crashes (SIGSEGV at ldtilecfg).
+    # No weights repacked for one processor: the same numbers on every machine, and on
+    # AMX the repacked product of llama-cpp-python 0.3.36 crashes (at ldtilecfg).
     params.use_extra_bufts = False
     model = llama.llama_model_load_from_file(os.fsencode(path), params)
     if not model:

@@ -230,6 +230,8 @@ def _layer_problem(layer: LayerPlan, model: ModelDescription) -> str | None:
         )
     if info.shape != layer.shape:
         return f"the plan says {layer.shape}, the model {info.shape}; plan it again"
+    if not layer.scheme.is_integer or layer.scheme.inputs or layer.scheme.rank:
+        return f"{layer.scheme.name} has no layout here; use an integer scheme"
     if layer.scheme.zero is Zero.OFFSET:
         base = f"int{layer.scheme.bits}"
         group = f"-g{layer.scheme.group_size}" if layer.scheme.group_size else ""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress.core import grids
 from compress.core.grids import GridParameters
-from compress.core.scheme import Scheme, Zero
+from compress.core.scheme import Scales, Scheme, Zero
 from compress.core.tensors import decode
 
 _COLUMNS_AT_ONCE = 128
@@ -28,18 +28,6 @@ def _spread(values: Tensor, columns: int, order: Tensor) -> Tensor:
     return wide[:, order].T.contiguous()
 
 
-def _encode(
-    values: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme
-) -> Tensor:
-    if zero is None:
-        codes = values / scale
-    elif scheme.zero is Zero.INTEGER:
-        codes = values / scale + zero
-    else:
-        codes = (values - zero) / scale
-    return codes.round_().clamp_(scheme.lowest, scheme.highest)
-
-
 def solve(
     weight: Tensor,
     hessian: Tensor,
@@ -48,7 +36,7 @@ def solve(
     *,
     order: Tensor,
 ) -> Tensor:
-    """Return codes by error feedback, column by column.
+    """Return levels by error feedback, column by column.
 
     Args:
         weight: float32 ``[R, C]`` target.
@@ -58,7 +46,7 @@ def solve(
         order: int64 ``[C]``, the order in which columns are rounded.
 
     Returns:
-        Whole float32 codes ``[R, C]``.
+        float32 levels ``[R, C]``.
     """
     columns = weight.shape[1]
     lower = torch.linalg.cholesky(hessian[order][:, order])
@@ -68,38 +56,38 @@ def solve(
     scale = _spread(parameters.scale, columns, order)
     zeros = parameters.zero
     zero = None if zeros is None else _spread(zeros, columns, order)
-    codes = torch.empty_like(work)
+    levels = torch.empty_like(work)
     for start in range(0, columns, _COLUMNS_AT_ONCE):
         stop = min(start + _COLUMNS_AT_ONCE, columns)
         part, factor = work[start:stop], upper[start:stop, start:stop]
         errors = torch.empty_like(part)
         for i in range(stop - start):
             z = None if zero is None else zero[start + i]
-            code = _encode(part[i], scale[start + i], z, scheme)
-            codes[start + i] = code
-            value = decode(code, scale[start + i], z, scheme.zero)
+            level = grids.to_levels(part[i], scale[start + i], z, scheme)
+            levels[start + i] = level
+            value = decode(level, scale[start + i], z, scheme.zero)
             errors[i] = (part[i] - value) / factor[i, i]
             part[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
         work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     result = torch.empty_like(weight, dtype=torch.float32)
-    result[:, order] = codes.T
+    result[:, order] = levels.T
     return result
 
 
 def descend(
     weight: Tensor,
     hessian: Tensor,
-    codes: Tensor,
+    levels: Tensor,
     parameters: GridParameters,
     scheme: Scheme,
     *,
     order: Tensor,
 ) -> Tensor:
-    """Return codes after one pass of coordinate descent; the objective never rises.
+    """Return levels after one pass of coordinate descent; the objective never rises.
 
-    Each column is set to its best code while all others are held.
+    Each column is set to its best level while all others are held.
 
-    Args: as :func:`solve`, and ``codes`` ``[R, C]`` to start from.
+    Args: as :func:`solve`, and ``levels`` ``[R, C]`` to start from.
     """
     columns = weight.shape[1]
     permuted = hessian[order][:, order]
@@ -107,7 +95,7 @@ def descend(
     scale = _spread(parameters.scale, columns, order)
     zeros = parameters.zero
     zero = None if zeros is None else _spread(zeros, columns, order)
-    work = codes[:, order].T.contiguous()
+    work = levels[:, order].T.contiguous()
     values = decode(work, scale, zero, scheme.zero)
     gradient = permuted @ (weight[:, order].T - values)
     for start in range(0, columns, _COLUMNS_AT_ONCE):
@@ -118,11 +106,11 @@ def descend(
             at = start + i
             z = None if zero is None else zero[at]
             wanted = values[at] + local[i] / diagonal[at]
-            work[at] = _encode(wanted, scale[at], z, scheme)
+            work[at] = grids.to_levels(wanted, scale[at], z, scheme)
             moves[i] = decode(work[at], scale[at], z, scheme.zero) - values[at]
             local.addr_(permuted[start:stop, at], moves[i], alpha=-1)
         gradient.addmm_(permuted[:, start:stop], moves, alpha=-1)
-    result = torch.empty_like(codes)
+    result = torch.empty_like(levels)
     result[:, order] = work.T
     return result
 
@@ -130,24 +118,27 @@ def descend(
 def refit_scales(
     weight: Tensor,
     hessian: Tensor,
-    codes: Tensor,
+    levels: Tensor,
     parameters: GridParameters,
     scheme: Scheme,
 ) -> GridParameters:
-    """Return scales refitted to fixed codes, group after group, by least squares.
+    """Return scales refitted to fixed levels, group after group, by least squares.
 
-    For a group with code values ``c`` (zero point taken off) the best change of its
+    For a group with level values ``c`` (zero point taken off) the best change of its
     scale is ``<e, c>_H / <c, c>_H`` with ``e`` the present error. A change is rounded
-    to the storage type first and kept only where the objective still falls.
+    to the storage type first and kept only where the objective still falls. Scales that
+    several rows share are left as they are.
     """
+    if scheme.row_block != 1:
+        return parameters
     rows, columns = weight.shape
     count = parameters.scale.shape[1]
     size = columns // count
     scale = parameters.scale.clone()
-    grid = codes.view(rows, count, size)
+    grid = levels.view(rows, count, size)
     if scheme.zero is Zero.INTEGER and parameters.zero is not None:
         grid = grid - parameters.zero.unsqueeze(-1)
-    values = grids.decode_groups(codes.view(rows, count, size), parameters, scheme)
+    values = grids.decode_groups(levels.view(rows, count, size), parameters, scheme)
     gradient = (weight - values.view(rows, columns)) @ hessian
     for group in range(count):
         part = slice(group * size, (group + 1) * size)
@@ -155,10 +146,11 @@ def refit_scales(
         curvature = (moved[:, part] * grid[:, group]).sum(1)
         slope = (gradient[:, part] * grid[:, group]).sum(1)
         wanted = scale[:, group] + slope / curvature.clamp(min=1e-30)
-        stored = grids.round_to_storage(wanted, scheme)
+        stored = grids.round_to_storage(wanted, scheme, parameters.outer)
         change = stored - scale[:, group]
         falls = change * change * curvature < 2 * change * slope
-        change = torch.where(falls & (stored != 0), change, torch.zeros_like(change))
+        usable = stored != 0 if scheme.scales is Scales.FREE else stored > 0
+        change = torch.where(falls & usable, change, torch.zeros_like(change))
         scale[:, group] += change
         gradient -= change.unsqueeze(1) * moved
-    return GridParameters(scale, parameters.zero)
+    return GridParameters(scale, parameters.zero, parameters.outer)

@@ -1,26 +1,30 @@
-"""Integer grids: where scales come from, and codes from scales.
+"""Scales and codes: where scales come from, and levels from scales.
 
 Every function works on weights seen as groups, ``[R, G, g]``: ``g`` columns share a
-scale. Scales and float minima are rounded to their storage type *before* codes are
-computed, so that dequantizing gives exactly what the loader of a file will see.
+scale. Scales and float minima are rounded to their storage type *before* levels are
+computed, so that dequantizing gives exactly what the loader of a file will see. Levels
+are the numbers of the scheme's grid, as float32; for integers they are the codes.
 
 Source: Frantar et al. (2022), "GPTQ", for the error-driven choice of scales (there with
 exponent 2.4 and no weights). Differs: squared error, weighted by the second moment of
-the input channel, and both signs of the scale are tried on symmetric grids, since they
-have one more negative code than positive ones.
+the input channel, and both signs of the scale are tried on symmetric integer grids,
+since they have one more negative code than positive ones.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from compress.core import scales
 from compress.core.errors import SchemeError
-from compress.core.scheme import Scheme, Zero
-from compress.core.tensors import TORCH_DTYPES, QuantizedTensor, decode
+from compress.core.scales import TORCH_DTYPES
+from compress.core.scheme import Scales, Scheme, Zero
+from compress.core.tensors import LowRank, QuantizedTensor, decode
 
 # Rows are searched in runs of about this many weights, which bounds the memory; on a
 # CPU they fit the cache, which makes the search 1.7 times as fast.
@@ -28,6 +32,9 @@ _CHUNK_WEIGHTS = {"cpu": 1 << 18}
 _CHUNK_WEIGHTS_ELSEWHERE = 1 << 24
 
 SEARCH_FACTORS = tuple(0.55 + 0.025 * i for i in range(25))
+_EXPONENT_FACTORS = (0.5, 1.0, 2.0)
+# Above 1.5 the largest weight of FP4 maps to 4, where the grid is finer.
+_FLOAT_FACTORS = tuple(0.6 + 0.04 * i for i in range(26))
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,15 @@ class GridParameters:
     """Scale and zero point of each group.
 
     Attributes:
-        scale: float32 ``[R, G]``, holding values of the storage type.
+        scale: float32 ``[R, G]``, holding numbers that can be stored.
         zero: As ``scale``; ``None`` on a symmetric grid.
+        outer: float32 ``[R, 1]`` or ``[1, 1]``, what scales have in common, if they do;
+            see ``core/scales.py``.
     """
 
     scale: Tensor
-    zero: Tensor | None
+    zero: Tensor | None = None
+    outer: Tensor | None = None
 
 
 def as_groups(weight: Tensor, scheme: Scheme) -> Tensor:
@@ -50,69 +60,122 @@ def as_groups(weight: Tensor, scheme: Scheme) -> Tensor:
     return weight.float().view(rows, columns // size, size)
 
 
-def round_to_storage(values: Tensor, scheme: Scheme) -> Tensor:
-    """Round float32 values to the type that scales are stored in."""
-    return values.to(TORCH_DTYPES[scheme.scale_dtype]).float()
+def round_to_storage(
+    values: Tensor, scheme: Scheme, outer: Tensor | None = None
+) -> Tensor:
+    """Round float32 scales to numbers that can be stored (``core/scales.py``)."""
+    return scales.round_to_storage(values, scheme, outer)
 
 
 def range_parameters(
-    groups: Tensor, scheme: Scheme, factor: float = 1.0
+    groups: Tensor,
+    scheme: Scheme,
+    factor: float = 1.0,
+    *,
+    outer: Tensor | None = None,
+    rounding: str | None = None,
 ) -> GridParameters:
     """Return the parameters that map each group's range, times ``factor``, to the grid.
 
-    Symmetric grids use ``amax / ((2**bits - 1) / 2)``, the compressed-tensors
-    convention, which clips the largest value by up to half a step. The other grids span
+    Symmetric integers use ``amax / ((2**bits - 1) / 2)``, the compressed-tensors
+    convention, which clips the largest value by up to half a step; floats map the
+    largest magnitude to their largest number. The other grids span
     ``[min(0, min), max(0, max)]``.
 
     Args:
         groups: float32 ``[R, G, g]``.
         scheme: The grid.
         factor: Shrinks (below 1) or widens the range; negative turns its sign, which
-            only symmetric grids can.
+            only symmetric integers with free scales can.
+        outer: What scales have in common, if it is settled already.
+        rounding: Of exponents, see ``core/scales.py``; ``None`` takes the exponent of
+            the largest magnitude less that of the grid, as OCP microscaling does, for
+            scales that are powers of two, and the nearest for ratios.
     """
-    levels = (1 << scheme.bits) - 1
     if scheme.zero is Zero.NONE:
-        scale = groups.abs().amax(-1) * (factor * 2 / levels)
-        return GridParameters(_usable(scale, scheme), None)
+        largest, reach = _shared(groups.abs().amax(-1), scheme), scheme.levels.reach
+        if outer is None:
+            outer = scales.outer_scale(largest / reach, scheme)
+        if scheme.scales is Scales.POWER and rounding is None:
+            reach = 2.0 ** math.floor(math.log2(reach))
+            largest = scales.round_to_storage(largest, scheme, rounding="floor")
+        stored = scales.round_to_storage(
+            largest * (factor / reach), scheme, outer, rounding=rounding or "nearest"
+        )
+        return GridParameters(_usable(stored, scheme, outer), None, outer)
+    levels = (1 << scheme.bits) - 1
     low = groups.amin(-1).clamp(max=0) * factor
     high = groups.amax(-1).clamp(min=0) * factor
-    scale = _usable((high - low) / levels, scheme)
+    scale = _usable(round_to_storage((high - low) / levels, scheme), scheme, None)
     if scheme.zero is Zero.OFFSET:
         return GridParameters(scale, round_to_storage(low, scheme))
     zero = torch.round(-low / scale) + scheme.lowest
     return GridParameters(scale, zero.clamp(scheme.lowest, scheme.highest))
 
 
-def _usable(scale: Tensor, scheme: Scheme) -> Tensor:
-    """Round to storage; groups of zeros (or below the type's reach) get scale 1."""
-    stored = round_to_storage(scale, scheme)
-    return torch.where(stored == 0, torch.ones_like(stored), stored)
+def _shared(values: Tensor, scheme: Scheme) -> Tensor:
+    """Return the largest value of each block of rows, for each row; ``[R, G]``."""
+    rows = values.shape[0]
+    block = scheme.rows_of_scale(rows)
+    if block == 1:
+        return values
+    parts = torch.split(values, block)
+    return torch.cat([part.amax(0, keepdim=True).expand_as(part) for part in parts])
+
+
+def _usable(stored: Tensor, scheme: Scheme, outer: Tensor | None) -> Tensor:
+    """Give a scale to groups of zeros, and to those below the storage type's reach."""
+    least = scales.smallest_scale(scheme, outer)
+    return torch.where(stored == 0, least, stored)
 
 
 def encode(groups: Tensor, parameters: GridParameters, scheme: Scheme) -> Tensor:
-    """Return the nearest codes as whole float32 values, shaped as ``groups``.
+    """Return the nearest levels as float32, shaped as ``groups``.
 
     Ties go to the even code, as ``torch.round`` and compressed-tensors do.
     """
-    scale = parameters.scale.unsqueeze(-1)
-    if parameters.zero is None:
-        codes = groups / scale
+    zero = parameters.zero
+    return to_levels(
+        groups,
+        parameters.scale.unsqueeze(-1),
+        None if zero is None else zero.unsqueeze(-1),
+        scheme,
+    )
+
+
+def to_levels(
+    values: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme
+) -> Tensor:
+    """Return the nearest levels of ``values``; scale and zero broadcast against it."""
+    if zero is None:
+        levels = values / scale
     elif scheme.zero is Zero.INTEGER:
-        codes = groups / scale + parameters.zero.unsqueeze(-1)
+        levels = values / scale + zero
     else:
-        codes = (groups - parameters.zero.unsqueeze(-1)) / scale
-    return codes.round_().clamp_(scheme.lowest, scheme.highest)
+        levels = (values - zero) / scale
+    return scheme.levels.round_(levels)
 
 
-def decode_groups(codes: Tensor, parameters: GridParameters, scheme: Scheme) -> Tensor:
-    """Return the values of codes, shaped as ``codes``."""
+def decode_groups(levels: Tensor, parameters: GridParameters, scheme: Scheme) -> Tensor:
+    """Return the values of levels, shaped as ``levels``."""
     zero = parameters.zero
     return decode(
-        codes,
+        levels,
         parameters.scale.unsqueeze(-1),
         None if zero is None else zero.unsqueeze(-1),
         scheme.zero,
     )
+
+
+def search_factors(scheme: Scheme) -> tuple[float, ...]:
+    """Return the multiples of the full range that a search tries."""
+    if scheme.scales in (Scales.POWER, Scales.RATIO):
+        return _EXPONENT_FACTORS
+    if not scheme.is_integer:
+        return _FLOAT_FACTORS
+    if scheme.zero is Zero.NONE:
+        return (*SEARCH_FACTORS, *(-factor for factor in SEARCH_FACTORS))
+    return SEARCH_FACTORS
 
 
 def search_parameters(
@@ -120,7 +183,8 @@ def search_parameters(
     scheme: Scheme,
     *,
     importance: Tensor | None = None,
-    factors: Sequence[float] = SEARCH_FACTORS,
+    factors: Sequence[float] | None = None,
+    outer: Tensor | None = None,
 ) -> GridParameters:
     """Return, for each group, the parameters of least weighted squared error.
 
@@ -129,21 +193,27 @@ def search_parameters(
         scheme: The grid.
         importance: float32 ``[G, g]`` weight of each column, normally the diagonal of
             the Hessian; ``None`` weighs all columns alike.
-        factors: Multiples of the full range to try. Symmetric grids also try their
-            negatives.
+        factors: Multiples of the full range to try; :func:`search_factors` by default.
+        outer: What scales have in common, if it is settled already.
     """
-    if scheme.zero is Zero.NONE:
-        factors = [*factors, *(-factor for factor in factors)]
+    if factors is None:
+        factors = search_factors(scheme)
+    if outer is None:
+        outer = range_parameters(groups, scheme).outer
     most = _CHUNK_WEIGHTS.get(groups.device.type, _CHUNK_WEIGHTS_ELSEWHERE)
     rows = max(1, most // max(1, groups[0].numel()))
-    parts = [
-        _search_rows(chunk, scheme, importance, factors)
-        for chunk in torch.split(groups, rows)
-    ]
+    if scheme.row_block != 1:  # rows that share scales are searched together
+        rows = groups.shape[0]
+    parts = []
+    for start in range(0, groups.shape[0], rows):
+        run = slice(start, start + rows)
+        shared = outer if outer is None or len(outer) == 1 else outer[run]
+        parts.append(_search_rows(groups[run], scheme, importance, factors, shared))
     zeros = [part.zero for part in parts if part.zero is not None]
     return GridParameters(
         torch.cat([part.scale for part in parts]),
         torch.cat(zeros) if zeros else None,
+        outer,
     )
 
 
@@ -152,11 +222,12 @@ def _search_rows(
     scheme: Scheme,
     importance: Tensor | None,
     factors: Sequence[float],
+    outer: Tensor | None,
 ) -> GridParameters:
-    best = range_parameters(groups, scheme)
+    best = range_parameters(groups, scheme, outer=outer)
     least = _error(groups, best, scheme, importance)
     for factor in factors:
-        candidate = range_parameters(groups, scheme, factor)
+        candidate = range_parameters(groups, scheme, factor, outer=outer)
         error = _error(groups, candidate, scheme, importance)
         better = error < least
         least = torch.where(better, error, least)
@@ -164,7 +235,7 @@ def _search_rows(
         zero = best.zero
         if zero is not None and candidate.zero is not None:
             zero = torch.where(better, candidate.zero, zero)
-        best = GridParameters(scale, zero)
+        best = GridParameters(scale, zero, outer)
     return best
 
 
@@ -174,39 +245,41 @@ def _error(
     scheme: Scheme,
     importance: Tensor | None,
 ) -> Tensor:
-    codes = encode(groups, parameters, scheme)
-    error = decode_groups(codes, parameters, scheme).sub_(groups).square_()
-    return (error if importance is None else error.mul_(importance)).sum(-1)
+    levels = encode(groups, parameters, scheme)
+    error = decode_groups(levels, parameters, scheme).sub_(groups).square_()
+    error = (error if importance is None else error.mul_(importance)).sum(-1)
+    block = scheme.rows_of_scale(error.shape[0])
+    if block == 1:
+        return error
+    parts = torch.split(error, block)
+    return torch.cat([part.sum(0, keepdim=True).expand_as(part) for part in parts])
 
 
 def assemble(
-    codes: Tensor,
+    levels: Tensor,
     parameters: GridParameters,
     scheme: Scheme,
     *,
     notes: tuple[str, ...] = (),
+    low_rank: LowRank | None = None,
 ) -> QuantizedTensor:
-    """Return the stored form of whole-number codes ``[R, C]`` and their parameters.
+    """Return the stored form of levels ``[R, C]`` and their parameters.
 
     Raises:
         SchemeError: A scale is not finite in its storage type.
     """
-    dtype = TORCH_DTYPES[scheme.scale_dtype]
     zero = parameters.zero
-    stored_zero = None
     if zero is not None:
-        stored_zero = zero.to(torch.int8 if scheme.zero is Zero.INTEGER else dtype)
-    scale = parameters.scale.to(dtype)
-    if not bool(torch.isfinite(scale).all()):
+        zero = zero.to(
+            torch.int8
+            if scheme.zero is Zero.INTEGER
+            else TORCH_DTYPES[scheme.scale_dtype]
+        ).contiguous()
+    if not bool(torch.isfinite(parameters.scale).all()):
         raise SchemeError(
-            f"scales overflow {scheme.scale_dtype}: the weights reach "
-            f"{float(parameters.scale.abs().max()):.3g} steps; "
+            f"scales overflow {scheme.scale_dtype}: they must be finite; "
             "set quantize.scale_dtype: bfloat16 or float32"
         )
-    return QuantizedTensor(
-        codes.to(torch.int8).contiguous(),
-        scale.contiguous(),
-        stored_zero,
-        scheme,
-        notes,
-    )
+    scale, outer = scales.to_stored(parameters.scale, scheme, parameters.outer)
+    codes = scheme.levels.to_codes(levels).contiguous()
+    return QuantizedTensor(codes, scale, zero, scheme, notes, outer, low_rank)

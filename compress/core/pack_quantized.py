@@ -39,6 +39,8 @@ def stored_tensors(scheme: Scheme, shape: tuple[int, int]) -> dict[str, TensorIn
     Raises:
         PlanError: The scheme has a float minimum, which the format cannot hold.
     """
+    if not scheme.is_integer or scheme.rank:
+        raise PlanError(f"{FORMAT} holds integers only, not {scheme.name}")
     if scheme.zero is Zero.OFFSET:
         raise PlanError(
             f"{FORMAT} holds no float minimum ({scheme.name}); "

@@ -1,59 +1,135 @@
-"""Scheme: grid, bits, group size and kind of zero point, as one name.
+"""Scheme: which values a weight may take, and how scales are shared and stored.
 
-Names read ``int<bits>[-g<columns>][-asym|-offset]``: ``int4-g64`` is symmetric with a
-scale for each 64 columns, ``int8`` has one scale a row, ``int4-g128-asym`` adds an
-integer zero point, ``int4-g32-offset`` a float minimum. The simple GGUF types are names
-of the same schemes (``q4_0`` is ``int4-g32``, ``q4_1`` is ``int4-g32-offset``), so that
-one plan can be written to both kinds of file.
+A scheme has a number grid (integers or small floats), a run of columns and of rows that
+share a scale, a way of storing scales, and, where a runtime rounds the inputs of the
+layer too, what these are rounded to. Names are parsed and made in ``scheme_names``.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compress.core.errors import SchemeError
 
-_NAME = re.compile(r"int([2-8])(?:-g(\d+))?(?:-(asym|offset))?")
+if TYPE_CHECKING:
+    from compress.core.levels import Grid  # needs torch, which a config does not
+
 SCALE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
+INTEGER = "int"
+WHOLE = -1
+"""As ``row_block``: all rows share one scale."""
+
+
+class FloatFormat(NamedTuple):
+    """A small floating-point format: sign, exponent, mantissa.
+
+    Attributes:
+        exponent_bits: Bits of the exponent.
+        mantissa_bits: Bits of the mantissa.
+        least_exponent: Of the smallest normal number.
+        highest: Largest number.
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+    least_exponent: int
+    highest: float
+
+    @property
+    def bits(self) -> int:
+        """Bits of a number, the sign among them."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+
+FLOAT_FORMATS = {
+    "e2m1": FloatFormat(2, 1, 0, 6.0),
+    "e3m0": FloatFormat(3, 0, -3, 8.0),
+    "e2m3": FloatFormat(2, 3, 0, 7.5),
+    "e3m2": FloatFormat(3, 2, -2, 28.0),
+    "e4m3": FloatFormat(4, 3, -6, 448.0),
+    "e5m2": FloatFormat(5, 2, -14, 57344.0),
+}
+"""Float grids by name; what they mean is in ``levels``."""
 
 
 class Zero(str, Enum):
     """How a grid is placed: around zero, by an integer code, or by a float minimum."""
 
-    NONE = "none"  # value = code * scale
-    INTEGER = "asym"  # value = (code - zero) * scale
-    OFFSET = "offset"  # value = code * scale + zero
+    NONE = "none"  # value = level * scale
+    INTEGER = "asym"  # value = (level - zero) * scale
+    OFFSET = "offset"  # value = level * scale + zero
 
 
-GGUF_SCHEMES: dict[str, tuple[int, Zero]] = {
-    "q4_0": (4, Zero.NONE),
-    "q5_0": (5, Zero.NONE),
-    "q8_0": (8, Zero.NONE),
-    "q4_1": (4, Zero.OFFSET),
-    "q5_1": (5, Zero.OFFSET),
-}
+class Scales(str, Enum):
+    """How scales are stored.
+
+    ``FREE`` scales have any value of a float type. ``POWER`` scales are powers of two,
+    stored as their exponent in 8 bits (E8M0). ``RATIO`` scales are a float for each row
+    over two to the power of a 4-bit shift (ZeroQuant-FP's M2). ``TWO_LEVEL`` scales are
+    E4M3 numbers under one float32 for the matrix (NVFP4).
+    """
+
+    FREE = "free"
+    POWER = "pow2"
+    RATIO = "ratio"
+    TWO_LEVEL = "two_level"
+
+
+_EXTRA_BITS = {Scales.POWER: 8, Scales.RATIO: 4, Scales.TWO_LEVEL: 8}
+
+
+@dataclass(frozen=True)
+class InputScheme:
+    """What a runtime rounds the inputs of a layer to, with scales made as it goes.
+
+    Attributes:
+        grid: ``int8``, ``int6``, ``int4``, or a float grid such as ``e4m3``.
+        group_size: Columns that share a scale; ``None`` means the whole token.
+        two_level: Scales are E4M3 numbers under one float32, as in NVFP4.
+    """
+
+    grid: str
+    group_size: int | None = None
+    two_level: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        if self.grid in FLOAT_FORMATS:
+            return FLOAT_FORMATS[self.grid].bits
+        return int(self.grid.removeprefix(INTEGER))
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """An integer grid with a scale for each run of columns.
+    """A grid with a scale for each run of columns.
 
     Attributes:
         bits: Nominal bits of a code, 2 to 8.
         group_size: Columns that share a scale; ``None`` means the whole row.
-        zero: Kind of zero point.
-        scale_dtype: Storage type of scales and float minima.
+        zero: Kind of zero point; integers only.
+        scale_dtype: Storage type of ``FREE`` scales, float minima and ``RATIO`` rows.
+        grid: ``int``, or the name of a float grid.
+        scales: How scales are stored.
+        row_block: Rows that share a scale; :data:`WHOLE` means all of them.
+        rank: Columns of a low-rank correction in 8 bits (LoRC); 0 means none.
+        inputs: What the inputs are rounded to at run time; ``None`` leaves them.
     """
 
     bits: int
     group_size: int | None
     zero: Zero = Zero.NONE
     scale_dtype: str = "float16"
+    grid: str = INTEGER
+    scales: Scales = Scales.FREE
+    row_block: int = 1
+    rank: int = 0
+    inputs: InputScheme | None = None
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
@@ -62,38 +138,36 @@ class Scheme:
         Raises:
             SchemeError: The name is unknown; the message lists the nearest.
         """
-        key = name.strip().lower()
-        if key in GGUF_SCHEMES:
-            bits, zero = GGUF_SCHEMES[key]
-            return cls(bits, 32, zero)
-        match = _NAME.fullmatch(key)
-        if match is None or match[2] == "0":
-            known = [f"int{b}-g{g}" for b in range(2, 9) for g in (32, 64, 128)]
-            near = difflib.get_close_matches(key, known + list(GGUF_SCHEMES), n=3)
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise SchemeError(
-                f"unknown scheme {name!r}{hint} Schemes are int2..int8 with an "
-                "optional -gN and -asym or -offset, and "
-                f"{', '.join(GGUF_SCHEMES)}; 'dense' keeps a layer as it is"
-            )
-        scheme = cls(
-            int(match[1]), int(match[2]) if match[2] else None, Zero(match[3] or "none")
-        )
-        if scheme.zero is Zero.OFFSET and scheme.bits == 8:
-            raise SchemeError(f"scheme {name!r}: an offset grid has at most 7 bits")
-        return scheme
+        from compress.core.scheme_names import parse
+
+        return parse(name)
 
     @property
     def name(self) -> str:
         """Canonical name, without the storage type of the scales."""
-        group = f"-g{self.group_size}" if self.group_size else ""
-        zero = "" if self.zero is Zero.NONE else f"-{self.zero.value}"
-        return f"int{self.bits}{group}{zero}"
+        from compress.core.scheme_names import name_of
+
+        return name_of(self)
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are whole numbers."""
+        return self.grid == INTEGER
+
+    @cached_property
+    def levels(self) -> Grid:
+        """The number grid."""
+        from compress.core.levels import FLOAT_GRIDS, IntegerGrid
+
+        if not self.is_integer:
+            return FLOAT_GRIDS[self.grid]
+        return IntegerGrid(self.bits, self.lowest)
 
     @property
     def lowest(self) -> int:
-        """Smallest code: negative, except on an offset grid."""
-        return 0 if self.zero is Zero.OFFSET else -(1 << (self.bits - 1))
+        """Smallest code: negative, except on an offset or a float grid."""
+        is_signed = self.is_integer and self.zero is not Zero.OFFSET
+        return -(1 << (self.bits - 1)) if is_signed else 0
 
     @property
     def highest(self) -> int:
@@ -101,12 +175,21 @@ class Scheme:
         return self.lowest + (1 << self.bits) - 1
 
     def with_scales(self, dtype: str) -> Scheme:
-        """Return the same scheme with scales stored as ``dtype``."""
+        """Return the same scheme with float scales stored as ``dtype``."""
         return replace(self, scale_dtype=dtype)
+
+    @property
+    def weights(self) -> Scheme:
+        """The same scheme without what it does to inputs."""
+        return replace(self, inputs=None)
 
     def group_of(self, columns: int) -> int:
         """Return how many columns share a scale in a row of ``columns``."""
         return self.group_size or columns
+
+    def rows_of_scale(self, rows: int) -> int:
+        """Return how many rows share a scale in a matrix of ``rows``."""
+        return rows if self.row_block == WHOLE else self.row_block
 
     def check_columns(self, columns: int, layer: str) -> None:
         """Raise unless the groups tile a row of ``columns``.
@@ -117,16 +200,36 @@ class Scheme:
         if columns % self.group_of(columns):
             fitting = [g for g in (16, 32, 64, 96, 128, 192, 256) if columns % g == 0]
             remedy = f"use {' or '.join(map(str, fitting))}" if fitting else "use none"
+            row = f"int{self.bits}" if self.is_integer else self.grid
             raise SchemeError(
                 f"group_size {self.group_size} does not divide the {columns} columns "
-                f"of {layer}; {remedy}, or one scale a row (int{self.bits})"
+                f"of {layer}; {remedy}, or one scale a row ({row})"
             )
 
-    def bits_per_weight(self, columns: int) -> float:
-        """Bits of codes, scales and zero points for each weight of a row."""
-        scale = SCALE_BITS[self.scale_dtype]
-        extra = {Zero.NONE: 0, Zero.INTEGER: self.bits, Zero.OFFSET: scale}[self.zero]
-        return self.bits + (scale + extra) / self.group_of(columns)
+    def bits_per_weight(self, columns: int, rows: int | None = None) -> float:
+        """Bits of codes, scales, zero points and corrections for each weight.
+
+        Args:
+            columns: Of a row.
+            rows: Of the matrix; needed where rows share something.
+        """
+        free = SCALE_BITS[self.scale_dtype]
+        scale = float(_EXTRA_BITS.get(self.scales, free))
+        scale += {Zero.NONE: 0, Zero.INTEGER: self.bits, Zero.OFFSET: free}[self.zero]
+        total = self.bits + scale / self.group_of(columns)
+        if self.scales is Scales.RATIO:
+            total += free / columns
+        if rows is None:
+            return total
+        if self.row_block != 1:
+            blocks = math.ceil(rows / self.rows_of_scale(rows)) / rows
+            total = self.bits + blocks * scale / self.group_of(columns)
+        if self.scales is Scales.TWO_LEVEL:
+            total += 32 / (rows * columns)
+        if self.rank:
+            codes = 8 * self.rank * (rows + columns) + 2 * 16 * self.rank
+            total += codes / (rows * columns)
+        return total
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that :meth:`from_dict` reads back."""

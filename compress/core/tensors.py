@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from compress.core import scales
+from compress.core.scales import TORCH_DTYPES as TORCH_DTYPES
 from compress.core.scheme import Scheme, Zero
 
-TORCH_DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}
 
-
-def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, kind: Zero) -> Tensor:
-    """Return the float32 values of codes, computed as every loader computes them.
+def decode(levels: Tensor, scale: Tensor, zero: Tensor | None, kind: Zero) -> Tensor:
+    """Return the float32 values of levels, computed as every loader computes them.
 
     Args:
-        codes: Integers or whole floats, any shape.
-        scale: Broadcasts against ``codes``.
+        levels: Numbers of the grid, any shape; for integers these are the codes.
+        scale: Broadcasts against ``levels``.
         zero: As ``scale``; ``None`` only for a symmetric grid.
         kind: What ``zero`` means.
     """
-    values, scale = codes.float(), scale.float()
+    values, scale = levels.float(), scale.float()
     if zero is None:
         return values * scale
     if kind is Zero.INTEGER:
@@ -34,15 +31,42 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, kind: Zero) -> Ten
 
 
 @dataclass(frozen=True)
-class QuantizedTensor:
-    """A weight matrix as integers.
+class LowRank:
+    """A correction ``left @ right`` of a weight matrix, each factor in 8 bits (LoRC).
 
     Attributes:
-        codes: int8 ``[R, C]``, in ``[scheme.lowest, scheme.highest]``.
-        scale: ``[R, C / group]`` in the scheme's storage type.
+        left: int8 ``[R, r]``.
+        left_scale: float16 ``[1, r]``.
+        right: int8 ``[r, C]``.
+        right_scale: float16 ``[r, 1]``.
+    """
+
+    left: Tensor
+    left_scale: Tensor
+    right: Tensor
+    right_scale: Tensor
+
+    def product(self) -> Tensor:
+        """Return the float32 ``[R, C]`` that is added to the decoded codes."""
+        left = self.left.float() * self.left_scale.float()
+        return left @ (self.right.float() * self.right_scale.float())
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight matrix as codes.
+
+    Attributes:
+        codes: ``[R, C]``: int8 in ``[scheme.lowest, scheme.highest]``, or uint8 bit
+            patterns of a float grid.
+        scale: ``[R, C / group]`` as stored; see ``core/scales.py``. One row for each
+            block of rows where these share scales.
         zero: ``None``, int8 codes, or float minima in the storage type; as ``scale``.
         scheme: What the numbers mean.
         notes: What a report should say about this layer, such as a fallback.
+        outer: What the scales have in common, if anything; see ``core/scales.py``.
+        low_rank: A correction that is added; only if the scheme has a rank, and then
+            it may still be left out where it brings nothing.
     """
 
     codes: Tensor
@@ -50,21 +74,94 @@ class QuantizedTensor:
     zero: Tensor | None
     scheme: Scheme
     notes: tuple[str, ...] = field(default=())
+    outer: Tensor | None = None
+    low_rank: LowRank | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows (outputs) and columns (inputs)."""
         return self.codes.shape[0], self.codes.shape[1]
 
+    def scales(self) -> Tensor:
+        """Return the float32 scales ``[R, C / group]``, one row for each row."""
+        rows = self.codes.shape[0]
+        return scales.from_stored(self.scale, self.scheme, self.outer, rows=rows)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return ``[R, C]`` values, computed in float32 and rounded to ``dtype``."""
         rows, columns = self.shape
-        groups = self.codes.view(rows, self.scale.shape[1], -1)
+        scale = self.scales()
+        levels = self.scheme.levels.to_levels(self.codes)
+        groups = levels.view(rows, scale.shape[1], -1)
         zero = None if self.zero is None else self.zero.unsqueeze(-1)
-        values = decode(groups, self.scale.unsqueeze(-1), zero, self.scheme.zero)
-        return values.view(rows, columns).to(dtype)
+        values = decode(groups, scale.unsqueeze(-1), zero, self.scheme.zero)
+        values = values.view(rows, columns)
+        if self.low_rank is not None:
+            values = values + self.low_rank.product()
+        return values.to(dtype)
+
+    def split_rows(self, sizes: list[int]) -> list[QuantizedTensor]:
+        """Return the parts of a matrix that was stacked from several.
+
+        Args:
+            sizes: Rows of each part; a block of rows that shares scales must not
+                straddle two parts (``scheme.row_block``).
+        """
+        block = self.scheme.rows_of_scale(self.shape[0])
+        shared = self.scale.shape[0] == 1 and self.shape[0] > 1
+        parts, start = [], 0
+        for size in sizes:
+            rows = slice(start, start + size)
+            kept = (
+                slice(0, 1) if shared else slice(start // block, -(-rows.stop // block))
+            )
+            outer = self.outer
+            if outer is not None and outer.dim() == 2:
+                outer = outer[rows].contiguous()
+            low = self.low_rank
+            if low is not None:
+                left = low.left[rows].contiguous()
+                low = LowRank(left, low.left_scale, low.right, low.right_scale)
+            parts.append(
+                QuantizedTensor(
+                    self.codes[rows].contiguous(),
+                    self.scale[kept].contiguous(),
+                    None if self.zero is None else self.zero[kept].contiguous(),
+                    self.scheme,
+                    self.notes,
+                    outer,
+                    low,
+                )
+            )
+            start += size
+        return parts
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to store; ``scheme`` and ``notes`` travel beside them."""
         tensors = {"codes": self.codes, "scale": self.scale}
-        return tensors if self.zero is None else {**tensors, "zero": self.zero}
+        if self.zero is not None:
+            tensors["zero"] = self.zero
+        if self.outer is not None:
+            tensors["outer"] = self.outer
+        if self.low_rank is not None:
+            tensors |= {f"low_rank.{k}": v for k, v in vars(self.low_rank).items()}
+        return tensors
+
+    @classmethod
+    def from_state(
+        cls, tensors: Mapping[str, Tensor], scheme: Scheme, notes: tuple[str, ...] = ()
+    ) -> QuantizedTensor:
+        """Return the matrix that :meth:`state` described."""
+        names = ("left", "left_scale", "right", "right_scale")
+        low_rank = None
+        if "low_rank.left" in tensors:
+            low_rank = LowRank(*(tensors[f"low_rank.{name}"] for name in names))
+        return cls(
+            tensors["codes"],
+            tensors["scale"],
+            tensors.get("zero"),
+            scheme,
+            notes,
+            tensors.get("outer"),
+            low_rank,
+        )

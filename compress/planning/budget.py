@@ -46,8 +46,8 @@ def linear_bits_per_weight(plan: Plan) -> float | None:
     weights = sum(layer.shape[0] * layer.shape[1] for layer in plan.layers.values())
     if not weights:
         return None
-    bits = sum(
-        layer.shape[0] * layer.shape[1] * layer.scheme.bits_per_weight(layer.shape[1])
-        for layer in plan.layers.values()
-    )
+    bits = 0.0
+    for layer in plan.layers.values():
+        rows, columns = layer.shape
+        bits += rows * columns * layer.scheme.bits_per_weight(columns, rows)
     return bits / weights

@@ -69,7 +69,20 @@ def test_text_that_is_no_plan_is_refused(text: str) -> None:
         Plan.from_json(text)
 
 
-@pytest.mark.parametrize("name", ["int4-g0", "int9", "int8-g32-offset", "fp4", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int4-g0",
+        "int9",
+        "int8-g32-offset",
+        "fp5",
+        "fp4-g0",
+        "w6a7",
+        "int4-lorc0",
+        "nvfp4+q",
+        "",
+    ],
+)
 def test_names_of_no_scheme_are_refused(name: str) -> None:
     with pytest.raises(SchemeError):
         Scheme.parse(name)

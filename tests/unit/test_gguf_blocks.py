@@ -7,7 +7,8 @@ import torch
 from gguf_fixtures import random_codes
 
 from compress.core.errors import ExportError
-from compress.core.scheme import GGUF_SCHEMES, Scheme
+from compress.core.scheme import Scheme
+from compress.core.scheme_names import GGUF_SCHEMES
 from compress.export.gguf_blocks import (
     CODED_TYPES,
     coded_type,

@@ -1,0 +1,168 @@
+"""Number grids: the values that codes stand for, before a scale is applied.
+
+A grid rounds numbers to its nearest *levels* (kept as float32, so that arithmetic on
+them needs no decoding) and translates levels to stored codes and back. Everything above
+- scales, error feedback, searches - sees only this, so every method works on every
+grid.
+
+* :class:`IntegerGrid`: whole numbers; code and level are the same.
+* :class:`FloatGrid`: sign, exponent and mantissa of a few bits (``e2m1`` is FP4). A
+  code is the bit pattern, sign first, as in the OCP microscaling and FP8
+  specifications.
+
+Source: OCP Microscaling Formats v1.0 (2023) for E2M1, E2M3, E3M2; Micikevicius et al.
+(2022), "FP8 Formats for Deep Learning", for E4M3 and E5M2; Wu et al. (2023),
+"ZeroQuant-FP", for E3M0 (bias 3 here: 0 and +-2^-3 to 2^3).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from compress.core.scheme import FLOAT_FORMATS
+
+_EXPONENT_BITS_OF_FLOAT32 = 0x7F800000
+
+
+class Grid(ABC):
+    """The values of a code, in units of the scale.
+
+    Attributes:
+        bits: Bits of a code.
+        lowest: Smallest level.
+        highest: Largest level.
+        code_dtype: Type that codes are held in.
+        reach: The level that the largest magnitude of a group is mapped to.
+    """
+
+    bits: int
+    lowest: float
+    highest: float
+    code_dtype: torch.dtype
+    reach: float
+
+    @abstractmethod
+    def round_(self, values: Tensor) -> Tensor:
+        """Round float32 ``values`` to levels, ties to even, in place; returns them."""
+
+    @abstractmethod
+    def to_codes(self, levels: Tensor) -> Tensor:
+        """Return the codes of levels, in ``code_dtype``."""
+
+    @abstractmethod
+    def to_levels(self, codes: Tensor) -> Tensor:
+        """Return the float32 levels of codes."""
+
+
+@dataclass(frozen=True)
+class IntegerGrid(Grid):
+    """Whole numbers from ``lowest`` to ``lowest + 2**bits - 1``."""
+
+    bits: int
+    lowest: int
+    code_dtype = torch.int8
+
+    @property
+    def highest(self) -> int:  # type: ignore[override]
+        """Largest level."""
+        return self.lowest + (1 << self.bits) - 1
+
+    @property
+    def reach(self) -> float:  # type: ignore[override]
+        """Half the span: clips the largest value by up to half a step, as others do."""
+        return ((1 << self.bits) - 1) / 2
+
+    def round_(self, values: Tensor) -> Tensor:
+        """Round to whole numbers, ties to even, and clamp, in place."""
+        return values.round_().clamp_(self.lowest, self.highest)
+
+    def to_codes(self, levels: Tensor) -> Tensor:
+        """Return int8 codes: the levels themselves."""
+        return levels.to(torch.int8)
+
+    def to_levels(self, codes: Tensor) -> Tensor:
+        """Return the codes as float32."""
+        return codes.float()
+
+
+@dataclass(frozen=True)
+class FloatGrid(Grid):
+    """Small floating-point numbers.
+
+    Attributes:
+        exponent_bits: Bits of the exponent.
+        mantissa_bits: Bits of the mantissa.
+        least_exponent: Exponent of the smallest normal number; below it numbers are
+            spaced evenly down to zero.
+        highest: Largest level.
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+    least_exponent: int
+    highest: float
+    code_dtype = torch.uint8
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        """Bits of a code, the sign among them."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def lowest(self) -> float:  # type: ignore[override]
+        """Smallest level."""
+        return -self.highest
+
+    @property
+    def reach(self) -> float:  # type: ignore[override]
+        """The largest level."""
+        return self.highest
+
+    def _binade(self, values: Tensor) -> Tensor:
+        """Return the power of two at or below each magnitude, at least the smallest."""
+        # float32 keeps it in its exponent bits: exact, and faster than a logarithm.
+        power = (values.view(torch.int32) & _EXPONENT_BITS_OF_FLOAT32).view(
+            torch.float32
+        )
+        return power.clamp_(min=2.0**self.least_exponent)
+
+    def round_(self, values: Tensor) -> Tensor:
+        """Round to the nearest number, ties to the even mantissa, and clamp."""
+        values.clamp_(self.lowest, self.highest)
+        step = self._binade(values).mul_(2.0**-self.mantissa_bits)
+        return values.div_(step).round_().mul_(step)
+
+    def to_codes(self, levels: Tensor) -> Tensor:
+        """Return uint8 bit patterns: sign, exponent, mantissa."""
+        magnitude = levels.abs()
+        binade = self._binade(magnitude)
+        steps = magnitude / binade * 2.0**self.mantissa_bits
+        exponent = torch.log2(binade) - self.least_exponent
+        index = steps + exponent * 2.0**self.mantissa_bits
+        sign = torch.signbit(levels).to(torch.uint8) << (self.bits - 1)
+        return index.round().to(torch.uint8) | sign
+
+    def to_levels(self, codes: Tensor) -> Tensor:
+        """Return the float32 numbers of bit patterns."""
+        return _table(self).to(codes.device)[codes.int()]
+
+
+@cache
+def _table(grid: FloatGrid) -> Tensor:
+    """Return the float32 level of each bit pattern."""
+    index = torch.arange(1 << (grid.bits - 1))
+    width = 1 << grid.mantissa_bits
+    field, mantissa = index // width, (index % width).float() / width
+    exponent = (field - 1).clamp(min=0) + grid.least_exponent
+    normal = (field > 0).float()
+    positive = (normal + mantissa) * torch.exp2(exponent.float())
+    return torch.cat([positive, -positive])
+
+
+FLOAT_GRIDS = {name: FloatGrid(*numbers) for name, numbers in FLOAT_FORMATS.items()}
+"""By name. FP4 is ``e2m1``, FP6 ``e2m3``, FP8 ``e4m3``."""

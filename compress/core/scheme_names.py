@@ -1,0 +1,191 @@
+"""Names of schemes, in both directions.
+
+A name is ``WEIGHTS[+INPUTS][-lorcR]``. Weights are
+
+* ``int<bits>[-g<columns>][-asym|-offset]``: ``int4-g64`` is symmetric with a scale for
+  each 64 columns, ``int8`` has one scale a row, ``-asym`` adds an integer zero point,
+  ``-offset`` a float minimum. The simple GGUF types name the same schemes (``q4_0`` is
+  ``int4-g32``), so that one plan can be written to both kinds of file;
+* ``fp4``, ``fp6``, ``fp8`` or a grid such as ``e3m0``, with ``-g<columns>``,
+  ``-tensor`` (one scale) or ``-b<size>`` (square blocks), and ``-pow2`` or ``-ratio``
+  for scales that are powers of two, alone or within a row;
+* ``nvfp4``, ``mxfp4``, ``mxfp6``, ``mxfp8``.
+
+Inputs are a grid with an optional group, ``int8`` or ``e4m3-g128``; the usual pairs
+have names of their own: ``w8a8``, ``w6a8-g128``, ``w6a8-g128-group``, ``fp8-w8a8``,
+``fp8-block``, ``nvfp4-w4a4``, ``w4a8-fp-g128``, ``w4afp8-g128``. ``-lorc8`` adds a
+low-rank correction of rank 8.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import replace
+
+from compress.core.errors import SchemeError
+from compress.core.scheme import (
+    FLOAT_FORMATS,
+    INTEGER,
+    WHOLE,
+    InputScheme,
+    Scales,
+    Scheme,
+    Zero,
+)
+
+GGUF_SCHEMES: dict[str, tuple[int, Zero]] = {
+    "q4_0": (4, Zero.NONE),
+    "q5_0": (5, Zero.NONE),
+    "q8_0": (8, Zero.NONE),
+    "q4_1": (4, Zero.OFFSET),
+    "q5_1": (5, Zero.OFFSET),
+}
+_FLOAT_NAMES = {"fp4": "e2m1", "fp6": "e2m3", "fp8": "e4m3"}
+_MICROSCALING = {"mxfp4": "e2m1", "mxfp6": "e2m3", "mxfp8": "e4m3"}
+_NVFP4_INPUTS = "nvfp4"
+
+_RANK = re.compile(r"(.+)-lorc([1-9]\d*)")
+_INTEGER = re.compile(r"int([2-8])(?:-g([1-9]\d*))?(?:-(asym|offset))?")
+_FLOAT = re.compile(
+    rf"({'|'.join([*_FLOAT_NAMES, *FLOAT_FORMATS])})"
+    r"(?:-g([1-9]\d*)|-(tensor)|-b([1-9]\d*))?(?:-(pow2|ratio))?"
+)
+_INPUTS = re.compile(rf"(int[468]|{'|'.join(FLOAT_FORMATS)})(?:-g([1-9]\d*))?")
+
+# Pairs with a name of their own: pattern and how it is spelled in full, both ways.
+_FULL = (
+    (r"w([2-8])a([468])((?:-g\d+)?(?:-asym)?)", r"int\1\3+int\2"),
+    (r"w([2-8])a([468])-g(\d+)(-asym)?-group", r"int\1-g\3\4+int\2-g\3"),
+    (r"w4afp8((?:-g\d+)?(?:-asym)?)", r"int4\1+e4m3"),
+    (r"w4a8-fp((?:-g\d+)?(?:-pow2|-ratio)?)", r"fp4\1+e4m3"),
+    (r"fp8-w8a8", r"fp8+e4m3"),
+    (r"fp8-block", r"fp8-b128+e4m3-g128"),
+    (r"nvfp4-w4a4", r"nvfp4+nvfp4"),
+)
+_SHORT = (
+    (r"int([2-8])((?:-g\d+)?(?:-asym)?)\+int([468])", r"w\1a\3\2"),
+    (r"int([2-8])-g(\d+)(-asym)?\+int([468])-g\2", r"w\1a\4-g\2\3-group"),
+    (r"int4((?:-g\d+)?(?:-asym)?)\+e4m3", r"w4afp8\1"),
+    (r"fp4((?:-g\d+)?(?:-pow2|-ratio)?)\+e4m3", r"w4a8-fp\1"),
+    (r"fp8\+e4m3", r"fp8-w8a8"),
+    (r"fp8-b128\+e4m3-g128", r"fp8-block"),
+    (r"nvfp4\+nvfp4", r"nvfp4-w4a4"),
+)
+_EXAMPLES = (
+    *(f"int{b}-g{g}" for b in range(2, 9) for g in (32, 64, 128)),
+    *(f"w{b}a8-g{g}" for b in (4, 6) for g in (64, 128)),
+    *("w8a8", "fp8", "fp8-w8a8", "fp8-block", "fp4-g32", "fp4-g128-ratio"),
+    *("nvfp4", "nvfp4-w4a4", "w4a8-fp-g128", "w4afp8-g128", "fp6-g32"),
+    *_MICROSCALING,
+    *GGUF_SCHEMES,
+)
+
+
+def parse(name: str) -> Scheme:
+    """Return the scheme that ``name`` stands for.
+
+    Raises:
+        SchemeError: The name is unknown; the message lists the nearest.
+    """
+    key, rank = name.strip().lower(), 0
+    if match := _RANK.fullmatch(key):
+        key, rank = match[1], int(match[2])
+    weights, plus, inputs = _rewritten(key, _FULL).partition("+")
+    scheme = _weights(weights, name)
+    read = _inputs(inputs) if plus else None
+    if scheme is None or (plus and read is None):
+        raise _unknown(name)
+    return replace(scheme, inputs=read, rank=rank)
+
+
+def name_of(scheme: Scheme) -> str:
+    """Return the canonical name of a scheme."""
+    name = _weights_name(scheme)
+    if scheme.inputs is not None:
+        name = _rewritten(f"{name}+{_inputs_name(scheme.inputs)}", _SHORT)
+    return f"{name}-lorc{scheme.rank}" if scheme.rank else name
+
+
+def _rewritten(name: str, table: tuple[tuple[str, str], ...]) -> str:
+    for pattern, other in table:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(other)
+    return name
+
+
+def _weights(key: str, name: str) -> Scheme | None:
+    if key in GGUF_SCHEMES:
+        bits, zero = GGUF_SCHEMES[key]
+        return Scheme(bits, 32, zero)
+    if key in _MICROSCALING:
+        grid = _MICROSCALING[key]
+        return Scheme(FLOAT_FORMATS[grid].bits, 32, grid=grid, scales=Scales.POWER)
+    if key == "nvfp4":
+        return Scheme(4, 16, grid="e2m1", scales=Scales.TWO_LEVEL)
+    if match := _INTEGER.fullmatch(key):
+        group = int(match[2]) if match[2] else None
+        scheme = Scheme(int(match[1]), group, Zero(match[3] or "none"))
+        if scheme.zero is Zero.OFFSET and scheme.bits == 8:
+            raise SchemeError(f"scheme {name!r}: an offset grid has at most 7 bits")
+        return scheme
+    if match := _FLOAT.fullmatch(key):
+        grid = _FLOAT_NAMES.get(match[1], match[1])
+        block = match[4]
+        columns = match[2] or block
+        return Scheme(
+            FLOAT_FORMATS[grid].bits,
+            int(columns) if columns else None,
+            grid=grid,
+            scales=Scales(match[5] or "free"),
+            row_block=WHOLE if match[3] else int(block or 1),
+        )
+    return None
+
+
+def _inputs(key: str) -> InputScheme | None:
+    if key == _NVFP4_INPUTS:
+        return InputScheme("e2m1", 16, two_level=True)
+    match = _INPUTS.fullmatch(key)
+    return InputScheme(match[1], int(match[2]) if match[2] else None) if match else None
+
+
+def _weights_name(scheme: Scheme) -> str:
+    group = f"-g{scheme.group_size}" if scheme.group_size else ""
+    if scheme.grid == INTEGER:
+        zero = "" if scheme.zero is Zero.NONE else f"-{scheme.zero.value}"
+        return f"int{scheme.bits}{group}{zero}"
+    if scheme.scales is Scales.TWO_LEVEL:
+        return "nvfp4"
+    if scheme.scales is Scales.POWER and (scheme.group_size, scheme.row_block) == (
+        32,
+        1,
+    ):
+        for name, grid in _MICROSCALING.items():
+            if grid == scheme.grid:
+                return name
+    short = {grid: name for name, grid in _FLOAT_NAMES.items()}
+    if scheme.row_block == WHOLE:
+        group = "-tensor"
+    elif scheme.row_block != 1:
+        group = f"-b{scheme.row_block}"
+    scales = "" if scheme.scales is Scales.FREE else f"-{scheme.scales.value}"
+    return f"{short.get(scheme.grid, scheme.grid)}{group}{scales}"
+
+
+def _inputs_name(inputs: InputScheme) -> str:
+    if inputs.two_level:
+        return _NVFP4_INPUTS
+    group = f"-g{inputs.group_size}" if inputs.group_size else ""
+    return f"{inputs.grid}{group}"
+
+
+def _unknown(name: str) -> SchemeError:
+    near = difflib.get_close_matches(name.lower(), _EXAMPLES, n=3)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return SchemeError(
+        f"unknown scheme {name!r}{hint} Schemes are int2..int8 with an optional -gN "
+        "and -asym or -offset, fp4, fp6, fp8 with -gN and -pow2 or -ratio, nvfp4, "
+        "mxfp4, w8a8, w6a8-gN, fp8-w8a8, fp8-block, w4a8-fp-gN and "
+        f"{', '.join(GGUF_SCHEMES)}; 'dense' keeps a layer as it is"
+    )
