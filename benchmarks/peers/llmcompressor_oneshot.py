@@ -61,7 +61,7 @@ def modifiers_of(recipe: str, group_size: int) -> list[Any]:
     last = GPTQModifier if "gptq" in methods else QuantizationModifier
     chosen: list[Any] = [last(ignore=["lm_head"], **what)]
     if "awq" in methods:
-        chosen.insert(0, AWQModifier(duo_scaling="both"))
+        chosen.insert(0, AWQModifier(duo_scaling="both", offload_device=None))
     if kind == "w8a8":
         chosen.insert(0, SmoothQuantModifier(smoothing_strength=0.8))
     return chosen
