@@ -29,6 +29,7 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RECIPES = (
@@ -61,7 +62,7 @@ def modifiers_of(recipe: str, group_size: int) -> list[Any]:
     last = GPTQModifier if "gptq" in methods else QuantizationModifier
     chosen: list[Any] = [last(ignore=["lm_head"], **what)]
     if "awq" in methods:
-        chosen.insert(0, AWQModifier(duo_scaling="both", offload_device=None))
+        chosen.insert(0, AWQModifier(duo_scaling="both"))
     if kind == "w8a8":
         chosen.insert(0, SmoothQuantModifier(smoothing_strength=0.8))
     return chosen
@@ -121,6 +122,9 @@ def main() -> None:
             arguments.model, dtype=torch.float32
         )
 
+    if not torch.cuda.is_available():
+        # llm-compressor 0.14 pins AWQ's cached inputs, which fails without a device.
+        IntermediatesCache._pin_intermediate = staticmethod(lambda value: None)
     model = load()
     tokens = numpy.load(arguments.tokens)
     recipe = modifiers_of(arguments.recipe, arguments.group_size)
