@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compress.core.errors import ConfigError
 from compress.transforms.awq import AWQ
 from compress.transforms.contract import Scaling, Transform
 from compress.transforms.rotation import Rotation
@@ -28,23 +27,10 @@ def order_problem(names: Sequence[str]) -> tuple[int, str] | None:
         ]
         if name == Rotation.name and scaled:
             return index, (
-                f"a rotation mixes the channels that {scaled[0]} has scaled, and undoes "
-                f"it; list {name} before {scaled[0]}"
+                f"a rotation mixes the channels that {scaled[0]} has scaled, and "
+                f"undoes it; list {name} before {scaled[0]}"
             )
     return None
-
-
-def implied(names: Sequence[str], brought: Sequence[str]) -> list[str]:
-    """Return which transforms a method brings along beside those that are listed.
-
-    Raises:
-        ConfigError: A method brings one that does not exist.
-    """
-    for name in brought:
-        if name not in TRANSFORMS:
-            known = ", ".join(TRANSFORMS)
-            raise ConfigError(f"a method brings the transform {name!r}; known: {known}")
-    return [name for name in dict.fromkeys(brought) if name not in names]
 
 
 def plain_options(transform: Transform) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Transformed:
         reports: Name, options and decisions of each transform.
     """
 
-    source: TransformedSource
+    source: TensorSource
     reports: list[dict[str, Any]]
 
 
@@ -102,9 +102,8 @@ class Chain:
             assert isinstance(transform, Scaling) and windows is not None
             label = f"{index} {transform.name}"
             if label not in records:
-                seen = _seen(model, current)
                 decision = decide(
-                    transform, seen, current, plan, windows=windows, device=device
+                    transform, model, current, plan, windows=windows, device=device
                 )
                 prefixed = {f"{label} {k}": v for k, v in decision.scales.items()}
                 scales = {**scales, **prefixed}
@@ -118,14 +117,6 @@ class Chain:
             current = current.then(step_of(transform, model, own))
             reports.append({**entry, "places": records[label]})
         return Transformed(current, reports)
-
-
-def _seen(model: ModelDescription, source: TensorSource) -> ModelDescription:
-    """Return the description of the model as it is before the last transforms."""
-    head = f"{model.family.head}.weight"
-    if head in source.tensors():
-        return model
-    return replace(model, tied=True)  # the rotation that unties it comes later
 
 
 def summary(report: Mapping[str, Any]) -> str:

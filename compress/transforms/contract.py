@@ -39,7 +39,7 @@ class Transform(ABC):
         self.options = options if options is not None else self.Options()
 
     def problem(self, model: ModelDescription) -> str | None:
-        """Return why this model cannot be treated, and what to do; no weight is read"""
+        """Return why this model cannot be treated, and what to do."""
         return None
 
 

@@ -148,7 +148,9 @@ class _Sums:
             self._largest = torch.maximum(self._largest, largest)
         if self._with_hessian:
             hessian = gram(flat)
-            self._hessian = hessian if self._hessian is None else self._hessian + hessian
+            self._hessian = (
+                hessian if self._hessian is None else self._hessian + hessian
+            )
 
     def result(self, layer: str) -> Inputs:
         """Return what was measured.

@@ -12,6 +12,7 @@ Paley (1933), "On orthogonal matrices", for the orders 12, 20 and 28.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +82,8 @@ def sylvester(size: int) -> Tensor:
     block = torch.tensor([[1, 1], [1, -1]], dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.kron(matrix, block)
-    return (matrix / size**0.5).float()
+    scaled: Tensor = matrix / math.sqrt(size)
+    return scaled.float()
 
 
 def paley(prime: int) -> Tensor:
@@ -90,12 +92,16 @@ def paley(prime: int) -> Tensor:
     identity = torch.eye(order, dtype=torch.float64)
     if order == 28:  # 27 is no prime: the second construction, from 13
         core = _conference(13)
-        block, other = torch.tensor([[1, 1], [1, -1]]), torch.tensor([[1, -1], [-1, -1]])
+        block, other = (
+            torch.tensor([[1, 1], [1, -1]]),
+            torch.tensor([[1, -1], [-1, -1]]),
+        )
         half = torch.eye(14, dtype=torch.float64)
         matrix = torch.kron(core, block.double()) + torch.kron(half, other.double())
     else:
         matrix = identity + _conference(order - 1)
-    return (matrix / order**0.5).float()
+    scaled: Tensor = matrix / math.sqrt(order)
+    return scaled.float()
 
 
 def _conference(q: int) -> Tensor:

@@ -82,9 +82,7 @@ def places_of(model: ModelDescription, kinds: tuple[str, ...]) -> tuple[Place, .
     values, outputs = family.with_role("v", "qkv"), family.with_role("o")
     up, down = family.with_role("up", "gate_up"), family.with_role("down")
     attention = family.readers("attention")
-    found.append(
-        Place("norm", family.attention_norm, attention, "attention", hidden)
-    )
+    found.append(Place("norm", family.attention_norm, attention, "attention", hidden))
     if values is not None and outputs is not None:
         start = (heads + shared) * width if values.role == "qkv" else 0
         found.append(
@@ -103,9 +101,7 @@ def places_of(model: ModelDescription, kinds: tuple[str, ...]) -> tuple[Place, .
         start = inner if up.role == "gate_up" else 0
         mlp = family.readers("mlp")
         found.append(Place("norm", family.mlp_norm, mlp, "mlp", hidden))
-        found.append(
-            Place("neuron", up.path, (down.path,), down.input, inner, start)
-        )
+        found.append(Place("neuron", up.path, (down.path,), down.input, inner, start))
     return tuple(place for place in found if place.kind in kinds)
 
 
