@@ -22,18 +22,14 @@ from compress import exporting, preview, provenance
 from compress.calibration.data import CalibrationTokens, load_tokens
 from compress.calibration.sources import check_sources
 from compress.config import Config, load_config
-from compress.config.plugins import (
-    create_chain,
-    create_exporter,
-    create_quantizer,
-)
+from compress.config.plugins import create_chain, create_exporter, create_quantizer
 from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.contracts import Exporter, Quantizer
 from compress.core.errors import ConfigError
 from compress.core.plan import Plan
 from compress.evaluation.measure import PreparedText, evaluate_texts, prepare_texts
 from compress.evaluation.texts import check_evaluation_text
-from compress.model.loading import ModelHandle, check_tensors, locate, open_model
+from compress.model.loading import ModelHandle, check_tensors, open_model
 from compress.model.streaming import StreamedModel, choose_device
 from compress.planning.planner import make_plan, resolve_scale_dtype
 from compress.planning.rerun import config_of_export
@@ -41,7 +37,8 @@ from compress.report import summary_table, write_report
 from compress.reporting import build_report
 from compress.scoring import evaluate, inspect
 from compress.transform import CompressedSource, PlanRunner, part_of_layer
-from compress.transforms.chain import Transformed, summary
+from compress.transforms.chain import Transformed
+from compress.transforms.source import TransformedSource
 from compress.workdir import WorkDir, write_atomically
 
 if TYPE_CHECKING:
@@ -88,7 +85,8 @@ class Run:
         self.chain = create_chain(config.transform_entries, self.quantizers.values())
         self.base: ModelDescription = self.handle.description
         self.model = self.chain.describe(self.base)
-        self.transformed = Transformed(self.handle.source, [])
+        original = TransformedSource(self.handle.source, self.model.dtype)
+        self.transformed = Transformed(original, [])
         self.exporters = {
             entry.format: create_exporter(
                 entry.format, entry.options, path=("export", index)
@@ -185,7 +183,7 @@ class Run:
         """Carry out all stages that are not in the work directory yet."""
         check_tensors(self.handle)
         tokens = self._calibration_tokens()
-        fingerprint = self._fingerprint(tokens)
+        fingerprint = provenance.fingerprint(self, tokens)
         self.workdir.begin(fingerprint, overwrite=overwrite)
         self.workdir.write_json("results/predicted.json", self._predicted())
         write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
@@ -216,8 +214,6 @@ class Run:
         source = self.transformed.source
         self.runner.source = source
         self.artifact = replace(self.artifact, source=source)
-        for report in self.transformed.reports:
-            _log.info("%s", summary(report))
 
     def _predicted(self) -> dict[str, Any]:
         return preview.predict(self).to_dict()["predicted"]  # type: ignore[no-any-return]
@@ -226,28 +222,15 @@ class Run:
         if not (self.runner.needs_calibration or self.chain.needs_inputs):
             return None
         section = self.config.calibration
+        data = section.data if isinstance(section.data, str) else list(section.data)
         with self.timed("calibration text"):
             return load_tokens(
-                section.data if isinstance(section.data, str) else list(section.data),
+                data,
                 self.handle.tokenizer(),
                 samples=section.samples,
                 sequence_length=section.sequence_length,
                 seed=section.seed,
             )
-
-    def _fingerprint(self, tokens: CalibrationTokens | None) -> dict[str, str]:
-        quantize = self.config.quantize
-        methods = quantize.model_dump(mode="json") if quantize else {}
-        methods.pop("scale_dtype", None)  # the plan has the one that was resolved
-        return {
-            "model": provenance.model_digest(self.base, locate(self.config.model.path)),
-            "calibration": tokens.digest if tokens else "none",
-            "transforms": provenance.digest_of(self.chain.identity()),
-            "quantize": provenance.digest_of(methods),
-            "plan": provenance.digest_of(self.plan.to_json()),
-            "run.seed": str(self.config.run.seed),
-            "compress version": provenance.versions()["compress"],
-        }
 
     def compressed_source(self) -> CompressedSource:
         """Return the dense view of the compressed model."""

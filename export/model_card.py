@@ -78,10 +78,14 @@ def _what(artifact: CompressedModel, size_bytes: int) -> str:
         if layers
         else "No matrix is quantized; everything"
     )
+    moved = ""
+    if description.transforms:
+        names = ", ".join(description.transforms)
+        moved = f" Before that its weights went through {names}, which is exact."
     return (
         f"# {description.label}, compressed\n\n"
         f"A {description.config.get('model_type', 'language')} model of "
-        f"{description.block_count} blocks. {coded} is {description.dtype}. "
+        f"{description.block_count} blocks. {coded} is {description.dtype}.{moved} "
         f"The weight files take {size_bytes:,} bytes. Measured quality is in the "
         "`report.md` of the run that made these files."
     )

@@ -19,7 +19,8 @@ Compression and Acceleration", arXiv 2306.00978, and its ``auto_clip``. Differs:
   follows. Measured on SmolLM2-135M it makes no difference worth a rule.
 
 Limits: in groups wider than 512 columns the diagonal stands for ``H_g``, whose product
-would cost more than error feedback. There is none of that; ``method: gptq`` with ``transforms: [awq]`` has both.
+would cost more than error feedback. There is none of that; ``method: gptq`` with
+``transforms: [awq]`` has both.
 """
 
 from __future__ import annotations

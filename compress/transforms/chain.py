@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,8 @@ from compress.transforms.measure import decide, step_of
 from compress.transforms.source import TransformedSource, untied
 from compress.workdir import WorkDir
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Transformed:
@@ -27,7 +29,7 @@ class Transformed:
         reports: Name, options and decisions of each transform.
     """
 
-    source: TensorSource
+    source: TransformedSource
     reports: list[dict[str, Any]]
 
 
@@ -114,15 +116,9 @@ class Chain:
                 for name, scale in scales.items()
                 if name.startswith(f"{label} ")
             }
+            places = records[label]
+            changed = sum(1 for place in places if place["changed"])
+            _log.info("%s: %d of %d places", transform.name, changed, len(places))
             current = current.then(step_of(transform, model, own))
-            reports.append({**entry, "places": records[label]})
+            reports.append({**entry, "places": places})
         return Transformed(current, reports)
-
-
-def summary(report: Mapping[str, Any]) -> str:
-    """Return one sentence on what a transform did."""
-    places = report["places"]
-    if not places:
-        return f"{report['name']} applied"
-    changed = sum(1 for place in places if place["changed"])
-    return f"{report['name']} changed {changed} of {len(places)} places"
