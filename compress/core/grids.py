@@ -192,7 +192,8 @@ def search_parameters(
         groups: float32 ``[R, G, g]``.
         scheme: The grid.
         importance: float32 ``[G, g]`` weight of each column, normally the diagonal of
-            the Hessian; ``None`` weighs all columns alike.
+            the Hessian, or ``[G, g, g]``, its blocks; ``None`` weighs all columns
+            alike.
         factors: Multiples of the full range to try; :func:`search_factors` by default.
         outer: What scales have in common, if it is settled already.
     """
@@ -246,13 +247,22 @@ def _error(
     importance: Tensor | None,
 ) -> Tensor:
     levels = encode(groups, parameters, scheme)
-    error = decode_groups(levels, parameters, scheme).sub_(groups).square_()
-    error = (error if importance is None else error.mul_(importance)).sum(-1)
+    error = _squared(decode_groups(levels, parameters, scheme).sub_(groups), importance)
     block = scheme.rows_of_scale(error.shape[0])
     if block == 1:
         return error
     parts = torch.split(error, block)
     return torch.cat([part.sum(0, keepdim=True).expand_as(part) for part in parts])
+
+
+def _squared(error: Tensor, importance: Tensor | None) -> Tensor:
+    """Return the squared size ``[R, G]`` of errors ``[R, G, g]``."""
+    if importance is None:
+        return error.square_().sum(-1)
+    if importance.dim() == 2:
+        return error.square_().mul_(importance).sum(-1)
+    moved = (error.transpose(0, 1) @ importance).transpose(0, 1)
+    return moved.mul_(error).sum(-1)
 
 
 def assemble(
