@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compress import exporting, preview, provenance
+from compress import exporting, preview, provenance, serving
 from compress.calibration.data import CalibrationTokens, load_tokens
 from compress.calibration.sources import check_sources
 from compress.config import Config, load_config
@@ -27,10 +27,9 @@ from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.contracts import Exporter, Quantizer
 from compress.core.errors import ConfigError
 from compress.core.plan import Plan
-from compress.evaluation.measure import PreparedText, evaluate_texts, prepare_texts
 from compress.evaluation.texts import check_evaluation_text
 from compress.model.loading import ModelHandle, check_tensors, locate, open_model
-from compress.model.streaming import StreamedModel, choose_device
+from compress.model.streaming import choose_device
 from compress.planning.planner import make_plan, resolve_scale_dtype
 from compress.report import summary_table, write_report
 from compress.reporting import build_report
@@ -85,6 +84,7 @@ class Run:
         }
         self.plan = self._plan()
         exporting.check_exports(self.exporters, self.plan, self.model)
+        serving.check(self)
         self.runner = PlanRunner(
             self.model,
             self.handle.source,
@@ -176,19 +176,31 @@ class Run:
         self.workdir.write_json("results/predicted.json", self._predicted())
         write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
         with self.timed("quantize"):
-            self.runner.run(tokens.tokens if tokens else None)
-        metrics = self.workdir.stage(
-            f"evaluation-{self._evaluation_key()}", self._evaluate
-        )
+            used = tokens if self.runner.needs_calibration else None
+            self.runner.run(used.tokens if used else None)
+        self.serving = serving.Serving(self, tokens.tokens if tokens else None)
+        self.plan, self.artifact = self.serving.settle()
+        exporting.check_exports(self.exporters, self.plan, self.model)
+        write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
+        metrics = self._measured("evaluation", self.serving.evaluate)
+        self.cache = self._measured("kv-cache", self.serving.measure_cache)
         exports = {name: self._export(name) for name in self.exporters}
         shared = self._compare_codes(exports)
         return self._report(tokens, fingerprint, metrics, exports, shared)
+
+    def _measured(self, name: str, measure: Callable[[], Any]) -> Any:
+        """Return the stored result of a measurement, or make it."""
+        sections = self.config.evaluate, self.config.kv_cache
+        made_with = [s.model_dump(mode="json") if s else None for s in sections]
+        key = provenance.digest_of([made_with, self.plan.to_json()])[:12]
+        with self.timed("evaluate"):
+            return self.workdir.stage(f"{name}-{key}", measure)
 
     def _predicted(self) -> dict[str, Any]:
         return preview.predict(self).to_dict()["predicted"]  # type: ignore[no-any-return]
 
     def _calibration_tokens(self) -> CalibrationTokens | None:
-        if not self.runner.needs_calibration:
+        if not (self.runner.needs_calibration or serving.needs_tokens(self)):
             return None
         section = self.config.calibration
         with self.timed("calibration text"):
@@ -204,6 +216,7 @@ class Run:
         quantize = self.config.quantize
         methods = quantize.model_dump(mode="json") if quantize else {}
         methods.pop("scale_dtype", None)  # the plan has the one that was resolved
+        methods.pop("upgrade_inputs", None)  # comes after the codes
         return {
             "model": provenance.model_digest(
                 self.model, locate(self.config.model.path)
@@ -218,43 +231,6 @@ class Run:
     def compressed_source(self) -> CompressedSource:
         """Return the dense view of the compressed model."""
         return CompressedSource(self.handle.source, self.plan, self._codes)
-
-    def _streamed(self) -> StreamedModel:
-        return StreamedModel(self.model, self.handle.source, device=self.device)
-
-    def _texts(self) -> list[PreparedText]:
-        section = self.config.evaluate
-        assert section is not None
-        return prepare_texts(
-            section.perplexity,
-            self.handle.tokenizer(),
-            protocol=section.protocol,
-            count=section.windows,
-            length=section.sequence_length,
-        )
-
-    def _evaluation_key(self) -> str:
-        section = self.config.evaluate
-        return provenance.digest_of(
-            section.model_dump(mode="json") if section else None
-        )[:12]
-
-    def _evaluate(self) -> dict[str, Any]:
-        section = self.config.evaluate
-        if section is None or not section.perplexity:
-            return {"base": None, "compressed": None}
-        with self.timed("evaluate"):
-            _log.info("evaluating on %s", ", ".join(section.perplexity))
-            base = self._streamed()
-            coded = base.with_source(self.compressed_source())
-            own, other = evaluate_texts(
-                self._texts(),
-                partial(base.logits, name="base"),
-                partial(coded.logits, name="compressed") if self.plan.layers else None,
-                hidden_size=int(self.model.config["hidden_size"]),
-                kl=section.kl,
-            )
-        return {"base": own, "compressed": other}
 
     def _export(self, name: str) -> dict[str, Any]:
         exporter = self.exporters[name]
@@ -281,7 +257,7 @@ class Run:
         if not self.config.run.verify:
             return {"skipped": "run.verify is false"}
         windows = exporting.verification_windows(self.handle.tokenizer())
-        coded = self._streamed().with_source(self.compressed_source())
+        coded = self.serving.build()
         return exporting.verify_export(
             exporter,
             folder,

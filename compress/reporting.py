@@ -68,6 +68,8 @@ def build_report(
         "metrics": {
             key: headline(texts) if texts else None for key, texts in metrics.items()
         },
+        "inputs": run.serving.upgrades,
+        "kv_cache": run.cache,
         "layers": layers,
         "exports": dict(exports),
         "one_plan_two_files": shared,

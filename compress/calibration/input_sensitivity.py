@@ -207,7 +207,9 @@ class _Probe:
 
 
 @contextmanager
-def _attached(probes: Sequence[_Probe], block: nn.Module, prefix: str) -> Iterator[None]:
+def _attached(
+    probes: Sequence[_Probe], block: nn.Module, prefix: str
+) -> Iterator[None]:
     hooks = [
         block.get_submodule(name.removeprefix(prefix)).register_forward_pre_hook(
             probe.hook

@@ -66,7 +66,7 @@ def quantize_inputs(
             f"groups of {group} inputs do not divide {columns} columns; use one scale "
             "a token, or a group size that divides them"
         )
-    x = inputs.float().unflatten(-1, (columns // group, group))
+    x = inputs.float().reshape(*inputs.shape[:-1], columns // group, group)
     most = x.abs().amax(-1, keepdim=True)  # NaN where a NaN is
     if scheme.two_level:
         scale = _two_level(most, scheme, amax)

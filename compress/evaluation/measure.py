@@ -78,7 +78,9 @@ def evaluate_texts(
     See :func:`evaluate_candidates`.
     """
     named = {} if candidate is None else {"candidate": candidate}
-    own, others = evaluate_candidates(texts, base, named, hidden_size=hidden_size, kl=kl)
+    own, others = evaluate_candidates(
+        texts, base, named, hidden_size=hidden_size, kl=kl
+    )
     return own, others.get("candidate")
 
 

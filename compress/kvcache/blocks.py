@@ -31,7 +31,7 @@ def fake_quantize_blocks(values: Tensor, kind: str) -> Tensor:
         values: Any float type; 32 divides ``n``.
         kind: ``q8_0``, ``q5_1``, ``q5_0``, ``q4_1`` or ``q4_0``.
     """
-    x = values.float().unflatten(-1, (values.shape[-1] // BLOCK, BLOCK))
+    x = values.float().reshape(*values.shape[:-1], -1, BLOCK)
     if kind == "q8_0":
         result = _q8_0(x)
     elif kind in _SYMMETRIC:

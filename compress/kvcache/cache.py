@@ -60,13 +60,17 @@ class CacheRounding:
         if self.pair.uses_fp8 and not self.scales:
             raise ConfigError(f"cache type {FP8} needs the scales of kv_cache.scheme")
 
-    def __call__(self, keys: Tensor, values: Tensor, block: int) -> tuple[Tensor, ...]:
+    def __call__(
+        self, keys: Tensor, values: Tensor, block: int
+    ) -> tuple[Tensor, Tensor]:
         """Return rounded keys and values of a block, in their types."""
         k_scale, v_scale = scale_names(self.model, block)
         # llama.cpp pairs neighbours where transformers rotates halves: its blocks of
         # keys hold other channels than runs of 32 here would.
         paired = self.model.family.gguf_permutes_rotary and bool(self.pair.keys.group)
-        rounded = self._round(_paired(keys) if paired else keys, self.pair.keys, k_scale)
+        rounded = self._round(
+            _paired(keys) if paired else keys, self.pair.keys, k_scale
+        )
         return (
             (_halved(rounded) if paired else rounded).to(keys.dtype),
             self._round(values, self.pair.values, v_scale).to(values.dtype),
@@ -96,16 +100,16 @@ def head_count(model: ModelDescription) -> int:
 def _paired(keys: Tensor) -> Tensor:
     """Reorder the channels of heads from halves to neighbouring pairs."""
     size = keys.shape[-1]
-    return keys.unflatten(-1, (2, size // 2)).transpose(-1, -2).flatten(-2)
+    return keys.reshape(*keys.shape[:-1], 2, size // 2).transpose(-1, -2).flatten(-2)
 
 
 def _halved(keys: Tensor) -> Tensor:
     """Undo :func:`_paired`."""
     size = keys.shape[-1]
-    return keys.unflatten(-1, (size // 2, 2)).transpose(-1, -2).flatten(-2)
+    return keys.reshape(*keys.shape[:-1], size // 2, 2).transpose(-1, -2).flatten(-2)
 
 
-class FakeQuantCache(DynamicCache):
+class FakeQuantCache(DynamicCache):  # type: ignore[misc]
     """A cache that stores rounded keys and values, also for ``generate``."""
 
     def __init__(self, rounding: Rounding) -> None:
@@ -113,7 +117,12 @@ class FakeQuantCache(DynamicCache):
         self._rounding = rounding
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **more: Any
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *rest: Any,
+        **more: Any,
     ) -> tuple[Tensor, Tensor]:
         """Round and store new states; return those of all tokens so far."""
         keys, values = self._rounding(key_states, value_states, layer_idx)
@@ -123,7 +132,7 @@ class FakeQuantCache(DynamicCache):
         return stored
 
 
-class ObservingCache(DynamicCache):
+class ObservingCache(DynamicCache):  # type: ignore[misc]
     """A cache that hands exact keys and values to a function."""
 
     def __init__(self, observe: Callable[[Tensor, Tensor], None]) -> None:
@@ -131,7 +140,12 @@ class ObservingCache(DynamicCache):
         self._observe = observe
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **more: Any
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *rest: Any,
+        **more: Any,
     ) -> tuple[Tensor, Tensor]:
         """Show and store new states; return those of all tokens so far."""
         self._observe(key_states, value_states)

@@ -1,4 +1,4 @@
-"""Names of cache types and of pairs of them; needs no torch, so that a config can ask."""
+"""Names of cache types and of pairs of them; no torch, so that a config can ask."""
 
 from __future__ import annotations
 
@@ -40,6 +40,18 @@ CACHE_TYPES = {
         CacheType("q4_0", 4.5, "llama.cpp"),
     )
 }
+
+DEFAULT_PAIRS = (
+    "q8_0",
+    "q8_0/q5_1",
+    "q8_0/q4_0",
+    "q5_1",
+    "q4_1",
+    "q4_0",
+    "q4_0/f16",
+    "f16/q4_0",
+)
+"""What a report measures: both alike, values smaller than keys, and each alone."""
 
 
 @dataclass(frozen=True)

@@ -77,5 +77,8 @@ def _least_error(rows: Tensor, scale: Tensor) -> Tensor:
         tried = scale * share
         error = fake_quantize_fp8(rows, tried[:, None]).sub_(rows).square_().sum(1)
         better = error < least
-        best, least = torch.where(better, tried, best), torch.where(better, error, least)
+        best, least = (
+            torch.where(better, tried, best),
+            torch.where(better, error, least),
+        )
     return best
