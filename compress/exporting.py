@@ -128,7 +128,7 @@ def same_codes(a: QuantizedTensor, b: QuantizedTensor) -> bool:
     return (
         zeros
         and torch.equal(a.codes, b.codes)
-        and torch.equal(a.scale.float(), b.scale.float())
+        and torch.equal(a.scales(), b.scales())
         and torch.equal(a.dequantize(), b.dequantize())
     )
 
@@ -149,7 +149,7 @@ def compare_codes(
         own = artifact.quantized(layer)
         decoded = []
         for name, exporter in exporters.items():
-            if name in _reencoding(exporters):
+            if not exporter.keeps_codes:
                 continue
             read = exporter.read_codes(workdir.root / "export" / name, layer)
             counts[name] += 1
@@ -164,12 +164,3 @@ def compare_codes(
         if counts[name]
     }
     return per_format, {"layers": shared, "identical": agree} if shared else None
-
-
-def _reencoding(exporters: Mapping[str, Exporter]) -> set[str]:
-    """Return the formats that were told to write other codes than the plan's."""
-    return {
-        name
-        for name, exporter in exporters.items()
-        if getattr(exporter.options, "reencode", None) is not None
-    }

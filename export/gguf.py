@@ -92,6 +92,11 @@ class GGUFExporter(Exporter):
     Options: ClassVar[type[contracts.Options]] = GGUFOptions
     consumer = "llama.cpp"
 
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether no layer is rounded to another type."""
+        return self._options.reencode is None
+
     def check(self, plan: Plan, model: ModelDescription) -> list[Problem]:
         """List what GGUF, or the template, cannot hold."""
         options = self._options

@@ -120,6 +120,11 @@ class Exporter(Plugin):
     consumer: ClassVar[str]
     """The program that reads the files, for messages."""
 
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether the files hold the plan's codes, so that they can be compared."""
+        return True
+
     @abstractmethod
     def check(self, plan: Plan, model: ModelDescription) -> list[Problem]:
         """List what this format cannot hold. Reads no weights."""
