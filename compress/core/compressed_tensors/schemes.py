@@ -166,7 +166,7 @@ def weight_arguments(scheme: Scheme) -> dict[str, Any]:
     if scheme.scales is Scales.TWO_LEVEL:
         strategy = "tensor_group"
     grouped = strategy in ("group", "tensor_group")
-    arguments = {
+    arguments: dict[str, Any] = {
         "num_bits": scheme.bits,
         "type": "int" if scheme.is_integer else "float",
         "symmetric": scheme.zero is Zero.NONE,
