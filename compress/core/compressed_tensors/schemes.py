@@ -253,7 +253,7 @@ def _weights_of(
         group = None
     if kind == "int":
         fits = name in ("pack-quantized", "int-quantized", "float-quantized")
-        fits &= rows == 1 and bits in (range(2, 9) if name == "pack-quantized" else [8])
+        fits &= rows == 1 and bits in range(2, 9)
         if not fits or scale_dtype not in SCALE_BITS or strategy == "tensor_group":
             return None
         zero = Zero.NONE if arguments.get("symmetric", True) else Zero.INTEGER
