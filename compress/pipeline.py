@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import exporting, preview, provenance
+from compress import exporting, preview, provenance, serving
 from compress.calibration.data import CalibrationTokens, load_tokens
 from compress.calibration.sources import check_sources
 from compress.config import Config, load_config
@@ -27,10 +27,9 @@ from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.contracts import Exporter, Quantizer
 from compress.core.errors import ConfigError
 from compress.core.plan import Plan
-from compress.evaluation.measure import PreparedText, evaluate_texts, prepare_texts
 from compress.evaluation.texts import check_evaluation_text
 from compress.model.loading import ModelHandle, check_tensors, open_model
-from compress.model.streaming import StreamedModel, choose_device
+from compress.model.streaming import choose_device
 from compress.planning.planner import make_plan, resolve_scale_dtype
 from compress.planning.rerun import config_of_export
 from compress.report import summary_table, write_report
@@ -100,6 +99,7 @@ class Run:
         }
         self.plan = self._plan()
         exporting.check_exports(self.exporters, self.plan, self.model)
+        serving.check(self)
         self.runner = PlanRunner(
             self.model,
             self.handle.source,
@@ -196,9 +196,12 @@ class Run:
         self._transform(windows)
         with self.timed("quantize"):
             self.runner.run(windows if self.runner.needs_calibration else None)
-        metrics = self.workdir.stage(
-            f"evaluation-{self._evaluation_key()}", self._evaluate
-        )
+        self.serving = serving.Serving(self, windows)
+        self.plan, self.artifact = self.serving.settle()
+        exporting.check_exports(self.exporters, self.plan, self.model)
+        write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
+        metrics = self._measured("evaluation", self.serving.evaluate)
+        self.cache = self._measured("kv-cache", self.serving.measure_cache)
         exports = {name: self._export(name) for name in self.exporters}
         shared = self._compare_codes(exports)
         return self._report(tokens, fingerprint, metrics, exports, shared)
@@ -220,11 +223,23 @@ class Run:
         self.runner.source = source
         self.artifact = replace(self.artifact, source=source)
 
+    def _measured(self, name: str, measure: Callable[[], Any]) -> Any:
+        """Return the stored result of a measurement, or make it."""
+        sections = self.config.evaluate, self.config.kv_cache
+        made_with = [s.model_dump(mode="json") if s else None for s in sections]
+        key = provenance.digest_of([made_with, self.plan.to_json()])[:12]
+        with self.timed("evaluate"):
+            return self.workdir.stage(f"{name}-{key}", measure)
+
     def _predicted(self) -> dict[str, Any]:
         return preview.predict(self).to_dict()["predicted"]  # type: ignore[no-any-return]
 
     def _calibration_tokens(self) -> CalibrationTokens | None:
-        if not (self.runner.needs_calibration or self.chain.needs_inputs):
+        if not (
+            self.runner.needs_calibration
+            or self.chain.needs_inputs
+            or serving.needs_tokens(self)
+        ):
             return None
         section = self.config.calibration
         data = section.data if isinstance(section.data, str) else list(section.data)
@@ -241,51 +256,15 @@ class Run:
         """Return the dense view of the compressed model."""
         return CompressedSource(self.transformed.source, self.plan, self._codes)
 
-    def _coded(self) -> StreamedModel:
-        return StreamedModel(self.model, self.compressed_source(), device=self.device)
-
-    def _texts(self) -> list[PreparedText]:
-        section = self.config.evaluate
-        assert section is not None
-        return prepare_texts(
-            section.perplexity,
-            self.handle.tokenizer(),
-            protocol=section.protocol,
-            count=section.windows,
-            length=section.sequence_length,
-        )
-
-    def _evaluation_key(self) -> str:
-        section = self.config.evaluate
-        return provenance.digest_of(
-            section.model_dump(mode="json") if section else None
-        )[:12]
-
-    def _evaluate(self) -> dict[str, Any]:
-        section = self.config.evaluate
-        if section is None or not section.perplexity:
-            return {"base": None, "compressed": None}
-        with self.timed("evaluate"):
-            _log.info("evaluating on %s", ", ".join(section.perplexity))
-            source = self.handle.source
-            base = StreamedModel(self.base, source, device=self.device)
-            coded = self._coded()
-            differs = bool(self.plan.layers or self.chain.transforms)
-            own, other = evaluate_texts(
-                self._texts(),
-                partial(base.logits, name="base"),
-                partial(coded.logits, name="compressed") if differs else None,
-                hidden_size=int(self.model.config["hidden_size"]),
-                kl=section.kl,
-            )
-        return {"base": own, "compressed": other}
-
     def _export(self, name: str) -> dict[str, Any]:
         exporter = self.exporters[name]
         section, folder = self.config.run, self.workdir.root / "export" / name
+        cache = self.config.kv_cache
         made_with = {
             "options": exporter.options.model_dump(mode="json"),
             "verify": [section.verify, section.max_kl],
+            "plan": provenance.digest_of(self.plan.to_json()),
+            "kv_cache": cache.model_dump(mode="json") if cache else None,
         }
         # One result a format: the folder holds what was written last.
         stored = self.workdir.stored(f"export-{name}")
@@ -306,7 +285,7 @@ class Run:
         if not self.config.run.verify:
             return {"skipped": "run.verify is false"}
         windows = exporting.verification_windows(self.handle.tokenizer())
-        coded = self._coded()
+        coded = self.serving.build()
         return exporting.verify_export(
             exporter,
             folder,

@@ -98,6 +98,7 @@ def fingerprint(run: Run, tokens: CalibrationTokens | None) -> dict[str, str]:
     quantize = run.config.quantize
     methods = quantize.model_dump(mode="json") if quantize else {}
     methods.pop("scale_dtype", None)  # the plan has the one that was resolved
+    methods.pop("upgrade_inputs", None)  # comes after the codes
     return {
         "model": model_digest(run.base, locate(run.config.model.path)),
         "calibration": tokens.digest if tokens else "none",

@@ -69,6 +69,8 @@ def build_report(
             key: headline(texts) if texts else None for key, texts in metrics.items()
         },
         "transforms": run.transformed.reports,
+        "inputs": run.serving.upgrades,
+        "kv_cache": run.cache,
         "layers": layers,
         "exports": dict(exports),
         "one_plan_two_files": shared,

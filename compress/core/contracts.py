@@ -86,8 +86,12 @@ class Quantizer(Plugin):
         """Names of schemes an allocator may choose, most bits first."""
 
     def supports(self, scheme: Scheme) -> bool:
-        """Whether this quantizer can produce ``scheme``; any by default."""
-        return True
+        """Whether this quantizer can produce ``scheme``.
+
+        By default any scheme without a low-rank correction; one that ends with
+        ``low_rank.correct`` can say yes to all.
+        """
+        return not scheme.rank
 
     @abstractmethod
     def quantize(

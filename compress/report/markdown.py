@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from compress.report.serving import cache_table, parts_table, upgrades_table
 from compress.report.tables import (
     Report,
     Table,
@@ -49,6 +50,8 @@ def render_markdown(report: Report) -> str:
             + "."
         )
     parts += _section(distance_table(report))
+    for table in (parts_table(report), upgrades_table(report), cache_table(report)):
+        parts += _section(table)
     parts += [*_section(export_table(report)), *_export_notes(report)]
     parts += _section(transform_table(report))
     parts += [*_section(group_table(report)), *_section(worst_layers_table(report))]
