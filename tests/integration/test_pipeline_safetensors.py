@@ -13,7 +13,8 @@ VERIFIED = {"verify": True, "threads": 1}
 
 
 @pytest.mark.parametrize(
-    ("scheme", "rounds_inputs"), [("fp8-w8a8", True), ("nvfp4", False)]
+    ("scheme", "rounds_inputs"),
+    [("fp8-w8a8", True), ("nvfp4", False), ("nvfp4-w4a4", True)],
 )
 def test_a_run_is_verified_with_and_without_rounded_inputs(
     scheme: str, rounds_inputs: bool, ground: Ground
