@@ -157,9 +157,10 @@ def test_cache_scales_are_read_and_used(scheme, heads: bool, tmp_path: Path) -> 
     assert set(source.cache_scales) == set(scales)
     assert torch.equal(source.read(next(iter(scales))), scale)
     assert source.tensors().keys() == artifact.description.tensors.keys()
-    assert "key-value cache is to be held in 8 bits" in (
-        tmp_path / "README.md"
-    ).read_text()
+    assert (
+        "key-value cache is to be held in 8 bits"
+        in (tmp_path / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("name", ["e3m0-g32", "int4-g32-lorc8", "int4-g32-offset"])
