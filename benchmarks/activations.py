@@ -2,10 +2,10 @@
 
     python benchmarks/activations.py MODEL [--group-size 64] [--windows 4]
 
-Weights are rounded to nearest in 6 bits, as FlexQ's are, and measured with inputs of 8,
-6 and 4 bits, with a scale a token or a scale for each group of a token. ``flexq`` is the
-mix of its released code for Llama: 8-bit inputs for ``down_proj``, 6-bit for the rest,
-in groups. Prints a line for each, and the same as JSON.
+Weights are rounded to nearest in 6 bits, as FlexQ's are, and measured with inputs of
+8, 6 and 4 bits, with a scale a token or a scale for each group of a token. ``flexq`` is
+the mix of its released code for Llama: 8-bit inputs for ``down_proj``, 6-bit for the
+rest, in groups. Prints a line for each, and the same as JSON.
 """
 
 from __future__ import annotations
