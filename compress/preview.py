@@ -75,7 +75,7 @@ class PlanPreview:
 
 def predict(run: Run) -> PlanPreview:
     """Return the preview of a run that has been set up but not started."""
-    sizes = {"base": dict(dense_bytes(run.model))}
+    sizes = {"base": dict(dense_bytes(run.base))}
     for name, exporter in run.exporters.items():
         sizes[name] = dict(exporter.tensor_bytes(run.plan, run.model))
     calibration, section = run.config.calibration, run.config.evaluate

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress import preview, provenance
 from compress.calibration.data import CalibrationTokens
-from compress.core.artifact import ModelDescription
 from compress.evaluation.measure import headline
+from compress.exporting import failures
 from compress.planning.budget import linear_bits_per_weight, parameter_count
 from compress.transform import EMBEDDINGS, part_of_layer
 
@@ -32,7 +32,7 @@ def build_report(
     """Return the report of a finished run; its keys are described in docs/report.md."""
     model, config = run.model, run.config
     data = config.model_dump(mode="json", exclude_unset=True)
-    parameters = parameter_count(model)
+    parameters = parameter_count(run.base)
     shown = preview.predict(run)
     layers = _layers(run)
     sizes = {"base": shown.sizes["base"]}
@@ -68,6 +68,7 @@ def build_report(
         "metrics": {
             key: headline(texts) if texts else None for key, texts in metrics.items()
         },
+        "transforms": run.transformed.reports,
         "inputs": run.serving.upgrades,
         "kv_cache": run.cache,
         "layers": layers,
@@ -76,7 +77,7 @@ def build_report(
         "seconds": run.seconds,
         "peak_memory_bytes": provenance.peak_memory_bytes(),
         "predicted": run.workdir.stored("predicted"),
-        "warnings": _warnings(model, layers, exports),
+        "warnings": _warnings(run, layers, exports),
     }
 
 
@@ -138,9 +139,15 @@ def _layers(run: Run) -> list[dict[str, Any]]:
 
 
 def _warnings(
-    model: ModelDescription, layers: list[dict[str, Any]], exports: Mapping[str, Any]
+    run: Run, layers: list[dict[str, Any]], exports: Mapping[str, Any]
 ) -> list[str]:
-    found = []
+    model, found = run.model, []
+    if run.base.tied and not model.tied:
+        more = parameter_count(model) - parameter_count(run.base)
+        found.append(
+            f"A transform untied head and embedding: {more:,} more weights are stored. "
+            "Bits per weight are per weight of the original."
+        )
     if model.source_gguf is not None:
         found.append(
             f"The source is a GGUF file ({model.source_gguf.name}). If it was "
@@ -148,13 +155,7 @@ def _warnings(
             "against it say nothing of the loss against the original model."
         )
     found += [f"{row['name']}: {note}" for row in layers for note in row["notes"]]
+    found += failures(exports)
     for name, entry in exports.items():
-        verify = entry.get("verify", {})
-        if verify.get("passed") is False:
-            found.append(
-                f"{name}: KL {verify['kl']:.2e} between the file in "
-                f"{verify['consumer']} and the model in memory exceeds "
-                f"{verify['limit']:.0e}"
-            )
         found += [f"{name}: {note}" for note in entry.get("notes", [])]
     return found

@@ -169,7 +169,7 @@ class Serving:
             return run.plan
 
         def compute() -> dict[str, Any]:
-            base = StreamedModel(run.model, run.handle.source, device=run.device)
+            base = StreamedModel(run.base, run.handle.source, device=run.device)
             upgrader = Upgrader(
                 base,
                 self.build(),
@@ -246,13 +246,13 @@ class Serving:
         if section is None or not section.perplexity:
             return {"base": None, COMPRESSED: None}
         models = {}
-        if run.plan.layers or self.kv_scales:
+        if run.plan.layers or self.kv_scales or run.chain.transforms:
             models[COMPRESSED] = self.served()
         if self.rounding():
             models[WEIGHTS_ONLY] = self.build()
         if self.kv_scales:
             models[CACHED] = self.served(cache=True)
-        base = StreamedModel(run.model, run.handle.source, device=run.device)
+        base = StreamedModel(run.base, run.handle.source, device=run.device)
         own, others = evaluate_candidates(
             self._texts(),
             partial(base.logits, name="base"),

@@ -90,11 +90,15 @@ def _what(artifact: CompressedModel, size_bytes: int, *, dense: bool) -> str:
             f"{len(layers)} weight matrices are codes (method: {methods}); everything "
             "else"
         )
+    moved = ""
+    if description.transforms:
+        names = ", ".join(description.transforms)
+        moved = f" Before that its weights went through {names}, which is exact."
     weights = sum(info.elements for info in description.tensors.values())
     return (
         f"# {description.label}, compressed\n\n"
         f"A {description.config.get('model_type', 'language')} model of "
-        f"{description.block_count} blocks. {coded} is {description.dtype}. "
+        f"{description.block_count} blocks. {coded} is {description.dtype}.{moved} "
         f"The weight files take {size_bytes:,} bytes, {size_bytes * 8 / weights:.2f} "
         "bits for each weight of the model. Measured quality is in the "
         "`report.md` of the run that made these files."

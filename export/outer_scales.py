@@ -48,7 +48,9 @@ class OuterScales:
         first, expected = self._seen.setdefault(key, (layer, value))
         if value == expected:
             return
-        message = f"{first} and {layer} have outer scales {expected:.6g} and {value:.6g}"
+        message = (
+            f"{first} and {layer} have outer scales {expected:.6g} and {value:.6g}"
+        )
         if self._strict:
             raise ExportError(
                 f"{message}; vLLM fuses them and keeps one, which would change the "

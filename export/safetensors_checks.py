@@ -193,9 +193,7 @@ def _scheme_notes(schemes: Iterable[Scheme], model: ModelDescription) -> list[st
     return found
 
 
-def _dense_notes(
-    schemes: Iterable[Scheme], model: ModelDescription
-) -> tuple[str, ...]:
+def _dense_notes(schemes: Iterable[Scheme], model: ModelDescription) -> tuple[str, ...]:
     names = ", ".join(scheme.name for scheme in schemes)
     if not names:
         return ()

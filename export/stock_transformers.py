@@ -7,9 +7,9 @@ forward pass. Two things about that matter when logits are compared:
   emulation in float. :func:`logits` can switch that off through the library's own
   switch, ``quantization_enabled``, so that the weights of the file can be compared
   alone; nothing of the file or its config is changed.
-* The ``nvfp4`` and ``mxfp`` formats are decoded to bfloat16 whatever type the model was loaded in (0.20), and
-  a float32 model then stops in its first product. We let the library decode and move
-  the result to float32.
+* The ``nvfp4`` and ``mxfp`` formats are decoded to bfloat16 whatever type the model was
+  loaded in (0.20), and a float32 model then stops in its first product. We let the
+  library decode and move the result to float32.
 
 Integer zero points that are bit-packed load with ``dequantize=True`` only.
 """

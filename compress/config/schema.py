@@ -77,6 +77,10 @@ def _kind_of_data(value: object) -> str:
     return "<list>" if isinstance(value, list | tuple) else "<text>"
 
 
+def _kind_of_transform(value: object) -> str:
+    return "<text>" if isinstance(value, str) else "<options>"
+
+
 def _check_not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if not values:
         raise ValueError("the list is empty; name at least one source")
@@ -122,7 +126,12 @@ class WeightedSource(Section):
 
 
 class CalibrationSection(Section):
-    """The text that statistics are measured on."""
+    """The text that statistics are measured on.
+
+    Tokens are kept in `$COMPRESS_CACHE`, else `$XDG_CACHE_HOME/compress`, else
+    `~/.cache/compress`, under a digest of text, tokenizer and this section. The folder
+    may be deleted at any time.
+    """
 
     data: Annotated[
         Annotated[PathText, Tag("<text>")]
@@ -141,6 +150,22 @@ class CalibrationSection(Section):
     samples: int = Field(default=128, ge=1, description="Number of sequences.")
     sequence_length: int = Field(default=512, ge=2, description="Tokens in a sequence.")
     seed: int = Field(default=0, ge=0, description="Which sequences are drawn.")
+
+
+class TransformEntry(BaseModel):
+    """An exact change of the weights before they are quantized, with its options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    name: Text = Field(
+        description="rotation, scale_folding, smoothquant or awq; a name alone takes "
+        "the default options."
+    )
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """All keys but ``name``, for the transform's ``Options``."""
+        return dict(self.model_extra or {})
 
 
 class Override(Section):
@@ -318,11 +343,30 @@ class Config(Section):
 
     model: ModelSection
     calibration: CalibrationSection = CalibrationSection()
+    transforms: Annotated[
+        tuple[
+            Annotated[
+                Annotated[Text, Tag("<text>")]
+                | Annotated[TransformEntry, Tag("<options>")],
+                Discriminator(_kind_of_transform),
+            ],
+            ...,
+        ],
+        Field(strict=False),
+    ] = ()
     quantize: QuantizeSection | None = None
     kv_cache: KVCacheSection | None = None
     evaluate: EvaluateSection | None = None
     export: Annotated[tuple[ExportEntry, ...], Field(strict=False)] = ()
     run: RunSection = RunSection()
+
+    @property
+    def transform_entries(self) -> tuple[TransformEntry, ...]:
+        """All transforms with their options, whichever way they were written."""
+        return tuple(
+            TransformEntry(name=entry) if isinstance(entry, str) else entry
+            for entry in self.transforms
+        )
 
     @model_validator(mode="before")
     @classmethod

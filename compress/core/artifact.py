@@ -56,6 +56,7 @@ class ModelDescription:
         tied: Whether the head shares the embedding's weight.
         assets: Folder with tokenizer files, generation config and chat template.
         source_gguf: The GGUF file that the model was read from, if it was.
+        transforms: Exact reparametrisations that its weights went through, in order.
     """
 
     label: str
@@ -66,6 +67,7 @@ class ModelDescription:
     tied: bool
     assets: Path | None = None
     source_gguf: Path | None = None
+    transforms: tuple[str, ...] = ()
 
     @property
     def block_count(self) -> int:

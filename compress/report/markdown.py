@@ -17,6 +17,7 @@ from compress.report.tables import (
     size_table,
     worst_layers_table,
 )
+from compress.report.transforms import transform_table
 from compress.report.wording import (
     GRADES,
     RERUN_NOTE,
@@ -52,6 +53,7 @@ def render_markdown(report: Report) -> str:
     for table in (parts_table(report), upgrades_table(report), cache_table(report)):
         parts += _section(table)
     parts += [*_section(export_table(report)), *_export_notes(report)]
+    parts += _section(transform_table(report))
     parts += [*_section(group_table(report)), *_section(worst_layers_table(report))]
     parts += [*_section(run_table(report)), *_section(provenance_table(report))]
     parts += _rerun(report)

@@ -22,6 +22,7 @@ from compress.report.tables import (
     size_table,
     verdict,
 )
+from compress.report.transforms import transform_table
 from compress.report.wording import (
     GRADES,
     RERUN_NOTE,
@@ -50,6 +51,7 @@ def render_page(report: Report) -> str:
     sections = {
         "size": ("Size", _size_section(report)),
         "quality": ("Quality", _quality_section(report)),
+        "transforms": ("Transforms", _draw(transform_table(report))),
         "serving": ("Inputs and cache", _serving_section(report)),
         "layers": ("Layers", _layer_section(report)),
         "exports": ("Exports", _export_section(report)),

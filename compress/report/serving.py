@@ -117,7 +117,10 @@ def cache_table(report: Report) -> Table:
         )
         for entry in cache.get("types") or []
     ]
-    headers = ("keys", "values", "bits", "bytes a token", "KL (nats)", "top-1", "ratio")
+    headers = (
+        *("keys", "values", "bits", "bytes a token"),
+        *("KL (nats)", "same top-1", "ratio"),
+    )
     return Table("Key-value cache", headers, "llrrrrr", tuple(rows), _advice(cache))
 
 

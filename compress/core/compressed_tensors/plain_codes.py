@@ -2,7 +2,8 @@
 
 ``weight`` is int8 or float8 E4M3 ``[R, C]``; there is no ``weight_shape``. Integer zero
 points are plain int8, as ``weight_scale``. The three formats differ in the type of the
-codes and of the scales only.
+codes and of the scales only. Other tools also keep integers of fewer bits so (a byte
+each: llm-compressor's W6A8); we read them, and write them packed.
 
 Source: compressed-tensors 0.20, ``compressors/naive_quantized`` and ``mxfp8``.
 """
@@ -62,10 +63,17 @@ class PlainCodes(Layout):
         """Return int8 codes, or uint8 bit patterns of E4M3.
 
         Raises:
-            CheckpointError: A weight is NaN.
+            CheckpointError: A weight is NaN, or has more bits than the scheme.
         """
         codes = stored["weight"]
-        if not scheme.is_integer:
+        if scheme.is_integer:
+            low, high = (int(value) for value in codes.aminmax())
+            if low < scheme.lowest or high > scheme.highest:
+                raise CheckpointError(
+                    f"weight holds codes from {low} to {high}, {scheme.name} has "
+                    f"{scheme.lowest} to {scheme.highest}"
+                )
+        else:
             codes = codes.view(torch.uint8)
             bad = int(((codes & _NAN) == _NAN).sum())
             if bad:

@@ -166,7 +166,7 @@ def weight_arguments(scheme: Scheme) -> dict[str, Any]:
     if scheme.scales is Scales.TWO_LEVEL:
         strategy = "tensor_group"
     grouped = strategy in ("group", "tensor_group")
-    arguments = {
+    arguments: dict[str, Any] = {
         "num_bits": scheme.bits,
         "type": "int" if scheme.is_integer else "float",
         "symmetric": scheme.zero is Zero.NONE,
@@ -253,7 +253,7 @@ def _weights_of(
         group = None
     if kind == "int":
         fits = name in ("pack-quantized", "int-quantized", "float-quantized")
-        fits &= rows == 1 and bits in (range(2, 9) if name == "pack-quantized" else [8])
+        fits &= rows == 1 and bits in range(2, 9)
         if not fits or scale_dtype not in SCALE_BITS or strategy == "tensor_group":
             return None
         zero = Zero.NONE if arguments.get("symmetric", True) else Zero.INTEGER
