@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -201,14 +201,14 @@ class Serving:
         new_cache: Callable[[], Any] | None = None,
     ) -> StreamedModel:
         """Return the compressed model, by default with exact inputs and cache."""
+        coded = self._coded
+        return coded.with_source(coded.source, rounding=rounding, new_cache=new_cache)
+
+    @cached_property
+    def _coded(self) -> StreamedModel:
         run = self._run
-        return StreamedModel(
-            run.model,
-            run.compressed_source(),
-            device=run.device,
-            rounding=rounding,
-            new_cache=new_cache,
-        )
+        source = run.compressed_source()
+        return StreamedModel(run.model, source, device=run.device)
 
     def rounding(self) -> dict[str, Rewrite]:
         """Return what the plan does to inputs, once it is settled."""

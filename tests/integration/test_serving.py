@@ -140,6 +140,35 @@ def test_the_model_for_exports_holds_scales_and_the_final_plan(place: Path) -> N
     assert model.quantized(layer).scheme == model.plan.layers[layer].scheme
 
 
+@pytest.mark.parametrize("scheme", ["nvfp4-w4a4", "w6a8-g32", "fp8-w8a8"])
+def test_a_written_folder_is_evaluated_as_the_run_was(place: Path, scheme: str) -> None:
+    text = str(place / "text.txt")
+    config = settings(
+        place, scheme, quantize={"scheme": scheme, "method": "rtn"}, kv_cache=CACHE
+    )
+    config["export"] = [{"format": "safetensors"}]
+    run = compress.run(config)
+    metrics = compress.evaluate(
+        run.workdir / "export" / "safetensors",
+        base=place / "model",
+        texts=[text],
+        windows=2,
+        sequence_length=32,
+    )
+    for part, key in (("with_cache", "texts"), ("weights_only", "weights_only_texts")):
+        expected = run.report["metrics"][part]["texts"][text]["kl"]
+        assert metrics[key][text]["kl"] == pytest.approx(expected, rel=1e-3), part
+    alone = compress.evaluate(
+        run.workdir / "export" / "safetensors",
+        texts=[text],
+        windows=2,
+        sequence_length=32,
+    )
+    assert alone["texts"][text]["perplexity"] == pytest.approx(
+        metrics["texts"][text]["perplexity"], rel=1e-6
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
