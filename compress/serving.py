@@ -49,7 +49,7 @@ def needs_tokens(run: Run) -> bool:
     upgrades = quantize is not None and quantize.upgrade_inputs is not None
     return (
         upgrades
-        or bool(_static(run.plan))
+        or bool(static_inputs(run.plan))
         or (cache is not None and cache.scheme == FP8)
     )
 
@@ -89,7 +89,7 @@ def check(run: Run) -> None:
         rounded_cache(run.model, pair, {})
 
 
-def _static(plan: Plan) -> list[str]:
+def static_inputs(plan: Plan) -> list[str]:
     """Return the layers whose inputs have a static outer scale."""
     return [
         name
@@ -143,7 +143,7 @@ class Serving:
 
     def _observe(self, tokens: Tensor) -> None:
         run, cache = self._run, self._run.config.kv_cache
-        static = _static(run.plan)
+        static = static_inputs(run.plan)
         rule, samples = None, len(tokens)
         if cache is not None and cache.scheme == FP8:
             rule = ScaleRule(cache.strategy, cache.scale, cache.percentile)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_fixtures import config_of, save_checkpoint, write_text
+from pipeline_fixtures import config_of, save_checkpoint, windows, write_text
+from transformers import AutoModelForCausalLM
 
 import compress
 from compress import serving
@@ -167,6 +168,21 @@ def test_a_written_folder_is_evaluated_as_the_run_was(place: Path, scheme: str) 
     assert alone["texts"][text]["perplexity"] == pytest.approx(
         metrics["texts"][text]["perplexity"], rel=1e-6
     )
+
+
+def test_a_model_in_memory_gets_its_static_scales(place: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    tokens = windows()
+    coded = compress.quantize(model, "nvfp4-w4a4", method="rtn", calibration=tokens)
+    seen: list[float] = []
+    layer = model.get_submodule("model.layers.1.mlp.down_proj")
+    layer.register_forward_pre_hook(
+        lambda _, inputs: seen.append(float(inputs[0].abs().max()))
+    )
+    with torch.no_grad():
+        model(tokens)
+    found = coded.artifact.input_amax["model.layers.1.mlp.down_proj"]
+    assert found == pytest.approx(seen[0], rel=1e-4)
 
 
 @pytest.mark.parametrize(
