@@ -16,10 +16,11 @@ from compress.config.plugins import create_exporter, create_quantizer
 from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.contracts import ExportResult
 from compress.core.errors import CalibrationError, ConfigError
-from compress.core.families import family_of
+from compress.core.families import Family, family_of
 from compress.core.plan import Plan
 from compress.core.tensors import QuantizedTensor
 from compress.exporting import check_exports
+from compress.model.experts import unstacked, weight_of
 from compress.model.sources import ModuleSource, SnapshotSource, in_model_order
 from compress.planning.planner import make_plan
 from compress.transform import PlanRunner, part_of_layer
@@ -107,7 +108,8 @@ def quantize(
     ).quantize
     assert section is not None
     description = _describe(model, tokenizer)
-    source = SnapshotSource(ModuleSource(model))
+    stored = unstacked(ModuleSource(model), description.family)
+    source = SnapshotSource(stored)
     methods = {method, *(o.method for o in section.overrides.values() if o.method)}
     quantizers = {
         name: create_quantizer(name, options if name == method else None)
@@ -131,7 +133,7 @@ def quantize(
     }
     records = _records(plan, description, workdir)
     folder.cleanup()
-    _replace_weights(model, codes)
+    _replace_weights(model, description.family, codes)
     artifact = CompressedModel(description, plan, source, codes.__getitem__)
     return QuantizedModel(model, artifact, records)
 
@@ -141,7 +143,8 @@ def _describe(model: nn.Module, tokenizer: Any) -> ModelDescription:
     if config is None or not hasattr(config, "model_type"):
         raise ConfigError("expected a transformers model with a config")
     data = config.to_dict()
-    source, family = ModuleSource(model), family_of(data["model_type"])
+    family = family_of(data["model_type"])
+    source = unstacked(ModuleSource(model), family)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     assets = None
     if tokenizer is not None:
@@ -181,8 +184,10 @@ def _records(
     return found
 
 
-def _replace_weights(model: nn.Module, codes: Mapping[str, QuantizedTensor]) -> None:
+def _replace_weights(
+    model: nn.Module, family: Family, codes: Mapping[str, QuantizedTensor]
+) -> None:
     with torch.no_grad():
         for name, tensor in codes.items():
-            weight = model.get_submodule(name).get_parameter("weight")
+            weight = weight_of(model, family, name)
             weight.copy_(tensor.dequantize().to(weight))
