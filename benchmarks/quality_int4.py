@@ -46,7 +46,7 @@ MIX = (
     "code_python_a.txt",
     "tinyshakespeare.txt",
 )
-PEER = Path(__file__).parent / "peers" / "llmcompressor_gptq.py"
+PEER = Path(__file__).parent / "peers" / "llmcompressor_oneshot.py"
 REQUIREMENTS = PEER.with_name("llmcompressor_requirements.txt")
 PEER_ROW = "llm-compressor, peer mix"
 

@@ -59,6 +59,11 @@ class Result:
         """Return the table that ends a run."""
         return summary_table(self.report)
 
+    @property
+    def failures(self) -> list[str]:
+        """What reading the exports back has disproved; empty if all is well."""
+        return exporting.failures(self.report["exports"])
+
 
 class Run:
     """One config on its way through the stages."""
@@ -272,9 +277,10 @@ class Run:
             entry = exporting.write_export(name, exporter, self.artifact, self.workdir)
         with self.timed(f"verify {name}"):
             entry["verify"] = self._verify(exporter, folder)
-        self.workdir.write_json(
-            f"results/export-{name}.json", {"with": made_with, "entry": entry}
-        )
+        if "failed" not in entry["verify"]:  # a crash may not happen next time
+            self.workdir.write_json(
+                f"results/export-{name}.json", {"with": made_with, "entry": entry}
+            )
         return entry
 
     def _verify(self, exporter: Exporter, folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from compress.calibration.data import CalibrationTokens
 from compress.calibration.experts import FEW_TOKENS
 from compress.core.artifact import ModelDescription
 from compress.evaluation.measure import headline
+from compress.exporting import failures
 from compress.planning.budget import linear_bits_per_weight, parameter_count
 from compress.transform import EMBEDDINGS, part_of_layer
 
@@ -188,13 +189,7 @@ def _warnings(
         if not _has_few_tokens(row)
         for note in row["notes"]
     ]
+    found += failures(exports)
     for name, entry in exports.items():
-        verify = entry.get("verify", {})
-        if verify.get("passed") is False:
-            found.append(
-                f"{name}: KL {verify['kl']:.2e} between the file in "
-                f"{verify['consumer']} and the model in memory exceeds "
-                f"{verify['limit']:.0e}"
-            )
         found += [f"{name}: {note}" for note in entry.get("notes", [])]
     return found

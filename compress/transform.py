@@ -192,9 +192,7 @@ class PlanRunner:
         dense: Activations | None,
     ) -> None:
         layers, name = self._layers(index), f"{index:04d}"
-        linears = [
-            x for x in self.description.block_linears(index) if x.path in layers
-        ]
+        linears = [x for x in self.description.block_linears(index) if x.path in layers]
         names = self.description.family.experts
         done = self.workdir.has_part(name) or not layers
         kept: dict[str, list[Tensor]] = {}

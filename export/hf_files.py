@@ -11,6 +11,7 @@ from typing import Any
 from compress.core import pack_quantized
 from compress.core.artifact import ModelDescription
 from compress.core.plan import Plan
+from compress.export import experts
 from compress.export.model_card import groups_of
 
 # The release whose layout we write; readers that check it compare major numbers only.
@@ -54,7 +55,7 @@ def quantization_config(plan: Plan, model: ModelDescription) -> dict[str, Any]:
     """Return the entry of ``config.json`` that says which layers have codes."""
     groups = {
         f"group_{number}": {
-            "targets": names,
+            "targets": experts.targets(names, model),
             "weights": pack_quantized.weight_arguments(scheme),
             "input_activations": None,
             "output_activations": None,
@@ -63,7 +64,7 @@ def quantization_config(plan: Plan, model: ModelDescription) -> dict[str, Any]:
         for number, (scheme, names) in enumerate(groups_of(plan.layers).items())
     }
     # vLLM wants every linear either targeted or ignored.
-    linears = [*model.linears(), model.family.head]
+    linears = [*model.linears(), *experts.routers(model), model.family.head]
     return {
         "quant_method": pack_quantized.QUANT_METHOD,
         "format": pack_quantized.FORMAT,

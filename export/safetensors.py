@@ -17,6 +17,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from compress.core.errors import (
 from compress.core.plan import LayerPlan, Plan
 from compress.core.scheme import Zero
 from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
+from compress.export.dense_form import decoded
+from compress.export.experts import expert_layers, expert_problems, is_target
 from compress.export.hf_files import (
     as_json,
     copy_assets,
@@ -60,9 +63,12 @@ class SafetensorsOptions(Options):
     Attributes:
         max_shard_size: Largest file, such as ``5GB`` or ``500MiB``; a single tensor
             that is larger gets a file of its own.
+        dense: Write decoded weights in the model's type instead of codes: not smaller
+            than the base model, but any reader loads it, whatever the plan.
     """
 
     max_shard_size: str = "5GB"
+    dense: bool = False
 
     @field_validator("max_shard_size", mode="before")
     @classmethod
@@ -85,7 +91,9 @@ class SafetensorsExporter(Exporter):
 
     def check(self, plan: Plan, model: ModelDescription) -> list[Problem]:
         """List what cannot be stored, or what stock transformers cannot load back."""
-        problems = [
+        if self._options.dense:
+            return []
+        problems = expert_problems(plan, model) + [
             Problem(name, message)
             for name, layer in plan.layers.items()
             if (message := _layer_problem(layer, model)) is not None
@@ -109,6 +117,8 @@ class SafetensorsExporter(Exporter):
     def notes(self, plan: Plan, model: ModelDescription) -> tuple[str, ...]:
         """Return what a user of the files should know; none of it stops an export."""
         layers = plan.layers.values()
+        if self._options.dense:
+            return (f"Decoded weights in {model.dtype}: no smaller than the base.",)
         notes = []
         if any(layer.scheme.zero is Zero.INTEGER for layer in layers):
             notes.append(
@@ -133,6 +143,16 @@ class SafetensorsExporter(Exporter):
                 f"{model.family.head} is coded; transformers loads it, not every "
                 "release of vLLM does."
             )
+        bits = {
+            plan.layers[name].scheme.bits
+            for name in expert_layers(model)
+            if name in plan.layers
+        }
+        if bits - {4, 8}:
+            notes.append(
+                f"Experts have {', '.join(map(str, sorted(bits)))} bits; transformers "
+                "loads them, vLLM knows experts of 4 and 8 bits only."
+            )
         split = _split_inputs(plan, model)
         if split:
             notes.append(
@@ -143,9 +163,10 @@ class SafetensorsExporter(Exporter):
 
     def tensor_bytes(self, plan: Plan, model: ModelDescription) -> Mapping[str, int]:
         """Return the bytes of each coded layer, and of each other tensor."""
+        stored = replace(plan, layers={}) if self._options.dense else plan
         return {
             name: sum(entry.size_bytes for entry in entries)
-            for name, entries in _layout(plan, model).items()
+            for name, entries in _layout(stored, model).items()
         }
 
     def write(self, artifact: CompressedModel, folder: Path) -> ExportResult:
@@ -155,6 +176,8 @@ class SafetensorsExporter(Exporter):
             ExportError: A tensor overflows the model's type, or a file cannot be
                 written.
         """
+        if self._options.dense:
+            artifact = decoded(artifact)
         plan, model = artifact.plan, artifact.description
         entries = [e for part in _layout(plan, model).values() for e in part]
         limit = parse_size(self._options.max_shard_size)
@@ -250,7 +273,7 @@ def _split_inputs(plan: Plan, model: ModelDescription) -> str | None:
     """Return the first layers that share an input but not a scheme."""
     for index in range(model.block_count):
         schemes: dict[str, dict[str, Any]] = {}
-        for linear in model.family.linears:
+        for linear in model.block_linears(index):
             layer = plan.layers.get(f"{model.family.block(index)}.{linear.path}")
             scheme = layer.scheme if layer else None
             schemes.setdefault(linear.input, {})[linear.path] = scheme
@@ -303,7 +326,7 @@ def _arguments_of(folder: Path, layer: str) -> dict[str, Any]:
     config = _read_config(folder)
     groups = config.get("quantization_config", {}).get("config_groups", {})
     for group in groups.values():
-        if layer in group["targets"]:
+        if is_target(layer, group["targets"]):
             return dict(group["weights"])
     raise CheckpointError(f"{folder}: config.json names no codes of {layer}")
 
@@ -339,6 +362,9 @@ def _stock_model(folder: Path) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, **options
         ).eval()
+        for parameter in model.parameters():
+            if parameter.is_floating_point():  # 5.17 decodes experts in their scales'
+                parameter.data = parameter.data.float()
         with torch.inference_mode():  # the first forward pass unpacks all codes
             model(torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
     return model

@@ -113,7 +113,12 @@ class WeightedSource(Section):
 
 
 class CalibrationSection(Section):
-    """The text that statistics are measured on."""
+    """The text that statistics are measured on.
+
+    Tokens are kept in `$COMPRESS_CACHE`, else `$XDG_CACHE_HOME/compress`, else
+    `~/.cache/compress`, under a digest of text, tokenizer and this section. The folder
+    may be deleted at any time.
+    """
 
     data: Annotated[
         Annotated[PathText, Tag("<text>")]
