@@ -225,6 +225,8 @@ FAMILIES: tuple[Family, ...] = (
         ("mixtral",),
         _ATTENTION,
         experts=Experts("block_sparse_moe", "w1", "w3", "w2"),
+        gguf_architecture="llama",
+        gguf_permutes_rotary=True,
     ),
     Family(
         "qwen3_moe",
@@ -232,6 +234,7 @@ FAMILIES: tuple[Family, ...] = (
         _ATTENTION,
         norms=("input_layernorm", "post_attention_layernorm", *_QK_NORMS),
         experts=Experts("mlp", "gate_proj", "up_proj", "down_proj"),
+        gguf_architecture="qwen3moe",
     ),
 )
 
