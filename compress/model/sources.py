@@ -163,7 +163,8 @@ def in_model_order(
     norm, head. Files written from different sources of one model are then the same.
     """
     linears = (*family.block_linears(0), *family.block_linears(_experts_of(tensors)))
-    ranks = {linear.path: rank for rank, linear in enumerate(linears)}
+    paths = dict.fromkeys(linear.path for linear in linears)
+    ranks = {path: rank for rank, path in enumerate(paths)}
 
     def place(name: str) -> tuple[int, int, int, str]:
         module = name.rpartition(".")[0]

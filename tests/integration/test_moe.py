@@ -73,6 +73,9 @@ def test_the_report_counts_experts(folder: Path) -> None:
     assert all((row["tokens"] < 64) == bool(row["notes"]) for row in rows)
     warned = [w for w in about["warnings"] if "layers of experts" in w]
     assert bool(warned) == bool(few)
+    text = (folder / "whole/report.md").read_text("utf-8")
+    note = f"{len(few)} of 24 layers of experts had too few and were rounded"
+    assert note in " ".join(text.split())
 
 
 def test_stock_transformers_runs_the_codes(folder: Path) -> None:
