@@ -27,6 +27,7 @@ REPORT_KEYS = {
     *("versions", "hashes", "hardware", "calibration", "size_bytes"),
     *("bits_per_weight", "size_breakdown", "metrics", "layers", "exports"),
     *("one_plan_two_files", "seconds", "peak_memory_bytes", "predicted", "warnings"),
+    "experts",
 }
 
 
