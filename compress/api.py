@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.config import load_config
-from compress.config.plugins import create_exporter, create_quantizer
+from compress.config.plugins import create_chain, create_exporter, create_quantizer
 from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.contracts import ExportResult
 from compress.core.errors import CalibrationError, ConfigError
@@ -24,6 +24,7 @@ from compress.model.experts import unstacked, weight_of
 from compress.model.sources import ModuleSource, SnapshotSource, in_model_order
 from compress.planning.planner import make_plan
 from compress.transform import PlanRunner, part_of_layer
+from compress.transforms.source import TransformedSource
 from compress.workdir import WorkDir
 
 
@@ -75,6 +76,7 @@ def quantize(
     tokenizer: Any = None,
     options: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Mapping[str, str]] | None = None,
+    transforms: Sequence[str | Mapping[str, Any]] = (),
     scale_dtype: str = "auto",
     device: str = "cpu",
 ) -> QuantizedModel:
@@ -89,15 +91,19 @@ def quantize(
         tokenizer: Saved beside exports, and used to tokenize ``mix``.
         options: Of the method.
         overrides: As in a config.
+        transforms: As in a config; a method may bring more along. What they change
+            outside of the quantized layers is replaced in ``model`` as well, and a
+            tied head may get a weight of its own.
         scale_dtype: Storage type of scales; ``auto`` takes the model's.
         device: Where layers are solved.
 
     Raises:
         CompressError: As ``compress.run`` does.
     """
-    section = load_config(
+    config = load_config(
         {
             "model": {"path": "in memory"},
+            "transforms": list(transforms),
             "quantize": {
                 "method": method,
                 "scheme": scheme,
@@ -105,16 +111,19 @@ def quantize(
                 "overrides": dict(overrides or {}),
             },
         }
-    ).quantize
+    )
+    section = config.quantize
     assert section is not None
-    description = _describe(model, tokenizer)
-    stored = unstacked(ModuleSource(model), description.family)
-    source = SnapshotSource(stored)
+    described = _describe(model, tokenizer)
+    stored = unstacked(ModuleSource(model), described.family)
+    original = SnapshotSource(stored)
     methods = {method, *(o.method for o in section.overrides.values() if o.method)}
     quantizers = {
         name: create_quantizer(name, options if name == method else None)
         for name in methods
     }
+    chain = create_chain(config.transform_entries, quantizers.values())
+    description = chain.describe(described)
     plan = make_plan(
         section,
         description,
@@ -123,16 +132,21 @@ def quantize(
     )
     folder = tempfile.TemporaryDirectory(prefix="compress-")
     workdir = WorkDir(Path(folder.name))
-    runner = PlanRunner(description, source, plan, quantizers, workdir, device=device)
+    runner = PlanRunner(description, original, plan, quantizers, workdir, device=device)
     windows = None
-    if runner.needs_calibration:
+    if runner.needs_calibration or chain.needs_inputs:
         windows = calibration if calibration is not None else _mix(tokenizer)
-    runner.run(windows)
+    source = chain.run(
+        description, original, plan, windows=windows, workdir=workdir, device=device
+    ).source
+    runner.source = source
+    runner.run(windows if runner.needs_calibration else None)
     codes = {
         n: workdir.read_layer(part_of_layer(n, description), n) for n in plan.layers
     }
     records = _records(plan, description, workdir)
     folder.cleanup()
+    _replace_changed(model, source, description, plan)
     _replace_weights(model, description.family, codes)
     artifact = CompressedModel(description, plan, source, codes.__getitem__)
     return QuantizedModel(model, artifact, records)
@@ -182,6 +196,23 @@ def _records(
     for part in parts:
         found |= workdir.records(part)
     return found
+
+
+def _replace_changed(
+    model: Any, source: TransformedSource, description: ModelDescription, plan: Plan
+) -> None:
+    """Put what transforms changed, and no code replaces, into the model."""
+    for name in sorted(source.changed):
+        module, _, leaf = name.rpartition(".")
+        if module in plan.layers and leaf == "weight":
+            continue
+        owner = model.get_submodule(module)
+        old = owner.get_parameter(leaf)
+        if module == description.family.head:  # it may share the embedding's weight
+            owner.register_parameter(leaf, nn.Parameter(source.read(name).to(old)))
+        else:
+            old.data.copy_(source.read(name))
+    model.config.tie_word_embeddings = description.tied
 
 
 def _replace_weights(

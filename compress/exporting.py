@@ -160,7 +160,7 @@ def same_codes(a: QuantizedTensor, b: QuantizedTensor) -> bool:
     return (
         zeros
         and torch.equal(a.codes, b.codes)
-        and torch.equal(a.scale.float(), b.scale.float())
+        and torch.equal(a.scales(), b.scales())
         and torch.equal(a.dequantize(), b.dequantize())
     )
 
@@ -181,7 +181,7 @@ def compare_codes(
         own = artifact.quantized(layer)
         decoded = []
         for name, exporter in exporters.items():
-            if name in _reencoding(exporters):
+            if not exporter.keeps_codes:
                 continue
             read = exporter.read_codes(workdir.root / "export" / name, layer)
             counts[name] += 1
@@ -196,13 +196,3 @@ def compare_codes(
         if counts[name]
     }
     return per_format, {"layers": shared, "identical": agree} if shared else None
-
-
-def _reencoding(exporters: Mapping[str, Exporter]) -> set[str]:
-    """Return the formats that were told to write other codes than the plan has."""
-    return {
-        name
-        for name, exporter in exporters.items()
-        if getattr(exporter.options, "reencode", None) is not None
-        or getattr(exporter.options, "dense", False)
-    }

@@ -81,7 +81,7 @@ def _tail(layer: str) -> list[str]:
 
 def predict(run: Run) -> PlanPreview:
     """Return the preview of a run that has been set up but not started."""
-    sizes = {"base": dict(dense_bytes(run.model))}
+    sizes = {"base": dict(dense_bytes(run.base))}
     for name, exporter in run.exporters.items():
         sizes[name] = dict(exporter.tensor_bytes(run.plan, run.model))
     calibration, section = run.config.calibration, run.config.evaluate

@@ -34,7 +34,7 @@ def build_report(
     """Return the report of a finished run; its keys are described in docs/report.md."""
     model, config = run.model, run.config
     data = config.model_dump(mode="json", exclude_unset=True)
-    parameters = parameter_count(model)
+    parameters = parameter_count(run.base)
     shown = preview.predict(run)
     layers = _layers(run)
     sizes = {"base": shown.sizes["base"]}
@@ -70,6 +70,9 @@ def build_report(
         "metrics": {
             key: headline(texts) if texts else None for key, texts in metrics.items()
         },
+        "transforms": run.transformed.reports,
+        "inputs": run.serving.upgrades,
+        "kv_cache": run.cache,
         "layers": layers,
         "experts": _experts(model, layers),
         "exports": dict(exports),
@@ -77,7 +80,7 @@ def build_report(
         "seconds": run.seconds,
         "peak_memory_bytes": provenance.peak_memory_bytes(),
         "predicted": run.workdir.stored("predicted"),
-        "warnings": _warnings(model, layers, exports),
+        "warnings": _warnings(run, layers, exports),
     }
 
 
@@ -168,9 +171,15 @@ def _experts(
 
 
 def _warnings(
-    model: ModelDescription, layers: list[dict[str, Any]], exports: Mapping[str, Any]
+    run: Run, layers: list[dict[str, Any]], exports: Mapping[str, Any]
 ) -> list[str]:
-    found = []
+    model, found = run.model, []
+    if run.base.tied and not model.tied:
+        more = parameter_count(model) - parameter_count(run.base)
+        found.append(
+            f"A transform untied head and embedding: {more:,} more weights are stored. "
+            "Bits per weight are per weight of the original."
+        )
     if model.source_gguf is not None:
         found.append(
             f"The source is a GGUF file ({model.source_gguf.name}). If it was "

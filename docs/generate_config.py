@@ -26,10 +26,21 @@ directory that the command is called from. `--set section.key=value` overrides o
 `compress schema` prints the same as JSON Schema, for editors.
 """
 
-SECTIONS = ("model", "calibration", "quantize", "evaluate", "export", "run")
+SECTIONS = (
+    "model",
+    "calibration",
+    "quantize",
+    "kv_cache",
+    "evaluate",
+    "export",
+    "run",
+)
 NESTED = {
     "calibration": (("WeightedSource", "data[]", "Entries of a list in `data`"),),
-    "quantize": (("Override", "overrides.*", "Values of `overrides`"),),
+    "quantize": (
+        ("Override", "overrides.*", "Values of `overrides`"),
+        ("UpgradeInputsSection", "upgrade_inputs", "Keys of `upgrade_inputs`"),
+    ),
 }
 
 
@@ -121,7 +132,10 @@ def _type(value: dict[str, Any], schema: dict[str, Any]) -> str:
 
 
 def _type_name(reference: str) -> str:
-    names = {"WeightedSource": "`{source, weight}`"}
+    names = {
+        "WeightedSource": "`{source, weight}`",
+        "UpgradeInputsSection": "mapping",
+    }
     return names[reference.rpartition("/")[2]]
 
 

@@ -16,15 +16,18 @@ the experts random in silence.
 from __future__ import annotations
 
 import re
+from itertools import islice
 
+from compress.core import compressed_tensors as ct
 from compress.core.artifact import ModelDescription
 from compress.core.contracts import Problem
 from compress.core.plan import Plan
-from compress.core.scheme import Zero
+from compress.core.scheme import WHOLE, Scales, Scheme, Zero
 
+_VLLM_BITS = {4, 8}
 _REMEDY = (
-    "; give all experts of the model one symmetric scheme, or set dense: true to write "
-    "decoded weights"
+    "; give all experts of the model one symmetric scheme, such as int4-g128, or set "
+    "dense: true to write decoded weights"
 )
 
 
@@ -65,16 +68,77 @@ def expert_problems(plan: Plan, model: ModelDescription) -> list[Problem]:
                 f"transformers decodes all experts with one scheme{_REMEDY}",
             )
         )
+    found = (
+        (layer, message)
+        for layer in coded
+        if (message := _obstacle(layer.scheme)) is not None
+    )
     problems += [
-        Problem(
-            layer.name,
-            f"{layer.scheme.name}: stock transformers cannot decode experts with zero "
-            f"points{_REMEDY}",
-        )
-        for layer in coded[:1]
-        if layer.scheme.zero is Zero.INTEGER
+        Problem(layer.name, f"{layer.scheme.name}: {message}{_REMEDY}")
+        for layer, message in islice(found, 1)
     ]
     return problems
+
+
+def vllm_expert_problems(plan: Plan, model: ModelDescription) -> list[Problem]:
+    """List why vLLM would not load the experts of a plan."""
+    odd = [
+        plan.layers[name]
+        for name in expert_layers(model)
+        if name in plan.layers and plan.layers[name].scheme.bits not in _VLLM_BITS
+    ]
+    return [
+        Problem(
+            layer.name,
+            f"{layer.scheme.name}: vLLM knows experts of 4 and 8 bits only; give all "
+            "experts a scheme such as int4-g128, or set runtime: transformers",
+        )
+        for layer in odd[:1]
+    ]
+
+
+def expert_notes(plan: Plan, model: ModelDescription) -> list[str]:
+    """Return what a user of coded experts should know."""
+    names = [name for name in expert_layers(model) if name in plan.layers]
+    schemes = {plan.layers[name].scheme for name in names}
+    notes = []
+    bits = {scheme.bits for scheme in schemes} - _VLLM_BITS
+    if bits:
+        notes.append(
+            f"Experts have {', '.join(map(str, sorted(bits)))} bits; transformers "
+            "loads them, vLLM knows experts of 4 and 8 bits only."
+        )
+    if any(scheme.inputs is not None for scheme in schemes):
+        notes.append(
+            "transformers decodes experts while it loads them and never rounds their "
+            "inputs; engines that compute with their codes do."
+        )
+    return notes
+
+
+def _obstacle(scheme: Scheme) -> str | None:
+    """Return why transformers cannot decode experts of a scheme."""
+    if scheme.zero is Zero.INTEGER:
+        return "stock transformers cannot decode experts with zero points"
+    if ct.obstacle(scheme) is not None:
+        return None  # told for every layer, experts or not
+    layout = ct.layout_of(scheme).format
+    # Its loader hands codes, scales and shape to the library, and nothing else.
+    if scheme.scales is Scales.TWO_LEVEL:
+        return (
+            "stock transformers drops the outer scales of experts, and decodes other "
+            "weights in silence"
+        )
+    if layout in ("int-quantized", "mxfp8-quantized"):
+        return f"stock transformers cannot decode experts in the format {layout}"
+    if layout == "float-quantized" and (
+        scheme.group_size is not None or scheme.row_block not in (1, WHOLE)
+    ):
+        return (
+            "stock transformers decodes FP8 experts with a scale for each row or "
+            "matrix only"
+        )
+    return None
 
 
 def targets(names: list[str], model: ModelDescription) -> list[str]:

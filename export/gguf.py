@@ -93,6 +93,11 @@ class GGUFExporter(Exporter):
     Options: ClassVar[type[contracts.Options]] = GGUFOptions
     consumer = "llama.cpp"
 
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether no layer is rounded to another type."""
+        return self._options.reencode is None
+
     def check(self, plan: Plan, model: ModelDescription) -> list[Problem]:
         """List what GGUF, or the template, cannot hold."""
         options = self._options
@@ -105,6 +110,8 @@ class GGUFExporter(Exporter):
                 problems += mixture_problems(model)
                 problems += self._tokenizer_problems(model)
                 return problems + list(self._layout(plan, model).problems)
+            if model.transforms:
+                return [_transformed_problem(model)]
             return list(self._layout(plan, model).problems)
         except ExportError as error:
             return [Problem("template", str(error))]
@@ -234,6 +241,15 @@ def _own_problem(model: ModelDescription) -> Problem | None:
         "template",
         f"our own GGUF writer does not know {model.family.name}; give "
         "`template: FILE.gguf`, a GGUF of this model made by llama.cpp's converter",
+    )
+
+
+def _transformed_problem(model: ModelDescription) -> Problem:
+    return Problem(
+        "template",
+        f"it holds the weights before {', '.join(model.transforms)}: its norms and "
+        "embedding do not belong to the transformed matrices; leave template out, or "
+        "leave transforms out",
     )
 
 

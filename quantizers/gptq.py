@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.core import feedback, grids
+from compress.core import feedback, grids, low_rank
 from compress.core.contracts import Options, Quantizer
 from compress.core.scheme import Scheme
 from compress.core.statistics import LayerStatistics
@@ -79,6 +79,10 @@ class GPTQ(Quantizer):
         """Names of schemes an allocator may choose, most bits first."""
         return tuple(f"int{bits}-g32" for bits in range(8, 1, -1))
 
+    def supports(self, scheme: Scheme) -> bool:
+        """Whether this quantizer can produce ``scheme``: any."""
+        return True
+
     def quantize(
         self, weight: Tensor, scheme: Scheme, statistics: LayerStatistics | None
     ) -> QuantizedTensor:
@@ -93,11 +97,11 @@ class GPTQ(Quantizer):
         target[:, statistics.hessian.diagonal() == 0] = 0  # never fed: cannot matter
         damped, factor, notes = _factor(hessian, options)
         if factor is None:
-            return _round(target, scheme, notes)
+            return low_rank.correct(target, _round(target, scheme, notes))
         if statistics.drift is not None and options.drift:
             pull = torch.cholesky_solve((target @ statistics.drift).T, factor).T
             target += options.drift * pull
-        parameters = _parameters(target, statistics, scheme, search=options.search)
+        parameters = self.parameters(target, scheme, statistics)
         order = _column_order(statistics.hessian, act_order=options.act_order)
         codes = feedback.solve(target, damped, parameters, scheme, order=order)
         for _ in range(options.refit):
@@ -107,7 +111,18 @@ class GPTQ(Quantizer):
             codes = feedback.descend(
                 target, damped, codes, parameters, scheme, order=order
             )
-        return grids.assemble(codes, parameters, scheme, notes=notes)
+        coded = grids.assemble(codes, parameters, scheme, notes=notes)
+        return low_rank.correct(target, coded, hessian=damped)
+
+    def parameters(
+        self, target: Tensor, scheme: Scheme, statistics: LayerStatistics
+    ) -> grids.GridParameters:
+        """Return the scales and zero points of ``target`` ``[R, C]``."""
+        groups = grids.as_groups(target, scheme)
+        if not self.options.search:
+            return grids.range_parameters(groups, scheme)
+        importance = statistics.hessian.diagonal().view(groups.shape[1], -1)
+        return grids.search_parameters(groups, scheme, importance=importance)
 
 
 def _regularized(hessian: Tensor, shrink: float) -> Tensor:
@@ -137,16 +152,6 @@ def _factor(
         damp *= 10
     note = ("rounded to nearest: the Hessian cannot be factored even with damp 1",)
     return hessian, None, note
-
-
-def _parameters(
-    target: Tensor, statistics: LayerStatistics, scheme: Scheme, *, search: bool
-) -> grids.GridParameters:
-    groups = grids.as_groups(target, scheme)
-    if not search:
-        return grids.range_parameters(groups, scheme)
-    importance = statistics.hessian.diagonal().view(groups.shape[1], -1)
-    return grids.search_parameters(groups, scheme, importance=importance)
 
 
 def _column_order(hessian: Tensor, *, act_order: bool) -> Tensor:

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compress.core import grids
+from compress.core import grids, low_rank
 from compress.core.contracts import Options, Quantizer
 from compress.core.scheme import Scheme
 from compress.core.statistics import LayerStatistics
@@ -32,7 +32,7 @@ class RoundToNearestOptions(Options):
 
 
 class RoundToNearest(Quantizer):
-    """Round to nearest on any integer grid; needs no data."""
+    """Round to nearest on any grid; needs no data."""
 
     name = "rtn"
     summary = "round to nearest; needs no data"
@@ -44,6 +44,10 @@ class RoundToNearest(Quantizer):
         """Names of schemes an allocator may choose, most bits first."""
         return tuple(f"int{bits}-g32" for bits in range(8, 1, -1))
 
+    def supports(self, scheme: Scheme) -> bool:
+        """Whether this quantizer can produce ``scheme``: any."""
+        return True
+
     def quantize(
         self, weight: Tensor, scheme: Scheme, statistics: LayerStatistics | None
     ) -> QuantizedTensor:
@@ -54,4 +58,5 @@ class RoundToNearest(Quantizer):
         else:
             parameters = grids.range_parameters(groups, scheme)
         codes = grids.encode(groups, parameters, scheme)
-        return grids.assemble(codes.view(weight.shape), parameters, scheme)
+        coded = grids.assemble(codes.view(weight.shape), parameters, scheme)
+        return low_rank.correct(weight, coded)

@@ -60,6 +60,7 @@ class ModelDescription:
         tied: Whether the head shares the embedding's weight.
         assets: Folder with tokenizer files, generation config and chat template.
         source_gguf: The GGUF file that the model was read from, if it was.
+        transforms: Exact reparametrisations that its weights went through, in order.
     """
 
     label: str
@@ -70,6 +71,7 @@ class ModelDescription:
     tied: bool
     assets: Path | None = None
     source_gguf: Path | None = None
+    transforms: tuple[str, ...] = ()
 
     @property
     def block_count(self) -> int:
@@ -106,6 +108,14 @@ class CompressedModel:
         source: The dense tensors, read lazily.
         quantized: Returns the codes of a layer of the plan, by module name.
         provenance: Versions, seed, command and hashes, for model cards and metadata.
+        kv_scales: Static scales of the key-value cache, by the name of the tensor that
+            holds them (``model.layers.0.self_attn.k_scale``): float32 ``[1]``, or
+            ``[heads, 1, 1]`` for a scale a head.
+        kv_cache_scheme: How the cache is quantized, as the ``kv_cache_scheme`` entry of
+            a compressed-tensors config; ``None`` leaves the cache alone.
+        input_amax: Largest magnitude of the inputs of a layer, by layer name, as
+            calibration measured it; needed by schemes whose inputs have a static outer
+            scale (``nvfp4-w4a4``).
     """
 
     description: ModelDescription
@@ -113,3 +123,6 @@ class CompressedModel:
     source: TensorSource
     quantized: Callable[[str], QuantizedTensor]
     provenance: Mapping[str, str] = field(default_factory=dict)
+    kv_scales: Mapping[str, Tensor] = field(default_factory=dict)
+    kv_cache_scheme: Mapping[str, Any] | None = None
+    input_amax: Mapping[str, float] = field(default_factory=dict)

@@ -98,6 +98,9 @@ class Family:
         norm_offset: 1 where norms multiply by ``1 + weight``.
         gguf_architecture: Name in GGUF if our own writer knows the family.
         gguf_permutes_rotary: Whether GGUF reorders rows of q and k.
+        attention_norm: Norm that feeds the linears with input ``attention``.
+        mlp_norm: Norm that feeds the linears with input ``mlp``.
+        output_norms: Norms between a sub-layer and the residual stream.
     """
 
     name: str
@@ -109,6 +112,9 @@ class Family:
     norm_offset: int = 0
     gguf_architecture: str | None = None
     gguf_permutes_rotary: bool = False
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    output_norms: tuple[str, ...] = ()
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -128,6 +134,17 @@ class Family:
             return self.linears
         mlp = self.experts.linears(experts) if experts else _GATED_MLP
         return self.linears + mlp
+
+    def readers(self, shared: str) -> tuple[str, ...]:
+        """Paths of the linears that read the input named ``shared``."""
+        return tuple(linear.path for linear in self.linears if linear.input == shared)
+
+    def with_role(self, *roles: str) -> Linear | None:
+        """The linear of a block that has one of ``roles``; ``None`` if none has."""
+        for linear in self.linears:
+            if linear.role in roles:
+                return linear
+        return None
 
 
 _ATTENTION = (
@@ -156,6 +173,7 @@ _GEMMA_NORMS = (
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
 )
+_GEMMA_OUTPUT_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 FAMILIES: tuple[Family, ...] = (
@@ -198,6 +216,8 @@ FAMILIES: tuple[Family, ...] = (
         norms=_GEMMA_NORMS,
         slice_groups=_PLAIN_SLICES,
         norm_offset=1,
+        mlp_norm="pre_feedforward_layernorm",
+        output_norms=_GEMMA_OUTPUT_NORMS,
     ),
     Family(
         "gemma3",
@@ -206,6 +226,8 @@ FAMILIES: tuple[Family, ...] = (
         norms=(*_GEMMA_NORMS, *_QK_NORMS),
         slice_groups=_PLAIN_SLICES,
         norm_offset=1,
+        mlp_norm="pre_feedforward_layernorm",
+        output_norms=_GEMMA_OUTPUT_NORMS,
     ),
     Family(
         "phi3",

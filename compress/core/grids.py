@@ -13,7 +13,6 @@ since they have one more negative code than positive ones.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,19 +87,19 @@ def range_parameters(
         factor: Shrinks (below 1) or widens the range; negative turns its sign, which
             only symmetric integers with free scales can.
         outer: What scales have in common, if it is settled already.
-        rounding: Of exponents, see ``core/scales.py``; ``None`` takes the exponent of
-            the largest magnitude less that of the grid, as OCP microscaling does, for
-            scales that are powers of two, and the nearest for ratios.
+        rounding: Of exponents, see ``core/scales.py``; ``None`` is that of microscaling
+            formats for scales that are powers of two, and the nearest for ratios.
     """
     if scheme.zero is Zero.NONE:
-        largest, reach = _shared(groups.abs().amax(-1), scheme), scheme.levels.reach
+        largest = _shared(groups.abs().amax(-1), scheme)
         if outer is None:
-            outer = scales.outer_scale(largest / reach, scheme)
+            outer = scales.outer_scale(largest, scheme)
         if scheme.scales is Scales.POWER and rounding is None:
-            reach = 2.0 ** math.floor(math.log2(reach))
-            largest = scales.round_to_storage(largest, scheme, rounding="floor")
+            wanted = scales.microscaling(largest, scheme) * factor
+        else:
+            wanted = largest / scheme.levels.reach * factor
         stored = scales.round_to_storage(
-            largest * (factor / reach), scheme, outer, rounding=rounding or "nearest"
+            wanted, scheme, outer, rounding=rounding or "nearest"
         )
         return GridParameters(_usable(stored, scheme, outer), None, outer)
     levels = (1 << scheme.bits) - 1
@@ -192,7 +191,8 @@ def search_parameters(
         groups: float32 ``[R, G, g]``.
         scheme: The grid.
         importance: float32 ``[G, g]`` weight of each column, normally the diagonal of
-            the Hessian; ``None`` weighs all columns alike.
+            the Hessian, or ``[G, g, g]``, its blocks; ``None`` weighs all columns
+            alike.
         factors: Multiples of the full range to try; :func:`search_factors` by default.
         outer: What scales have in common, if it is settled already.
     """
@@ -200,6 +200,9 @@ def search_parameters(
         factors = search_factors(scheme)
     if outer is None:
         outer = range_parameters(groups, scheme).outer
+        outers = scales.outer_candidates(outer, scheme)
+    else:
+        outers = (outer,)
     most = _CHUNK_WEIGHTS.get(groups.device.type, _CHUNK_WEIGHTS_ELSEWHERE)
     rows = max(1, most // max(1, groups[0].numel()))
     if scheme.row_block != 1:  # rows that share scales are searched together
@@ -207,9 +210,11 @@ def search_parameters(
     parts = []
     for start in range(0, groups.shape[0], rows):
         run = slice(start, start + rows)
-        shared = outer if outer is None or len(outer) == 1 else outer[run]
+        shared = [o if o is None or len(o) == 1 else o[run] for o in outers]
         parts.append(_search_rows(groups[run], scheme, importance, factors, shared))
     zeros = [part.zero for part in parts if part.zero is not None]
+    if scheme.scales is Scales.RATIO:
+        outer = torch.cat([part.outer for part in parts if part.outer is not None])
     return GridParameters(
         torch.cat([part.scale for part in parts]),
         torch.cat(zeros) if zeros else None,
@@ -222,8 +227,30 @@ def _search_rows(
     scheme: Scheme,
     importance: Tensor | None,
     factors: Sequence[float],
-    outer: Tensor | None,
+    outers: Sequence[Tensor | None],
 ) -> GridParameters:
+    best, least = _search_groups(groups, scheme, importance, factors, outers[0])
+    for outer in outers[1:]:
+        found, error = _search_groups(groups, scheme, importance, factors, outer)
+        better = error.sum(1, keepdim=True) < least.sum(1, keepdim=True)
+        least = torch.where(better, error, least)
+        assert found.outer is not None and best.outer is not None
+        best = GridParameters(
+            torch.where(better, found.scale, best.scale),
+            None,
+            torch.where(better, found.outer, best.outer),
+        )
+    return best
+
+
+def _search_groups(
+    groups: Tensor,
+    scheme: Scheme,
+    importance: Tensor | None,
+    factors: Sequence[float],
+    outer: Tensor | None,
+) -> tuple[GridParameters, Tensor]:
+    """Return the best parameters of each group, and their errors ``[R, G]``."""
     best = range_parameters(groups, scheme, outer=outer)
     least = _error(groups, best, scheme, importance)
     for factor in factors:
@@ -236,7 +263,7 @@ def _search_rows(
         if zero is not None and candidate.zero is not None:
             zero = torch.where(better, candidate.zero, zero)
         best = GridParameters(scale, zero, outer)
-    return best
+    return best, least
 
 
 def _error(
@@ -246,13 +273,22 @@ def _error(
     importance: Tensor | None,
 ) -> Tensor:
     levels = encode(groups, parameters, scheme)
-    error = decode_groups(levels, parameters, scheme).sub_(groups).square_()
-    error = (error if importance is None else error.mul_(importance)).sum(-1)
+    error = _squared(decode_groups(levels, parameters, scheme).sub_(groups), importance)
     block = scheme.rows_of_scale(error.shape[0])
     if block == 1:
         return error
     parts = torch.split(error, block)
     return torch.cat([part.sum(0, keepdim=True).expand_as(part) for part in parts])
+
+
+def _squared(error: Tensor, importance: Tensor | None) -> Tensor:
+    """Return the squared size ``[R, G]`` of errors ``[R, G, g]``."""
+    if importance is None:
+        return error.square_().sum(-1)
+    if importance.dim() == 2:
+        return error.square_().mul_(importance).sum(-1)
+    moved = (error.transpose(0, 1) @ importance).transpose(0, 1)
+    return moved.mul_(error).sum(-1)
 
 
 def assemble(

@@ -13,6 +13,8 @@ default and searched by error, not rounded up.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,28 +29,73 @@ _E8M0_BIAS = 127
 _MOST_SHIFT = 15
 _E4M3_MOST = 448.0
 _E4M3_LEAST = 2.0**-9
+_MOST_MULTIPLIER = 1e36  # of two-level scales; keeps scales of tiny matrices normal
+_STEPS_OF_AN_OCTAVE = 8
+
+# compressed-tensors rounds to the mantissa of E2M1, except for E2M3.
+_ROUNDS_UP = {"e2m3": 1.9375}
 
 ROUNDINGS = {"nearest": torch.round, "ceil": torch.ceil, "floor": torch.floor}
 
 
-def outer_scale(scale: Tensor, scheme: Scheme) -> Tensor | None:
+def outer_scale(largest: Tensor, scheme: Scheme) -> Tensor | None:
     """Return what the scales of a matrix have in common, or ``None``.
 
     Args:
-        scale: float32 ``[R, G]``, the wanted scales.
-        scheme: How they are stored.
+        largest: float32 ``[R, G]``, the largest magnitude of each group.
+        scheme: How scales are stored.
 
     Returns:
         float32: ``[1, 1]``, the multiplier ``G`` of two-level scales; or ``[R, 1]``,
         the largest scale of each row, of ratio scales.
     """
+    reach = scheme.levels.reach
     if scheme.scales is Scales.TWO_LEVEL:
-        largest = scale.amax().clamp(min=1e-30)
-        return (_E4M3_MOST / largest).view(1, 1)
+        most = largest.amax()
+        multiplier = _E4M3_MOST * reach / torch.where(most == 0, _E4M3_MOST, most)
+        return multiplier.clamp(max=_MOST_MULTIPLIER).view(1, 1)
     if scheme.scales is Scales.RATIO:
-        rows = scale.amax(1, keepdim=True)
-        return rows.to(TORCH_DTYPES[scheme.scale_dtype]).float()
+        return _stored_row(largest.amax(1, keepdim=True) / reach, scheme)
     return None
+
+
+def outer_candidates(outer: Tensor | None, scheme: Scheme) -> tuple[Tensor | None, ...]:
+    """Return outer scales that a search should try, the given one first.
+
+    Shifts reach every power of two of a row's scale, so the candidates of ratio scales
+    fill one octave. The multiplier of two-level scales is kept: E4M3 has the same
+    relative spacing everywhere.
+    """
+    if scheme.scales is not Scales.RATIO or outer is None:
+        return (outer,)
+    steps = range(1, _STEPS_OF_AN_OCTAVE)
+    wider = (_stored_row(outer * 2 ** (i / _STEPS_OF_AN_OCTAVE), scheme) for i in steps)
+    return (outer, *wider)
+
+
+def _stored_row(values: Tensor, scheme: Scheme) -> Tensor:
+    return values.to(TORCH_DTYPES[scheme.scale_dtype]).float()
+
+
+def microscaling(largest: Tensor, scheme: Scheme) -> Tensor:
+    """Return the powers of two that a microscaling format takes for groups.
+
+    The exponent is that of the largest magnitude less that of the grid's largest
+    level (OCP), one more where the magnitude's mantissa would round up to the next
+    power of two. compressed-tensors does the same.
+
+    Args:
+        largest: float32 ``[R, G]``, the largest magnitude of each group.
+        scheme: Of the grid.
+
+    Returns:
+        float32, as ``largest``; 0 where that is.
+    """
+    mantissa, exponent = torch.frexp(largest)
+    rounds_up = 2 * mantissa >= _ROUNDS_UP.get(scheme.grid, 1.75)
+    _, of_grid = math.frexp(scheme.levels.reach)
+    power = torch.exp2((exponent + rounds_up.int() - of_grid).float())
+    return torch.where(largest == 0, torch.zeros_like(power), power)
 
 
 def round_to_storage(
@@ -78,8 +125,10 @@ def round_to_storage(
         stored = torch.exp2(exponent.clamp(-126, 127))
     else:
         assert outer is not None
+        # Rounded as the row's scale was, or the largest group would miss a shift of 0.
+        ratio = outer.clamp(min=2.0**-126) / _stored_row(wanted, scheme)
         # The paper's "ceil" is of the shift, which makes scales smaller.
-        shift = ROUNDINGS[rounding](torch.log2(outer.clamp(min=2.0**-126) / wanted))
+        shift = ROUNDINGS[rounding](torch.log2(ratio))
         stored = outer * torch.exp2(-shift.clamp(0, _MOST_SHIFT))
     return torch.where(values == 0, torch.zeros_like(stored), stored)
 

@@ -206,6 +206,19 @@ class Scheme:
                 f"of {layer}; {remedy}, or one scale a row ({row})"
             )
 
+    def check_rank(self, rows: int, columns: int, layer: str) -> None:
+        """Raise if the low-rank correction has a higher rank than the matrix.
+
+        Raises:
+            SchemeError: With the layer's name and the largest rank that it has.
+        """
+        most = min(rows, columns)
+        if self.rank > most:
+            raise SchemeError(
+                f"{layer} is {rows} x {columns}: a correction of rank {self.rank} is "
+                f"more than the matrix has; use -lorc{most} or less"
+            )
+
     def bits_per_weight(self, columns: int, rows: int | None = None) -> float:
         """Bits of codes, scales, zero points and corrections for each weight.
 

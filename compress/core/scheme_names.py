@@ -132,6 +132,11 @@ def _weights(key: str, name: str) -> Scheme | None:
     if match := _FLOAT.fullmatch(key):
         grid = _FLOAT_NAMES.get(match[1], match[1])
         block = match[4]
+        if match[5] == "ratio" and (match[3] or block):
+            raise SchemeError(
+                f"scheme {name!r}: ratios are taken within a row, so rows cannot share "
+                "scales; use -g<columns>-ratio"
+            )
         columns = match[2] or block
         return Scheme(
             FLOAT_FORMATS[grid].bits,

@@ -16,7 +16,17 @@ from compress.core.artifact import TensorInfo, TensorSource
 from compress.core.errors import CheckpointError
 from compress.core.families import Family
 
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_DTYPES = {  # torch's name and bytes of the types whose sizes are checked
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated*.pth")
@@ -146,8 +156,8 @@ def _info(path: Path, name: str, entry: Mapping[str, Any]) -> TensorInfo:
     shape = tuple(int(size) for size in entry["shape"])
     begin, end = entry["data_offsets"]
     if kind in _DTYPES:
-        width = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}[kind]
-        info = TensorInfo(shape, _DTYPES[kind])
+        dtype, width = _DTYPES[kind]
+        info = TensorInfo(shape, dtype)
         if info.elements * width != end - begin or begin < 0 or min((0, *shape)) < 0:
             raise CheckpointError(f"{path}: {name}: shape {shape} and offsets disagree")
         return info

@@ -28,6 +28,9 @@ from compress.model.sources import check_finite
 BlockCall = dict[str, Any]
 """Keyword arguments of a block besides the hidden states; tensors have batch size 1."""
 
+Rewrite = Callable[[Tensor], Tensor]
+"""Returns what stands in for a tensor, of the same shape."""
+
 # Tokens in one forward pass of a block: bounds the size of temporary tensors.
 _TOKENS_A_CALL = 4096
 
@@ -53,6 +56,10 @@ class StreamedModel:
         source: Where weights are read.
         device: Where blocks run. Hidden states stay on the CPU.
         dtype: Arithmetic of the blocks; float32 unless a device is short of memory.
+        rounding: By full name of a linear layer, what its inputs are replaced with; how
+            a runtime that rounds activations is simulated.
+        new_cache: Returns the key-value cache (``transformers.Cache``) that blocks
+            store keys and values through; a fresh one for each call of a block.
     """
 
     def __init__(
@@ -62,9 +69,13 @@ class StreamedModel:
         *,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        rounding: Mapping[str, Rewrite] | None = None,
+        new_cache: Callable[[], Any] | None = None,
     ) -> None:
         self.description = description
         self.source = source
+        self._rounding = dict(rounding or {})
+        self._new_cache = new_cache
         self._device = torch.device(device)
         self._dtype = dtype
         self.model = build_skeleton(description.config)
@@ -72,10 +83,24 @@ class StreamedModel:
         self._blocks = self.model.get_submodule(family.blocks)
         self._body = self.model.get_submodule(family.blocks.rpartition(".")[0])
 
-    def with_source(self, source: TensorSource) -> StreamedModel:
-        """Return a second model of the same shape that reads other weights."""
+    def with_source(
+        self,
+        source: TensorSource,
+        *,
+        rounding: Mapping[str, Rewrite] | None = None,
+        new_cache: Callable[[], Any] | None = None,
+    ) -> StreamedModel:
+        """Return a second model of the same shape that reads other weights.
+
+        Neither ``rounding`` nor ``new_cache`` is taken over from this one.
+        """
         return StreamedModel(
-            self.description, source, device=str(self._device), dtype=self._dtype
+            self.description,
+            source,
+            device=str(self._device),
+            dtype=self._dtype,
+            rounding=rounding,
+            new_cache=new_cache,
         )
 
     @torch.no_grad()
@@ -117,12 +142,15 @@ class StreamedModel:
             )
             for path, handle in (watch or {}).items()
         ]
+        hooks += self._rounding_hooks(index)  # after the watchers, which see the inputs
         call = _moved(activations.calls[index], self._device)
         outputs = []
         try:
             count, length, _ = activations.hidden.shape
             batch = count if at_once else max(1, _TOKENS_A_CALL // length)
             for hidden in torch.split(activations.hidden, batch):
+                if self._new_cache is not None:
+                    call["past_key_values"] = self._new_cache()
                 output = block(hidden.to(self._device, self._dtype), **call)
                 output = output[0] if isinstance(output, tuple) else output
                 outputs.append(output.to("cpu", torch.float32))
@@ -130,6 +158,33 @@ class StreamedModel:
             for hook in hooks:
                 hook.remove()
         return torch.cat(outputs)
+
+    def call_block(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
+        """Return the outputs ``[B, T, C]`` of a loaded block, on its device.
+
+        Gradients flow if ``hidden`` wants them; neither inputs nor cache are rounded.
+        """
+        block = self._blocks[index]
+        states = hidden.to(self._device, self._dtype)
+        output = block(states, **_moved(call, self._device))
+        values: Tensor = output[0] if isinstance(output, tuple) else output
+        return values
+
+    def _rounding_hooks(self, index: int) -> list[Any]:
+        """Replace the inputs of a block's linears by their rounded values."""
+        prefix = f"{self.description.family.block(index)}."
+        return [
+            self._blocks[index]
+            .get_submodule(name.removeprefix(prefix))
+            .register_forward_pre_hook(
+                lambda _module, inputs, rewrite=rewrite: (
+                    rewrite(inputs[0]),
+                    *inputs[1:],
+                )
+            )
+            for name, rewrite in self._rounding.items()
+            if name.startswith(prefix)
+        ]
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -150,10 +205,12 @@ class StreamedModel:
             bias_name = f"{family.head}.bias"
             has_bias = bias_name in self.source.tensors()
             bias = self._tensor(bias_name) if has_bias else None
+            rewrite = self._rounding.get(family.head)
 
             def logits(hidden: Tensor) -> Tensor:
-                with torch.no_grad():
+                with torch.set_grad_enabled(hidden.requires_grad):
                     states = norm(hidden.to(self._device, self._dtype))
+                    states = states if rewrite is None else rewrite(states)
                     values = nn.functional.linear(states, weight, bias).float()
                     if softcap:
                         values = torch.tanh(values / softcap) * softcap
@@ -255,7 +312,7 @@ def build_skeleton(config: Mapping[str, Any]) -> Any:
                     module._buffers[name] = torch.empty_like(buffer, device="cpu")
             model._init_weights(module)
     split_experts_(model, family_of(kind))
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 @contextmanager

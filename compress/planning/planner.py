@@ -98,6 +98,7 @@ def _problems(layer: LayerPlan, quantizer: Quantizer) -> list[str]:
     found = []
     try:
         layer.scheme.check_columns(layer.shape[1], layer.name)
+        layer.scheme.check_rank(*layer.shape, layer.name)
     except SchemeError as error:
         found.append(str(error))
     if not quantizer.supports(layer.scheme):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from pipeline_fixtures import windows
 from torch import Tensor
 
 from compress.calibration.experts import FEW_TOKENS, tokens_needed
+from compress.calibration.observe import observe
+from compress.core.errors import CalibrationError
 from compress.core.scheme import Scheme
 from compress.core.statistics import LayerStatistics
 from compress.core.tensors import QuantizedTensor
 from compress.model.experts import weight_of
+from compress.model.streaming import StreamedModel
 from compress.quantizers.gptq import GPTQ, GPTQOptions
 from compress.quantizers.rtn import RoundToNearest, RoundToNearestOptions
 from compress.transform import PlanRunner, part_of_layer
@@ -234,3 +238,24 @@ def test_error_feedback_beats_rounding_in_the_experts_outputs(
             total += float(outputs[0].square().sum())
         errors[name] = lost / total
     assert errors["gptq"] < 0.8 * errors["rtn"], errors
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_largest_inputs_are_known_of_experts_that_tokens_reached(
+    kind: str, tmp_path: Path
+) -> None:
+    model = save_mixture(tmp_path, kind)
+    handle = opened(tmp_path)
+    build = partial(StreamedModel, handle.description, handle.source)
+    tokens = torch.arange(6).view(1, 6)
+    states, chosen = routed(model, 0, tokens)
+    reached = sorted(set(chosen.flatten().tolist()))
+    layers = [expert_layer(kind, 0, number, "gate") for number in reached]
+    found = observe(build, tokens, layers=layers).input_amax
+    for number, layer in zip(reached, layers, strict=True):
+        seen = states[(chosen == number).any(-1)]
+        assert found[layer] == pytest.approx(float(seen.abs().max()), rel=1e-5)
+    # One token reaches two experts of four.
+    every = [expert_layer(kind, 0, number, "gate") for number in range(4)]
+    with pytest.raises(CalibrationError, match="no token .* reached this expert"):
+        observe(build, tokens[:, :1], layers=every)
