@@ -18,10 +18,11 @@ from compress.config.plugins import create_chain, create_exporter, create_quanti
 from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.contracts import ExportResult
 from compress.core.errors import CalibrationError, ConfigError
-from compress.core.families import family_of
+from compress.core.families import Family, family_of
 from compress.core.plan import Plan
 from compress.core.tensors import QuantizedTensor
 from compress.exporting import check_exports
+from compress.model.experts import unstacked, weight_of
 from compress.model.sources import ModuleSource, SnapshotSource, in_model_order
 from compress.model.streaming import StreamedModel
 from compress.planning.planner import make_plan
@@ -117,14 +118,16 @@ def quantize(
     )
     section = config.quantize
     assert section is not None
-    original = SnapshotSource(ModuleSource(model))
+    described = _describe(model, tokenizer)
+    stored = unstacked(ModuleSource(model), described.family)
+    original = SnapshotSource(stored)
     methods = {method, *(o.method for o in section.overrides.values() if o.method)}
     quantizers = {
         name: create_quantizer(name, options if name == method else None)
         for name in methods
     }
     chain = create_chain(config.transform_entries, quantizers.values())
-    description = chain.describe(_describe(model, tokenizer))
+    description = chain.describe(described)
     plan = make_plan(
         section,
         description,
@@ -149,7 +152,7 @@ def quantize(
     records = _records(plan, description, workdir)
     folder.cleanup()
     _replace_changed(model, source, description, plan)
-    _replace_weights(model, codes)
+    _replace_weights(model, description.family, codes)
     artifact = CompressedModel(description, plan, source, codes.__getitem__)
     if static:
         assert windows is not None
@@ -165,7 +168,8 @@ def _describe(model: nn.Module, tokenizer: Any) -> ModelDescription:
     if config is None or not hasattr(config, "model_type"):
         raise ConfigError("expected a transformers model with a config")
     data = config.to_dict()
-    source, family = ModuleSource(model), family_of(data["model_type"])
+    family = family_of(data["model_type"])
+    source = unstacked(ModuleSource(model), family)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     assets = None
     if tokenizer is not None:
@@ -222,8 +226,10 @@ def _replace_changed(
     model.config.tie_word_embeddings = description.tied
 
 
-def _replace_weights(model: nn.Module, codes: Mapping[str, QuantizedTensor]) -> None:
+def _replace_weights(
+    model: nn.Module, family: Family, codes: Mapping[str, QuantizedTensor]
+) -> None:
     with torch.no_grad():
         for name, tensor in codes.items():
-            weight = model.get_submodule(name).get_parameter("weight")
+            weight = weight_of(model, family, name)
             weight.copy_(tensor.dequantize().to(weight))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress import preview, provenance
 from compress.calibration.data import CalibrationTokens
+from compress.calibration.experts import FEW_TOKENS
+from compress.core.artifact import ModelDescription
 from compress.evaluation.measure import headline
 from compress.exporting import failures
 from compress.planning.budget import linear_bits_per_weight, parameter_count
@@ -72,6 +74,7 @@ def build_report(
         "inputs": run.serving.upgrades,
         "kv_cache": run.cache,
         "layers": layers,
+        "experts": _experts(model, layers),
         "exports": dict(exports),
         "one_plan_two_files": shared,
         "seconds": run.seconds,
@@ -104,7 +107,11 @@ def _calibration(run: Run, tokens: CalibrationTokens | None) -> dict[str, Any] |
 
 def _layers(run: Run) -> list[dict[str, Any]]:
     model = run.model
-    roles = {linear.path: linear.role for linear in model.family.linears}
+    roles = {
+        linear.path: linear.role
+        for index in range(model.block_count)
+        for linear in model.block_linears(index)
+    }
     width = _WIDTH[model.dtype] / 8
     rows: list[dict[str, Any]] = []
     records: dict[str, Any] = {}
@@ -132,10 +139,35 @@ def _layers(run: Run) -> list[dict[str, Any]]:
                 "error": record["error"],
                 "weight_error": record["weight_error"],
                 "seconds": record["seconds"],
+                "tokens": record["tokens"],
                 "notes": record["notes"],
             }
         )
     return rows
+
+
+def _has_few_tokens(row: Mapping[str, Any]) -> bool:
+    return any(note.startswith(FEW_TOKENS) for note in row["notes"])
+
+
+def _experts(
+    model: ModelDescription, layers: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Return how calibration reached the experts; ``None`` if there are none."""
+    counts = [model.experts(index) for index in range(model.block_count)]
+    if not any(counts):
+        return None
+    names = model.family.experts
+    assert names is not None
+    coded = [row for row in layers if f".{names.container}." in row["name"]]
+    tokens = [row["tokens"] for row in coded if row["tokens"] is not None]
+    return {
+        "count": sum(counts),
+        "coded_layers": len(coded),
+        "rounded_layers": sum(map(_has_few_tokens, coded)),
+        "fewest_tokens": min(tokens, default=None),
+        "most_tokens": max(tokens, default=None),
+    }
 
 
 def _warnings(
@@ -154,7 +186,18 @@ def _warnings(
             "quantized before, its weights lie on a coarse grid already: figures "
             "against it say nothing of the loss against the original model."
         )
-    found += [f"{row['name']}: {note}" for row in layers for note in row["notes"]]
+    few = [row["name"] for row in layers if _has_few_tokens(row)]
+    if few:
+        found.append(
+            f"{len(few)} layers of experts, such as {few[0]}, were rounded to nearest: "
+            "too few tokens reached them; more or other calibration text reaches more"
+        )
+    found += [
+        f"{row['name']}: {note}"
+        for row in layers
+        if not _has_few_tokens(row)
+        for note in row["notes"]
+    ]
     found += failures(exports)
     for name, entry in exports.items():
         found += [f"{name}: {note}" for note in entry.get("notes", [])]

@@ -32,7 +32,7 @@ from compress.kvcache.measure import measure_types, recommended, rounded_cache
 from compress.kvcache.names import FP8, CachePair
 from compress.kvcache.scales import ScaleRule
 from compress.model.streaming import Rewrite, StreamedModel
-from compress.planning.input_upgrades import is_upgradable, with_inputs
+from compress.planning.input_upgrades import shared_inputs, with_inputs
 from compress.upgrading import Upgrader
 
 if TYPE_CHECKING:
@@ -65,11 +65,11 @@ def check(run: Run) -> None:
     if needs_tokens(run):
         check_sources(run.config.calibration.data)
     if quantize is not None and quantize.upgrade_inputs is not None:
-        schemes = [layer.scheme.inputs for layer in run.plan.layers.values()]
-        if not any(inputs is not None and is_upgradable(inputs) for inputs in schemes):
+        if not shared_inputs(run.plan, run.model):
             raise ConfigError(
                 "quantize.upgrade_inputs: the plan rounds no inputs to integers with a "
-                f"scale a token ({quantize.scheme}); use a scheme such as w6a8-g128, "
+                f"scale a token ({quantize.scheme}) outside of experts; use a scheme "
+                "such as w6a8-g128, "
                 "or leave upgrade_inputs out"
             )
     if cache is None:

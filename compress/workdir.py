@@ -58,11 +58,14 @@ class LayerRecord:
         error: ``tr(E H E^T) / tr(W H W^T)``; ``None`` without statistics.
         weight_error: ``|E|^2 / |W|^2``.
         seconds: Time of the solve.
+        tokens: That the statistics ran over, if there were any; for an expert, those
+            that the router sent to it.
     """
 
     error: float | None
     weight_error: float
     seconds: float
+    tokens: int | None = None
 
 
 class WorkDir:

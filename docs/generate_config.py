@@ -97,7 +97,9 @@ def _options(word: str, plugins: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, plugin in plugins.items():
         schema = plugin.Options.model_json_schema()
-        described = _attributes(plugin.Options.__doc__ or "")
+        described: dict[str, str] = {}
+        for base in reversed(plugin.Options.__mro__):  # options may extend others
+            described |= _attributes(base.__doc__ or "")
         for key, value in schema["properties"].items():
             value.setdefault("description", described[key])
         summary = plugin.summary[0].upper() + plugin.summary[1:]

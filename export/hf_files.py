@@ -10,6 +10,7 @@ from typing import Any
 
 from compress.core import compressed_tensors as ct
 from compress.core.artifact import CompressedModel, ModelDescription
+from compress.export import experts
 from compress.export.model_card import groups_of
 
 # The release whose layout we write; readers that check it compare major numbers only.
@@ -77,12 +78,12 @@ def quantization_config(artifact: CompressedModel, *, dense: bool) -> dict[str, 
     plan, model = artifact.plan, artifact.description
     coded = {} if dense else plan.layers
     groups = {
-        f"group_{number}": ct.group_entry(scheme, names)
+        f"group_{number}": ct.group_entry(scheme, experts.targets(names, model))
         for number, (scheme, names) in enumerate(groups_of(coded).items())
     }
     formats = {group["format"] for group in groups.values()}
     # vLLM wants every linear either targeted or ignored.
-    linears = [*model.linears(), model.family.head]
+    linears = [*model.linears(), *experts.routers(model), model.family.head]
     scheme = artifact.kv_cache_scheme
     return {
         "quant_method": ct.QUANT_METHOD,

@@ -28,7 +28,7 @@ class OuterScales:
         self._inputs = {
             f"{model.family.block(index)}.{linear.path}": (index, linear.input)
             for index in range(model.block_count)
-            for linear in model.family.linears
+            for linear in model.block_linears(index)
         }
         self._seen: dict[tuple[int, str], tuple[str, float]] = {}
         self._split: list[str] = []

@@ -28,6 +28,7 @@ from compress.core.errors import CheckpointError, ExportError
 from compress.core.plan import Plan
 from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
 from compress.export import safetensors_checks, stock_transformers
+from compress.export.experts import is_target
 from compress.export.hf_files import (
     as_json,
     copy_assets,
@@ -245,6 +246,6 @@ def _group_of(folder: Path, layer: str) -> dict[str, Any]:
     config = stock_transformers.read_config(folder)
     groups = config.get("quantization_config", {}).get("config_groups", {})
     for group in groups.values():
-        if layer in group["targets"]:
+        if is_target(layer, group["targets"]):
             return dict(group)
     raise CheckpointError(f"{folder}: config.json names no codes of {layer}")

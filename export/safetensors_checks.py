@@ -6,7 +6,8 @@ report and the model card.
 
 What transformers loads was tried with compressed-tensors 0.20 (``core``'s
 ``compressed_tensors.schemes``); two limits are its own: a coded embedding, and packed
-integer zero points beside other schemes. What vLLM loads is in ``vllm_rules``.
+integer zero points beside other schemes. Experts have limits of their own, in
+``experts``; what vLLM loads is in ``vllm_rules``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ from compress.core.errors import ExportError, SchemeError
 from compress.core.plan import LayerPlan, Plan
 from compress.core.scheme import Scales, Scheme, Zero
 from compress.export import vllm_rules
+from compress.export.experts import (
+    expert_notes,
+    expert_problems,
+    vllm_expert_problems,
+)
 from compress.export.model_card import groups_of
 
 
@@ -41,6 +47,7 @@ def problems(
     ]
     if dense:
         return found
+    found += expert_problems(plan, model)
     schemes = groups_of(plan.layers)
     if len(schemes) > 1:
         # transformers 5.23 reads packed zero points only with dequantize=True, and
@@ -57,6 +64,7 @@ def problems(
         ]
     if runtime == "vllm" and not found:
         found = vllm_rules.problems(plan, model)
+        found += vllm_expert_problems(plan, model)
     return found
 
 
@@ -93,6 +101,7 @@ def notes(plan: Plan, model: ModelDescription, *, dense: bool) -> tuple[str, ...
             f"{model.family.head} is coded; transformers loads it, not every "
             "release of vLLM does."
         )
+    found += expert_notes(plan, model)
     found += vllm_rules.notes(plan, model, layers)
     return tuple(found)
 

@@ -113,7 +113,8 @@ def _load(folder: Path) -> Any:
         if quantization and not options:
             model.hf_quantizer.compressor.decompress_model(model)
             for parameter in model.parameters():
-                if parameter.dtype == torch.bfloat16:
+                # 5.17 decodes experts to the type of their scales.
+                if parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
     return model
 

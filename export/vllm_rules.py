@@ -130,7 +130,7 @@ def _fused(
     for index in range(model.block_count):
         block = model.family.block(index)
         groups: dict[str, dict[str, LayerPlan | None]] = {}
-        for linear in model.family.linears:
+        for linear in model.block_linears(index):
             layer = plan.layers.get(f"{block}.{linear.path}")
             groups.setdefault(linear.input, {})[linear.path] = layer
         yield from ((block, members) for members in groups.values())

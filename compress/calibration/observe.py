@@ -49,7 +49,8 @@ def observe(
         rule: How scales of the cache are chosen; ``None`` if none are wanted.
 
     Raises:
-        CalibrationError: Inputs, keys or values are not finite.
+        CalibrationError: Inputs, keys or values are not finite, or no token reached an
+            expert whose largest input is wanted.
     """
     states, found = Collected(), Observed({}, {})
     model = build(
@@ -69,6 +70,13 @@ def observe(
         with model.head() as head:
             for hidden in activations.hidden:
                 head(hidden)
+    unseen = [name for name in layers if name not in found.input_amax]
+    if unseen:
+        raise CalibrationError(
+            f"{unseen[0]} (and {len(unseen) - 1} more): no token of the calibration "
+            "text reached this expert, so the scale of its inputs is unknown; use more "
+            "calibration text, or a scheme without static input scales"
+        )
     return found
 
 
@@ -76,6 +84,8 @@ def _spy(name: str, table: dict[str, float]) -> Rewrite:
     """Return a function that notes the largest magnitude and changes nothing."""
 
     def handle(inputs: Tensor) -> Tensor:
+        if not inputs.numel():  # an expert that no token of this call was sent to
+            return inputs
         largest = _finite(inputs.abs().amax(), name)
         table[name] = max(table.get(name, 0.0), float(largest))
         return inputs

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.core.families import Family
+from compress.core.families import Family, Linear, expert_count
 from compress.core.plan import Plan
 from compress.core.tensors import QuantizedTensor
 
@@ -41,6 +41,10 @@ class TensorSource(ABC):
     @abstractmethod
     def read(self, name: str) -> Tensor:
         """Return one tensor on the CPU, in its storage type; the caller owns it."""
+
+    def read_index(self, name: str, index: int) -> Tensor:
+        """Return one entry along the first axis; sources that can read no more."""
+        return self.read(name)[index].clone()
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,23 @@ class ModelDescription:
         """Number of decoder blocks."""
         return int(self.config["num_hidden_layers"])
 
+    def experts(self, index: int) -> int:
+        """Number of experts of block ``index``; 0 where its MLP is an ordinary one."""
+        gate = f"{self.family.block(index)}.mlp.gate_proj.weight"
+        if self.family.experts is None or gate in self.tensors:
+            return 0
+        return expert_count(self.config)
+
+    def block_linears(self, index: int) -> tuple[Linear, ...]:
+        """Return the quantizable layers of block ``index``, in order of execution."""
+        return self.family.block_linears(self.experts(index))
+
     def linears(self) -> list[str]:
         """Full names of all quantizable layers of all blocks, in model order."""
         return [
             f"{self.family.block(index)}.{linear.path}"
             for index in range(self.block_count)
-            for linear in self.family.linears
+            for linear in self.block_linears(index)
         ]
 
 

@@ -22,6 +22,8 @@ from tqdm import tqdm
 
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import CheckpointError, ConfigError
+from compress.core.families import family_of
+from compress.model.experts import split_experts_
 from compress.model.sources import check_finite
 
 BlockCall = dict[str, Any]
@@ -289,6 +291,7 @@ def choose_device(wanted: str) -> str:
 def build_skeleton(config: Mapping[str, Any]) -> Any:
     """Return the transformers model of a config, in eval mode, without weights.
 
+    Experts are linear layers of their own, named as in the checkpoint.
     Buffers that the model computes (rotary frequencies, embedding scales) are real.
 
     Raises:
@@ -317,6 +320,7 @@ def build_skeleton(config: Mapping[str, Any]) -> Any:
                 if buffer is not None:
                     module._buffers[name] = torch.empty_like(buffer, device="cpu")
             model._init_weights(module)
+    split_experts_(model, family_of(kind))
     return model.eval().requires_grad_(False)
 
 

@@ -29,12 +29,15 @@ def shared_inputs(plan: Plan, model: ModelDescription) -> list[SharedInput]:
     """Return the inputs that a plan rounds to integers with one scale a token.
 
     The groups of the finer mode are those of the weights, else 128 columns; where they
-    do not divide the width, an input can only stay exact.
+    do not divide the width, an input can only stay exact. Inputs of experts are left
+    out: each sees tokens of its own, and rating them by window has no meaning.
     """
     found: list[SharedInput] = []
     for block in range(model.block_count):
         readers: dict[str, list[str]] = {}
-        for linear in model.family.linears:
+        for linear in model.block_linears(block):
+            if linear.expert is not None:
+                continue
             name = f"{model.family.block(block)}.{linear.path}"
             layer = plan.layers.get(name)
             inputs = layer.scheme.inputs if layer else None

@@ -28,6 +28,7 @@ REPORT_KEYS = {
     *("bits_per_weight", "size_breakdown", "metrics", "transforms", "inputs"),
     *("kv_cache", "layers", "exports"),
     *("one_plan_two_files", "seconds", "peak_memory_bytes", "predicted", "warnings"),
+    "experts",
 }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from moe_fixtures import opened, save_mixture
 from streaming_fixtures import WINDOWS, model_of
 
 from compress.calibration.input_sensitivity import SharedInput
@@ -40,6 +42,14 @@ def plan_of(description: ModelDescription, scheme: str) -> Plan:
             name, (shape[0], shape[1]), "rtn", Scheme.parse(scheme)
         )
     return Plan("test", layers)
+
+
+def test_inputs_of_experts_are_not_rated(tmp_path: Path) -> None:
+    save_mixture(tmp_path, "qwen3_moe")
+    description = opened(tmp_path).description
+    found = shared_inputs(plan_of(description, "w8a8"), description)
+    names = {name for shared in found for name in shared.layers}
+    assert names == {n for n in description.linears() if "self_attn" in n}
 
 
 def test_only_outliers_are_upgraded_groups_first() -> None:
