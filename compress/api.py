@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compress.calibration.observe import observe
 from compress.config import load_config
 from compress.config.plugins import create_chain, create_exporter, create_quantizer
 from compress.core.artifact import CompressedModel, ModelDescription
@@ -22,8 +24,10 @@ from compress.core.tensors import QuantizedTensor
 from compress.exporting import check_exports
 from compress.model.experts import unstacked, weight_of
 from compress.model.sources import ModuleSource, SnapshotSource, in_model_order
+from compress.model.streaming import StreamedModel
 from compress.planning.planner import make_plan
-from compress.transform import PlanRunner, part_of_layer
+from compress.serving import static_inputs
+from compress.transform import CompressedSource, PlanRunner, part_of_layer
 from compress.transforms.source import TransformedSource
 from compress.workdir import WorkDir
 
@@ -134,7 +138,8 @@ def quantize(
     workdir = WorkDir(Path(folder.name))
     runner = PlanRunner(description, original, plan, quantizers, workdir, device=device)
     windows = None
-    if runner.needs_calibration or chain.needs_inputs:
+    static = static_inputs(plan)
+    if runner.needs_calibration or chain.needs_inputs or static:
         windows = calibration if calibration is not None else _mix(tokenizer)
     source = chain.run(
         description, original, plan, windows=windows, workdir=workdir, device=device
@@ -149,6 +154,12 @@ def quantize(
     _replace_changed(model, source, description, plan)
     _replace_weights(model, description.family, codes)
     artifact = CompressedModel(description, plan, source, codes.__getitem__)
+    if static:
+        assert windows is not None
+        coded = CompressedSource(source, plan, codes.__getitem__)
+        build = partial(StreamedModel, description, coded, device=device)
+        found = observe(build, windows, layers=static)
+        artifact = replace(artifact, input_amax=found.input_amax)
     return QuantizedModel(model, artifact, records)
 
 

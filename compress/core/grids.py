@@ -184,6 +184,7 @@ def search_parameters(
     importance: Tensor | None = None,
     factors: Sequence[float] | None = None,
     outer: Tensor | None = None,
+    bias: float = 0.0,
 ) -> GridParameters:
     """Return, for each group, the parameters of least weighted squared error.
 
@@ -195,6 +196,8 @@ def search_parameters(
             alike.
         factors: Multiples of the full range to try; :func:`search_factors` by default.
         outer: What scales have in common, if it is settled already.
+        bias: Weight of the squared sum of a group's errors against the sum of their
+            squares; inputs have means, which such a sum is multiplied with.
     """
     if factors is None:
         factors = search_factors(scheme)
@@ -211,7 +214,8 @@ def search_parameters(
     for start in range(0, groups.shape[0], rows):
         run = slice(start, start + rows)
         shared = [o if o is None or len(o) == 1 else o[run] for o in outers]
-        parts.append(_search_rows(groups[run], scheme, importance, factors, shared))
+        loss = _Loss(scheme, importance, bias)
+        parts.append(_search_rows(groups[run], loss, factors, shared))
     zeros = [part.zero for part in parts if part.zero is not None]
     if scheme.scales is Scales.RATIO:
         outer = torch.cat([part.outer for part in parts if part.outer is not None])
@@ -222,18 +226,38 @@ def search_parameters(
     )
 
 
+@dataclass(frozen=True)
+class _Loss:
+    """What a search minimises, for the groups of one scheme."""
+
+    scheme: Scheme
+    importance: Tensor | None
+    bias: float
+
+    def of(self, groups: Tensor, parameters: GridParameters) -> Tensor:
+        """Return ``[R, G]``, the same for rows that share a scale."""
+        levels = encode(groups, parameters, self.scheme)
+        error = decode_groups(levels, parameters, self.scheme).sub_(groups)
+        total = error.sum(-1).square_().mul_(self.bias) if self.bias else 0.0
+        loss = _squared(error, self.importance) + total
+        block = self.scheme.rows_of_scale(loss.shape[0])
+        if block == 1:
+            return loss
+        parts = torch.split(loss, block)
+        return torch.cat([part.sum(0, keepdim=True).expand_as(part) for part in parts])
+
+
 def _search_rows(
     groups: Tensor,
-    scheme: Scheme,
-    importance: Tensor | None,
+    loss: _Loss,
     factors: Sequence[float],
     outers: Sequence[Tensor | None],
 ) -> GridParameters:
-    best, least = _search_groups(groups, scheme, importance, factors, outers[0])
+    best, least = _search_groups(groups, loss, factors, outers[0])
     for outer in outers[1:]:
-        found, error = _search_groups(groups, scheme, importance, factors, outer)
-        better = error.sum(1, keepdim=True) < least.sum(1, keepdim=True)
-        least = torch.where(better, error, least)
+        found, lost = _search_groups(groups, loss, factors, outer)
+        better = lost.sum(1, keepdim=True) < least.sum(1, keepdim=True)
+        least = torch.where(better, lost, least)
         assert found.outer is not None and best.outer is not None
         best = GridParameters(
             torch.where(better, found.scale, best.scale),
@@ -244,20 +268,16 @@ def _search_rows(
 
 
 def _search_groups(
-    groups: Tensor,
-    scheme: Scheme,
-    importance: Tensor | None,
-    factors: Sequence[float],
-    outer: Tensor | None,
+    groups: Tensor, loss: _Loss, factors: Sequence[float], outer: Tensor | None
 ) -> tuple[GridParameters, Tensor]:
-    """Return the best parameters of each group, and their errors ``[R, G]``."""
-    best = range_parameters(groups, scheme, outer=outer)
-    least = _error(groups, best, scheme, importance)
+    """Return the best parameters of each group, and their losses ``[R, G]``."""
+    best = range_parameters(groups, loss.scheme, outer=outer)
+    least = loss.of(groups, best)
     for factor in factors:
-        candidate = range_parameters(groups, scheme, factor, outer=outer)
-        error = _error(groups, candidate, scheme, importance)
-        better = error < least
-        least = torch.where(better, error, least)
+        candidate = range_parameters(groups, loss.scheme, factor, outer=outer)
+        lost = loss.of(groups, candidate)
+        better = lost < least
+        least = torch.where(better, lost, least)
         scale = torch.where(better, candidate.scale, best.scale)
         zero = best.zero
         if zero is not None and candidate.zero is not None:
@@ -266,23 +286,8 @@ def _search_groups(
     return best, least
 
 
-def _error(
-    groups: Tensor,
-    parameters: GridParameters,
-    scheme: Scheme,
-    importance: Tensor | None,
-) -> Tensor:
-    levels = encode(groups, parameters, scheme)
-    error = _squared(decode_groups(levels, parameters, scheme).sub_(groups), importance)
-    block = scheme.rows_of_scale(error.shape[0])
-    if block == 1:
-        return error
-    parts = torch.split(error, block)
-    return torch.cat([part.sum(0, keepdim=True).expand_as(part) for part in parts])
-
-
 def _squared(error: Tensor, importance: Tensor | None) -> Tensor:
-    """Return the squared size ``[R, G]`` of errors ``[R, G, g]``."""
+    """Return the squared size ``[R, G]`` of errors ``[R, G, g]``, which are lost."""
     if importance is None:
         return error.square_().sum(-1)
     if importance.dim() == 2:

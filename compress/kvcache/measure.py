@@ -1,7 +1,8 @@
 """What each cache type costs on a text, and which one to take.
 
-All types are measured against the same weights with an exact cache, by one forward pass
-a window in which every key and value is rounded before it is attended to.
+All types are measured against the same weights with exact inputs and an exact cache, by
+one forward pass a window in which keys and values are rounded before they are attended
+to.
 """
 
 from __future__ import annotations

@@ -115,6 +115,19 @@ class PackedSource(TensorSource):
         except CheckpointError as error:
             raise CheckpointError(f"{self._folder}: {layer}: {error}") from error
 
+    def input_multiplier(self, layer: str) -> float | None:
+        """Return what the inputs of a layer are multiplied by, if that is stored."""
+        name = f"{layer}.{ct.INPUT_SCALE}"
+        if name not in self._files.tensors():
+            return None
+        return float(self._files.read(name).float())
+
+    @property
+    def cache_scheme(self) -> Mapping[str, Any] | None:
+        """The ``kv_cache_scheme`` of the config."""
+        scheme = (quantization_of(self._folder) or {}).get("kv_cache_scheme")
+        return dict(scheme) if scheme else None
+
     def _add(self, layer: str, groups: list[ConfigGroup]) -> None:
         """Find out what a layer with codes is."""
         group, stored = group_of(layer, groups), self._files.tensors()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,8 @@ class StreamedModel:
         self.source = source
         self._rounding = dict(rounding or {})
         self._new_cache = new_cache
+        # Heads in use now: models that read one source share them, see with_source.
+        self._heads: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
         self._device = torch.device(device)
         self._dtype = dtype
         self.model = build_skeleton(description.config)
@@ -92,9 +95,10 @@ class StreamedModel:
     ) -> StreamedModel:
         """Return a second model of the same shape that reads other weights.
 
-        Neither ``rounding`` nor ``new_cache`` is taken over from this one.
+        Neither ``rounding`` nor ``new_cache`` is taken over from this one. If the
+        source is the same, both have one head in memory while both use it.
         """
-        return StreamedModel(
+        other = StreamedModel(
             self.description,
             source,
             device=str(self._device),
@@ -102,6 +106,9 @@ class StreamedModel:
             rounding=rounding,
             new_cache=new_cache,
         )
+        if source is self.source:
+            other._heads = self._heads
+        return other
 
     @torch.no_grad()
     def embed(self, windows: Tensor) -> Activations:
@@ -201,7 +208,9 @@ class StreamedModel:
         path = family.embedding if self.description.tied else family.head
         softcap = self.description.config.get("final_logit_softcapping")
         with self._loaded(family.final_norm) as norm:
-            weight = self._tensor(f"{path}.weight")
+            weight = self._heads.get(path)
+            if weight is None:
+                weight = self._heads[path] = self._tensor(f"{path}.weight")
             bias_name = f"{family.head}.bias"
             has_bias = bias_name in self.source.tensors()
             bias = self._tensor(bias_name) if has_bias else None

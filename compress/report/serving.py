@@ -128,7 +128,7 @@ def _advice(cache: Report) -> str:
     parts = []
     if cache.get("types"):
         parts.append(
-            f"Against the same model with an exact cache, on {cache['text']} "
+            f"Against the same weights with exact inputs and cache: {cache['text']} "
             f"({cache['protocol']}, {count(number_at(cache, 'tokens'))} tokens)."
         )
     advice = {"recommended": "For llama.cpp", "recommended_tight": "If memory is short"}

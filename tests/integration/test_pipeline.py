@@ -25,7 +25,8 @@ from compress.export.gguf_reader import open_gguf
 REPORT_KEYS = {
     *("version", "model", "config", "config_text", "command", "seed", "date"),
     *("versions", "hashes", "hardware", "calibration", "size_bytes"),
-    *("bits_per_weight", "size_breakdown", "metrics", "layers", "exports"),
+    *("bits_per_weight", "size_breakdown", "metrics", "transforms", "inputs"),
+    *("kv_cache", "layers", "exports"),
     *("one_plan_two_files", "seconds", "peak_memory_bytes", "predicted", "warnings"),
     "experts",
 }

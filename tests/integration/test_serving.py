@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_fixtures import config_of, save_checkpoint, write_text
+from pipeline_fixtures import config_of, save_checkpoint, windows, write_text
+from transformers import AutoModelForCausalLM
 
 import compress
 from compress import serving
@@ -138,6 +139,50 @@ def test_the_model_for_exports_holds_scales_and_the_final_plan(place: Path) -> N
     assert len(set(attention)) == 1
     layer = next(iter(model.plan.layers))
     assert model.quantized(layer).scheme == model.plan.layers[layer].scheme
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4-w4a4", "w6a8-g32", "fp8-w8a8"])
+def test_a_written_folder_is_evaluated_as_the_run_was(place: Path, scheme: str) -> None:
+    text = str(place / "text.txt")
+    config = settings(
+        place, scheme, quantize={"scheme": scheme, "method": "rtn"}, kv_cache=CACHE
+    )
+    config["export"] = [{"format": "safetensors"}]
+    run = compress.run(config)
+    metrics = compress.evaluate(
+        run.workdir / "export" / "safetensors",
+        base=place / "model",
+        texts=[text],
+        windows=2,
+        sequence_length=32,
+    )
+    for part, key in (("with_cache", "texts"), ("weights_only", "weights_only_texts")):
+        expected = run.report["metrics"][part]["texts"][text]["kl"]
+        assert metrics[key][text]["kl"] == pytest.approx(expected, rel=1e-3), part
+    alone = compress.evaluate(
+        run.workdir / "export" / "safetensors",
+        texts=[text],
+        windows=2,
+        sequence_length=32,
+    )
+    assert alone["texts"][text]["perplexity"] == pytest.approx(
+        metrics["texts"][text]["perplexity"], rel=1e-6
+    )
+
+
+def test_a_model_in_memory_gets_its_static_scales(place: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    tokens = windows()
+    coded = compress.quantize(model, "nvfp4-w4a4", method="rtn", calibration=tokens)
+    seen: list[float] = []
+    layer = model.get_submodule("model.layers.1.mlp.down_proj")
+    layer.register_forward_pre_hook(
+        lambda _, inputs: seen.append(float(inputs[0].abs().max()))
+    )
+    with torch.no_grad():
+        model(tokens)
+    found = coded.artifact.input_amax["model.layers.1.mlp.down_proj"]
+    assert found == pytest.approx(seen[0], rel=1e-4)
 
 
 @pytest.mark.parametrize(

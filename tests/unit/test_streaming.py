@@ -120,3 +120,17 @@ def test_integer_weights_are_refused() -> None:
 def test_a_config_that_transformers_refuses_is_an_error() -> None:
     with pytest.raises(CheckpointError, match="cannot build 'no_such_model'"):
         build_skeleton({"model_type": "no_such_model"})
+
+
+def test_models_of_one_source_share_the_head_while_they_use_it() -> None:
+    _, description, source = model_of("llama", tied=False)
+    reads: list[str] = []
+    read = source.read
+    source.read = lambda name: (reads.append(name), read(name))[1]  # type: ignore[method-assign]
+    first = StreamedModel(description, source)
+    streams = [m.logits(WINDOWS) for m in (first, first.with_source(source))]
+    for a, b in zip(*streams, strict=True):
+        assert torch.equal(a, b)
+    assert reads.count("lm_head.weight") == 1
+    list(first.logits(WINDOWS))  # and it is not kept
+    assert reads.count("lm_head.weight") == 2

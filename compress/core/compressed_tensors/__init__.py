@@ -4,7 +4,7 @@
 and the files beside it say which tensors that means.
 """
 
-from compress.core.compressed_tensors.layout import SCALE, Layout
+from compress.core.compressed_tensors.layout import INPUT_SCALE, SCALE, Layout
 from compress.core.compressed_tensors.schemes import (
     MIXED,
     NO_CODES,
@@ -36,6 +36,7 @@ CACHE_SUFFIXES = ("k_scale", "v_scale")
 
 __all__ = [
     "CACHE_SUFFIXES",
+    "INPUT_SCALE",
     "MIXED",
     "NO_CODES",
     "QUANT_METHOD",

@@ -23,13 +23,8 @@ from compress.core.errors import PlanError
 from compress.core.families import FAMILIES as TABLE
 from compress.core.plan import Plan
 
-LISTS = [
-    ("rotation",),
-    ("scale_folding",),
-    ("smoothquant",),
-    ("awq",),
-    ("rotation", "scale_folding", "smoothquant", "awq"),
-]
+ALL = ("rotation", "scale_folding", "smoothquant", "awq")
+CASES = [((name,), True) for name in ALL] + [(ALL, True), (ALL, False)]
 
 
 def options_for(kind: str) -> dict[str, Any]:
@@ -37,8 +32,7 @@ def options_for(kind: str) -> dict[str, Any]:
     return {"places": EVERYWHERE, "steps": 4} | ({"residual": False} if gemma else {})
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("names", LISTS, ids="+".join)
+@pytest.mark.parametrize(("names", "tied"), CASES)
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_no_logit_changes(
     kind: str, names: tuple[str, ...], tied: bool, tmp_path: Path
