@@ -21,7 +21,7 @@ from moe_fixtures import (
 from pipeline_fixtures import windows
 from torch import Tensor
 
-from compress.calibration.experts import FEW_TOKENS, tokens_needed
+from compress.calibration.experts import FEW_TOKENS, round_to_nearest, tokens_needed
 from compress.calibration.observe import observe
 from compress.core.errors import CalibrationError
 from compress.core.scheme import Scheme
@@ -259,3 +259,16 @@ def test_largest_inputs_are_known_of_experts_that_tokens_reached(
     every = [expert_layer(kind, 0, number, "gate") for number in range(4)]
     with pytest.raises(CalibrationError, match="no token .* reached this expert"):
         observe(build, tokens[:, :1], layers=every)
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "fp8-block", "nvfp4", "fp4-g32-lorc4"])
+def test_an_expert_with_few_tokens_is_rounded_as_by_rtn(name: str) -> None:
+    scheme = Scheme.parse(name)
+    weight = torch.randn(128, 128, generator=torch.Generator().manual_seed(1))
+    expected = RoundToNearest(RoundToNearestOptions(search=True)).quantize(
+        weight, scheme, None
+    )
+    found = round_to_nearest(weight, scheme, "few")
+    assert torch.equal(found.dequantize(), expected.dequantize())
+    assert found.scheme == scheme
+    assert "few" in found.notes
