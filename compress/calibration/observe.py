@@ -53,8 +53,8 @@ def observe(
         rule: How scales of the cache are chosen; ``None`` if none are wanted.
 
     Raises:
-        CalibrationError: Inputs, keys or values are not finite, or no token reached an
-            expert whose largest input is wanted.
+        CalibrationError: Inputs, keys or values are not finite, or no token reached any
+            expert of a block whose largest input is wanted.
     """
     states, found, wanted = Collected(), Observed({}, {}), frozenset(layers)
     model = build(
@@ -79,8 +79,9 @@ def observe(
     if unseen:
         raise CalibrationError(
             f"{unseen[0]} (and {len(unseen) - 1} more): no token of the calibration "
-            "text reached this expert, so the scale of its inputs is unknown; use more "
-            "calibration text, or a scheme without static input scales"
+            "text reached this expert, nor another whose largest input is wanted, so "
+            "the scale of its inputs is unknown; use more calibration text, or a "
+            "scheme without static input scales"
         )
     return found
 
@@ -113,7 +114,7 @@ def _fill_experts(
         seen[linear.role] = max(seen.get(linear.role, 0.0), amax)
     for linear in experts:
         name = prefix + linear.path
-        if name in layers and name not in table:
+        if name in layers and name not in table and seen[linear.role] > 0:
             _log.warning("%s: no token reached it; it takes its siblings' scale", name)
             table[name] = seen[linear.role]
 
