@@ -10,9 +10,8 @@ recorders: so every architecture keeps its own rules, and none is copied here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,26 +20,13 @@ from tqdm import tqdm
 
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import CheckpointError, ConfigError
+from compress.core.scales import TORCH_DTYPES
+from compress.model.prefetch import ReadAhead
 from compress.model.sources import check_finite
-
-BlockCall = dict[str, Any]
-"""Keyword arguments of a block besides the hidden states; tensors have batch size 1."""
+from compress.model.states import Activations, BlockCall, Mover, allocate, batches
 
 # Tokens in one forward pass of a block: bounds the size of temporary tensors.
 _TOKENS_A_CALL = 4096
-
-
-@dataclass
-class Activations:
-    """Hidden states between two blocks, and what the next blocks must be called with.
-
-    Attributes:
-        hidden: float32 ``[N, T, C]`` on the CPU.
-        calls: For each block, its other arguments; the same for all windows.
-    """
-
-    hidden: Tensor
-    calls: list[BlockCall]
 
 
 class StreamedModel:
@@ -49,8 +35,8 @@ class StreamedModel:
     Args:
         description: The model; its config builds the module tree.
         source: Where weights are read.
-        device: Where blocks run. Hidden states stay on the CPU.
-        dtype: Arithmetic of the blocks; float32 unless a device is short of memory.
+        device: Where blocks run.
+        dtype: Arithmetic of the blocks, and type of the states between them.
     """
 
     def __init__(
@@ -65,6 +51,8 @@ class StreamedModel:
         self.source = source
         self._device = torch.device(device)
         self._dtype = dtype
+        self._reader = ReadAhead(source, self._device)
+        self._mover = Mover(self._device)
         self.model = build_skeleton(description.config)
         family = description.family
         self._blocks = self.model.get_submodule(family.blocks)
@@ -79,54 +67,66 @@ class StreamedModel:
     @torch.no_grad()
     def embed(self, windows: Tensor) -> Activations:
         """Return the inputs of block 0 for token windows int64 ``[N, T]``."""
-        family, hidden = self.description.family, []
+        family = self.description.family
         calls: list[BlockCall] = [{} for _ in self._blocks]
+        width = int(self.description.config["hidden_size"])
+        hidden = allocate((*windows.shape, width), self._dtype, self._device)
         with self._loaded(family.embedding), self._loaded(family.final_norm):
             with _recorded(self._blocks, calls) as first:
-                for window in windows:
+                for number, window in enumerate(windows):
                     ids = window.unsqueeze(0).to(self._device)
                     self._body(input_ids=ids, use_cache=False)
-                    hidden.append(first.pop().cpu())
-        return Activations(torch.cat(hidden), calls)
+                    hidden[number] = first.pop()[0]
+        return Activations(hidden, calls)
 
-    @torch.no_grad()
-    def run_block(
-        self,
-        index: int,
-        activations: Activations,
-        *,
-        watch: Mapping[str, Callable[[Tensor], None]] | None = None,
-        at_once: bool = False,
-    ) -> Tensor:
+    def copy(self, activations: Activations) -> Activations:
+        """Return the same states once more, to go another way."""
+        hidden = activations.hidden
+        twin = allocate(hidden.shape, hidden.dtype, self._device).copy_(hidden)
+        return Activations(twin, activations.calls)
+
+    def batches(self, activations: Activations) -> list[slice]:
+        """Return which windows go through a block together."""
+        config, device = self.description.config, self._device.type
+        return batches(activations.hidden, config, device)
+
+    def feed(
+        self, rows: Sequence[slice], *streams: Activations
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Yield batches of each of the streams on the device."""
+        return self._mover.feed(rows, *(stream.hidden for stream in streams))
+
+    def store(self, activations: Activations, rows: slice, values: Tensor) -> None:
+        """Replace the states of some windows by ``values`` from the device."""
+        self._mover.store(activations.hidden, rows, values)
+
+    def call_block(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
+        """Return the outputs ``[B, T, C]`` of a loaded block, on its device."""
+        states = hidden.to(self._device, self._dtype)
+        output = self._blocks[index](states, **_moved(call, self._device))
+        values: Tensor = output[0] if isinstance(output, tuple) else output
+        return values
+
+    def advance(self, index: int, activations: Activations) -> None:
+        """Replace the states of all windows by the outputs of a loaded block."""
+        rows = self.batches(activations)
+        batches = self.feed(rows, activations)
+        for part, (hidden,) in zip(rows, batches, strict=True):
+            output = self.call_block(index, hidden, activations.calls[index])
+            self.store(activations, part, output)
+
+    def run_block(self, index: int, activations: Activations) -> Tensor:
         """Return the outputs ``[N, T, C]`` of a loaded block for all windows.
 
         Args:
             index: A block inside :meth:`block`.
             activations: Its inputs.
-            watch: For paths of linears inside the block, a function that is handed the
-                layer's input ``[B, T, C]`` of each call.
-            at_once: Run all windows in one call, so that a watcher sees the inputs of
-                all of them; otherwise in batches that bound the memory.
         """
-        block = self._blocks[index]
-        hooks = [
-            block.get_submodule(path).register_forward_pre_hook(
-                lambda _module, inputs, handle=handle: handle(inputs[0])
-            )
-            for path, handle in (watch or {}).items()
+        batch = max(1, _TOKENS_A_CALL // activations.hidden.shape[1])
+        outputs = [
+            self.call_block(index, hidden, activations.calls[index]).cpu()
+            for hidden in torch.split(activations.hidden, batch)
         ]
-        call = _moved(activations.calls[index], self._device)
-        outputs = []
-        try:
-            count, length, _ = activations.hidden.shape
-            batch = count if at_once else max(1, _TOKENS_A_CALL // length)
-            for hidden in torch.split(activations.hidden, batch):
-                output = block(hidden.to(self._device, self._dtype), **call)
-                output = output[0] if isinstance(output, tuple) else output
-                outputs.append(output.to("cpu", torch.float32))
-        finally:
-            for hook in hooks:
-                hook.remove()
         return torch.cat(outputs)
 
     @contextmanager
@@ -134,7 +134,12 @@ class StreamedModel:
         """Fill decoder block ``index`` with weights; empty it on leaving."""
         path = self.description.family.block(index)
         with self._loaded(path) as block:
+            if index + 1 < len(self._blocks):
+                following = self.description.family.block(index + 1)
+                names = self._blocks[index + 1].state_dict()
+                self._reader.expect(f"{following}.{name}" for name in names)
             yield block
+            self._mover.wait()
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -174,14 +179,14 @@ class StreamedModel:
                 yield head(hidden)
 
     def _tensor(self, name: str) -> Tensor:
-        tensor = self.source.read(name)
+        tensor = self._reader.read(name)
         if not tensor.is_floating_point():
             raise CheckpointError(
                 f"{name} is stored as {tensor.dtype}; expected a float type. "
                 "Quantized checkpoints of other tools have to be dequantized first"
             )
         check_finite(tensor, name)
-        return tensor.to(self._device, self._dtype)
+        return tensor.to(self._dtype)
 
     @contextmanager
     def _loaded(self, path: str) -> Iterator[nn.Module]:
@@ -220,6 +225,33 @@ def choose_device(wanted: str) -> str:
     return wanted
 
 
+def choose_dtype(wanted: str, stored: str, device: str) -> torch.dtype:
+    """Return the arithmetic of calibration.
+
+    Args:
+        wanted: ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the checkpoint
+            has no more than 16 bits and the device multiplies them in hardware.
+        stored: Storage type of the checkpoint.
+        device: As :func:`choose_device` returned it.
+    """
+    if wanted != "auto":
+        return TORCH_DTYPES[wanted]
+    halves = stored in ("float16", "bfloat16") and _multiplies_bfloat16(device)
+    return torch.bfloat16 if halves else torch.float32
+
+
+def _multiplies_bfloat16(device: str) -> bool:
+    """Whether a device has fast bfloat16 products; on a CPU, whether it has AMX."""
+    if device.startswith("cuda"):
+        major, _ = torch.cuda.get_device_capability(device)
+        return major >= 8
+    if device != "cpu":
+        return False
+    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.12
+        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 def build_skeleton(config: Mapping[str, Any]) -> Any:
     """Return the transformers model of a config, in eval mode, without weights.
 
@@ -251,7 +283,7 @@ def build_skeleton(config: Mapping[str, Any]) -> Any:
                 if buffer is not None:
                     module._buffers[name] = torch.empty_like(buffer, device="cpu")
             model._init_weights(module)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 @contextmanager

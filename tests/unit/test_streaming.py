@@ -6,64 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from export_fixtures import StateDictSource
+from model_fixtures import FAMILIES, model_of
 
-from compress.core.artifact import ModelDescription, TensorInfo
 from compress.core.errors import CheckpointError
-from compress.core.families import family_of
-from compress.core.tensors import TORCH_DTYPES
-from compress.model.streaming import StreamedModel, build_skeleton
+from compress.model import states as states_module
+from compress.model import streaming
+from compress.model.streaming import StreamedModel, build_skeleton, choose_dtype
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 8},
-    "smollm3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-    "qwen2": {},
-    "qwen3": {},
-    "gemma2": {"sliding_window": 8},
-    "gemma3_text": {"sliding_window": 8},
-    "phi3": {"pad_token_id": 0},
-}
 WINDOWS = torch.randint(3, 128, (3, 24), generator=torch.Generator().manual_seed(1))
-
-
-def model_of(
-    kind: str, *, tied: bool = False, dtype: str = "float32", **changes: Any
-) -> tuple[Any, ModelDescription, StateDictSource]:
-    """Return a random transformers model, its description and its tensors."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = SIZES | FAMILIES[kind] | {"tie_word_embeddings": tied} | changes
-    config = AutoConfig.for_model(kind, **values)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    model = model.eval().to(TORCH_DTYPES[dtype])
-    state = {}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:  # no norm is all ones
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            state[name] = parameter.detach().clone()
-    description = ModelDescription(
-        label=kind,
-        config=config.to_dict(),
-        family=family_of(kind),
-        tensors={n: TensorInfo(tuple(t.shape), dtype) for n, t in state.items()},
-        dtype=dtype,
-        tied=tied,
-    )
-    return model, description, StateDictSource(state)
 
 
 def own_logits(model: Any) -> torch.Tensor:
@@ -143,15 +93,64 @@ def test_all_windows_at_once_give_the_same_states() -> None:
     _, description, source = model_of("gemma2")
     streamed = StreamedModel(description, source)
     states = streamed.embed(WINDOWS)
-    seen: list[int] = []
+    twin = streamed.copy(states)
     with streamed.block(0):
         parts = streamed.run_block(0, states)
-        watch = {"self_attn.q_proj": lambda x: seen.append(len(x))}
-        whole = streamed.run_block(0, states, watch=watch, at_once=True)
         again = streamed.run_block(0, states)
-    assert seen == [len(WINDOWS)]  # and the hook is gone afterwards
-    assert torch.allclose(parts, whole, atol=1e-5)
+        streamed.advance(0, twin)
     assert torch.equal(parts, again)
+    assert torch.allclose(parts, twin.hidden, atol=1e-5)
+
+
+def test_windows_are_batched_by_what_a_block_makes_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, description, source = model_of("llama")
+    streamed = StreamedModel(description, source)
+    states = streamed.embed(WINDOWS)
+    assert streamed.batches(states) == [slice(0, 3)]
+    a_window = 24 * (12 * 64 + 4 * 96) * 4
+    monkeypatch.setitem(states_module._BATCH_BYTES, "cpu", 2 * a_window)
+    assert streamed.batches(states) == [slice(0, 2), slice(2, 3)]
+    whole = streamed.copy(states)
+    with streamed.block(0):
+        streamed.advance(0, states)
+        expected = streamed.run_block(0, whole)
+    assert torch.allclose(states.hidden, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "stored", "amx", "expected"),
+    [
+        ("auto", "bfloat16", True, torch.bfloat16),
+        ("auto", "float16", True, torch.bfloat16),
+        ("auto", "float32", True, torch.float32),
+        ("auto", "bfloat16", False, torch.float32),
+        ("float32", "bfloat16", True, torch.float32),
+        ("bfloat16", "float32", False, torch.bfloat16),
+    ],
+)
+def test_bfloat16_is_chosen_where_it_is_fast_and_loses_nothing(
+    wanted: str,
+    stored: str,
+    amx: bool,
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(streaming, "_multiplies_bfloat16", lambda _device: amx)
+    assert choose_dtype(wanted, stored, "cpu") is expected
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_cpu_is_asked_for_its_matrix_units(
+    has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"amx_bf16": has, "amx_tile": has}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert streaming._multiplies_bfloat16("cpu") is has
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as before torch 2.12
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has)
+    assert streaming._multiplies_bfloat16("cpu") is has
 
 
 def test_a_misshapen_weight_is_refused() -> None:
