@@ -21,6 +21,7 @@ from compress.core.plan import Plan
 from compress.core.tensors import QuantizedTensor
 from compress.exporting import check_exports
 from compress.model.sources import ModuleSource, SnapshotSource, in_model_order
+from compress.model.streaming import choose_dtype
 from compress.planning.planner import make_plan
 from compress.transform import PlanRunner, part_of_layer
 from compress.workdir import WorkDir
@@ -121,7 +122,15 @@ def quantize(
     )
     folder = tempfile.TemporaryDirectory(prefix="compress-")
     workdir = WorkDir(Path(folder.name))
-    runner = PlanRunner(description, source, plan, quantizers, workdir, device=device)
+    runner = PlanRunner(
+        description,
+        source,
+        plan,
+        quantizers,
+        workdir,
+        device=device,
+        dtype=choose_dtype("auto", description.dtype, device),
+    )
     windows = None
     if runner.needs_calibration:
         windows = calibration if calibration is not None else _mix(tokenizer)

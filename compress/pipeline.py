@@ -30,7 +30,7 @@ from compress.core.plan import Plan
 from compress.evaluation.measure import PreparedText, evaluate_texts, prepare_texts
 from compress.evaluation.texts import check_evaluation_text
 from compress.model.loading import ModelHandle, check_tensors, locate, open_model
-from compress.model.streaming import StreamedModel, choose_device
+from compress.model.streaming import StreamedModel, choose_device, choose_dtype
 from compress.planning.planner import make_plan, resolve_scale_dtype
 from compress.report import summary_table, write_report
 from compress.reporting import build_report
@@ -98,6 +98,7 @@ class Run:
             self.workdir,
             device=self.device,
             propagate=config.quantize.propagate if config.quantize else "quantized",
+            dtype=choose_dtype(config.calibration.dtype, self.model.dtype, self.device),
         )
         self.artifact = CompressedModel(
             self.model,
@@ -214,6 +215,7 @@ class Run:
                 self.model, locate(self.config.model.path)
             ),
             "calibration": tokens.digest if tokens else "none",
+            "calibration.dtype": str(self.runner.dtype) if tokens else "none",
             "quantize": provenance.digest_of(methods),
             "plan": provenance.digest_of(self.plan.to_json()),
             "run.seed": str(self.config.run.seed),

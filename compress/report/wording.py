@@ -192,4 +192,8 @@ def calibration_note(report: Mapping[str, Any]) -> str:
         count(number_at(calibration, key))
         for key in ("samples", "sequence_length", "tokens")
     )
-    return f"Calibrated on {data}: {samples} samples of {length}, {tokens} tokens."
+    arithmetic = calibration.get("dtype", "float32")
+    return (
+        f"Calibrated on {data}: {samples} samples of {length}, {tokens} tokens, in "
+        f"{arithmetic}."
+    )
