@@ -96,8 +96,10 @@ def measure(
         "run": {"workdir": str(workdir), "verify": False},
     }
     command = [sys.executable, __file__, "--config", json.dumps(config)]
+    # As the command line sets it.
+    settings = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
     started = time.perf_counter()
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, env=settings)
     wall = time.perf_counter() - started
     report = json.loads((workdir / "report.json").read_text())
     cost = json.loads((workdir / "cost.json").read_text())
