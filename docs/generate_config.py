@@ -87,7 +87,7 @@ def _built_in(entries: dict[str, Any]) -> dict[str, Any]:
     """Return the classes of plug-ins that this distribution registers."""
     return {
         name: entry.load()
-        for name, entry in entries.items()
+        for name, entry in sorted(entries.items())
         if entry.origin.startswith("compress-llm ")
     }
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from compress.core import grids
+from compress.core import grids, low_rank
 from compress.core.families import Experts, Linear
 from compress.core.scheme import Scheme
 from compress.core.statistics import LayerStatistics
@@ -47,7 +47,8 @@ def round_to_nearest(weight: Tensor, scheme: Scheme, note: str) -> QuantizedTens
     groups = grids.as_groups(weight.float(), scheme)
     parameters = grids.search_parameters(groups, scheme)
     codes = grids.encode(groups, parameters, scheme).view(weight.shape)
-    return grids.assemble(codes, parameters, scheme, notes=(note,))
+    coded = grids.assemble(codes, parameters, scheme, notes=(note,))
+    return low_rank.correct(weight, coded)
 
 
 class DenseExperts:

@@ -6,6 +6,7 @@ are made. Keys and values of one block are in memory at a time, in float32.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,10 +14,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from compress.core.artifact import ModelDescription
 from compress.core.errors import CalibrationError
 from compress.kvcache.cache import Collected, ObservingCache, scale_names
 from compress.kvcache.scales import ScaleRule
 from compress.model.streaming import Rewrite, StreamedModel
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,10 @@ def observe(
         rule: How scales of the cache are chosen; ``None`` if none are wanted.
 
     Raises:
-        CalibrationError: Inputs, keys or values are not finite, or no token reached an
-            expert whose largest input is wanted.
+        CalibrationError: Inputs, keys or values are not finite, or no token reached any
+            expert of a block whose largest input is wanted.
     """
-    states, found = Collected(), Observed({}, {})
+    states, found, wanted = Collected(), Observed({}, {}), frozenset(layers)
     model = build(
         rounding={name: _spy(name, found.input_amax) for name in layers},
         new_cache=None if rule is None else lambda: ObservingCache(states.add),
@@ -62,6 +66,7 @@ def observe(
     for index in tqdm(blocks, desc="observe", unit="block", leave=False, disable=None):
         with model.block(index):
             activations.hidden = model.run_block(index, activations)
+        _fill_experts(model.description, index, wanted, found.input_amax)
         if rule is not None:
             names = scale_names(model.description, index)
             for name, tensor in zip(names, states.take(), strict=True):
@@ -74,8 +79,9 @@ def observe(
     if unseen:
         raise CalibrationError(
             f"{unseen[0]} (and {len(unseen) - 1} more): no token of the calibration "
-            "text reached this expert, so the scale of its inputs is unknown; use more "
-            "calibration text, or a scheme without static input scales"
+            "text reached this expert, nor another whose largest input is wanted, so "
+            "the scale of its inputs is unknown; use more calibration text, or a "
+            "scheme without static input scales"
         )
     return found
 
@@ -91,6 +97,26 @@ def _spy(name: str, table: dict[str, float]) -> Rewrite:
         return inputs
 
     return handle
+
+
+def _fill_experts(
+    model: ModelDescription,
+    index: int,
+    layers: frozenset[str],
+    table: dict[str, float],
+) -> None:
+    """Give experts that no token reached the largest input of their siblings."""
+    prefix = f"{model.family.block(index)}."
+    seen: dict[str, float] = {}
+    experts = [x for x in model.block_linears(index) if x.expert is not None]
+    for linear in experts:
+        amax = table.get(prefix + linear.path, 0.0)
+        seen[linear.role] = max(seen.get(linear.role, 0.0), amax)
+    for linear in experts:
+        name = prefix + linear.path
+        if name in layers and name not in table and seen[linear.role] > 0:
+            _log.warning("%s: no token reached it; it takes its siblings' scale", name)
+            table[name] = seen[linear.role]
 
 
 def _finite(value: Tensor, name: str) -> Tensor:

@@ -21,7 +21,7 @@ from moe_fixtures import (
 from pipeline_fixtures import windows
 from torch import Tensor
 
-from compress.calibration.experts import FEW_TOKENS, tokens_needed
+from compress.calibration.experts import FEW_TOKENS, round_to_nearest, tokens_needed
 from compress.calibration.observe import observe
 from compress.core.errors import CalibrationError
 from compress.core.scheme import Scheme
@@ -255,7 +255,24 @@ def test_largest_inputs_are_known_of_experts_that_tokens_reached(
     for number, layer in zip(reached, layers, strict=True):
         seen = states[(chosen == number).any(-1)]
         assert found[layer] == pytest.approx(float(seen.abs().max()), rel=1e-5)
-    # One token reaches two experts of four.
-    every = [expert_layer(kind, 0, number, "gate") for number in range(4)]
+
+    # One token reaches two experts of four, and nothing is known of the others alone.
+    _, few = routed(model, 0, tokens[:, :1])
+    idle = sorted({0, 1, 2, 3} - set(few.flatten().tolist()))
+    assert len(idle) == 2
+    others = [expert_layer(kind, 0, number, "gate") for number in idle]
     with pytest.raises(CalibrationError, match="no token .* reached this expert"):
-        observe(build, tokens[:, :1], layers=every)
+        observe(build, tokens[:, :1], layers=others)
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "fp8-block", "nvfp4", "fp4-g32-lorc4"])
+def test_an_expert_with_few_tokens_is_rounded_as_by_rtn(name: str) -> None:
+    scheme = Scheme.parse(name)
+    weight = torch.randn(128, 128, generator=torch.Generator().manual_seed(1))
+    expected = RoundToNearest(RoundToNearestOptions(search=True)).quantize(
+        weight, scheme, None
+    )
+    found = round_to_nearest(weight, scheme, "few")
+    assert torch.equal(found.dequantize(), expected.dequantize())
+    assert found.scheme == scheme
+    assert "few" in found.notes

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
+from moe_fixtures import KINDS, opened, plan_of, save_mixture
+from pipeline_fixtures import windows
 from streaming_fixtures import WINDOWS, model_of
 from torch import nn
 
@@ -13,6 +18,7 @@ from compress.core.inputs import fake_quantize_inputs
 from compress.core.scheme import InputScheme
 from compress.evaluation.rounding import rounding_of
 from compress.model.streaming import StreamedModel
+from compress.planning.input_upgrades import shared_inputs
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3"])
@@ -95,6 +101,35 @@ def test_largest_inputs_are_those_that_hooks_see(tied: bool) -> None:
     )
     assert found.kv_scales == {}
     assert found.input_amax == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_are_observed_and_rounded_like_other_layers(
+    kind: str, tmp_path: Path
+) -> None:
+    save_mixture(tmp_path, kind)
+    handle = opened(tmp_path)
+    names = [n for n in handle.description.linears() if "experts" in n]
+    model = StreamedModel(handle.description, handle.source)
+    # Two tokens reach at most four of the eight experts of two blocks.
+    few = windows(1, 2)
+    found = observe(partial(model.with_source, handle.source), few, layers=names)
+    assert found.input_amax.keys() == set(names)
+    seen = {
+        n: a for n, a in found.input_amax.items() if n.endswith(("w1", "gate_proj"))
+    }
+    assert min(seen.values()) > 0
+    rounding = rounding_of(dict.fromkeys(names, InputScheme("int4")), {})
+    rounded = model.with_source(handle.source, rounding=rounding)
+    for a, b in zip(model.logits(few), rounded.logits(few), strict=True):
+        assert (a - b).abs().max() > 1e-4
+
+
+def test_experts_are_not_upgraded(tmp_path: Path) -> None:
+    save_mixture(tmp_path, "mixtral")
+    handle = opened(tmp_path)
+    inputs = shared_inputs(plan_of(handle, "rtn", "w8a8"), handle.description)
+    assert {x.name for x in inputs} == {"attention", "attention_output"}
 
 
 def test_inputs_that_are_not_finite_are_named() -> None:
