@@ -110,6 +110,7 @@ def predict(run: Run) -> PlanPreview:
         method_seconds=lambda layer: method_seconds(
             run.quantizers[layer.method], layer.scheme, layer.shape[0]
         ),
+        dtype=run.runner.dtype,
     )
     return PlanPreview(
         run.plan,

@@ -17,7 +17,7 @@ from compress.core.contracts import Quantizer
 from compress.core.plan import LayerPlan
 from compress.core.scheme import Scheme
 from compress.core.statistics import LayerStatistics
-from compress.planning.shapes import Shapes, Work, weights_of
+from compress.planning.shapes import Shapes, Work, stacked_shape, weights_of
 
 _START_SECONDS = 3.0  # tokenizer, checkpoint headers, the module tree
 _DISK_BYTES_A_SECOND = 200e6  # an ordinary SSD, with each file flushed
@@ -51,26 +51,27 @@ def seconds(
         shapes: Of model and plan.
         work: What the run does.
         method_seconds: Time that a layer's method takes for one weight.
-        dtype: Arithmetic of the blocks.
+        dtype: Arithmetic of the blocks while statistics are taken.
     """
     speed, exact, a_pass = matmul_speed(dtype), matmul_speed(torch.float32), pass_time()
-    planned = sum(map(weights_of, shapes.planned))
+    planned = weights_of(*shapes.planned)
     total = _START_SECONDS + planned * _PASSES_TO_ROUND * a_pass
     total += sum(weights_of(x) * method_seconds(x) for x in shapes.planned)
     total += planned / _DISK_BYTES_A_SECOND
     if work.calibration:
         tokens, streams = work.calibration[0] * work.calibration[1], 1 + work.drift
         total += streams * _sweep(shapes, tokens, speed, a_pass)
-        total += _calibrated(shapes, tokens, drift=work.drift) / exact
+        total += shapes.blocks * _grams(shapes, tokens, drift=work.drift) / speed
+        total += shapes.blocks * _solvers(shapes) / exact
     evaluated = work.evaluation[0] * work.evaluation[1]
     if evaluated:
-        total += 2 * _scored(shapes, evaluated, speed, a_pass)
+        total += 2 * _scored(shapes, evaluated, exact, a_pass)
     for passes, files in (
         (_PASSES_TO_EXPORT, work.exports),
         (_PASSES_TO_VERIFY, work.verified),
     ):
         total += files * shapes.parameters * passes * a_pass
-    total += work.verified * 2 * _scored(shapes, _VERIFY_TOKENS, speed, a_pass)
+    total += work.verified * 2 * _scored(shapes, _VERIFY_TOKENS, exact, a_pass)
     return total
 
 
@@ -89,17 +90,20 @@ def _scored(shapes: Shapes, tokens: int, speed: float, a_pass: float) -> float:
     return _sweep(shapes, tokens, speed, a_pass) + head + passes * a_pass
 
 
-def _calibrated(shapes: Shapes, tokens: int, *, drift: bool) -> float:
-    """Operations of statistics and solvers beyond what a small matrix shows."""
-    grams = sum(
+def _grams(shapes: Shapes, tokens: int, *, drift: bool) -> float:
+    """Operations of the statistics of a block."""
+    return sum(
         2 * tokens * share * columns**2 * (_GRAM_SHARE + drift)
         for columns, share in shapes.inputs
     )
-    layers = sum(
+
+
+def _solvers(shapes: Shapes) -> float:
+    """Operations of a block's solvers beyond what a small matrix shows."""
+    return sum(
         _LAYER_PRODUCTS * rows * columns**2 + _SQUARE_PRODUCTS * columns**3
-        for rows, columns in (layer.shape for layer in shapes.inside)
+        for rows, columns in map(stacked_shape, shapes.inside)
     )
-    return shapes.blocks * (grams + layers)
 
 
 @lru_cache

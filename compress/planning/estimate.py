@@ -44,7 +44,7 @@ def estimate(
         work: What else the run does.
         method_seconds: Time that a layer's method takes for one weight, such as
             :func:`compress.planning.duration.method_seconds` measures.
-        dtype: Arithmetic of the blocks.
+        dtype: Arithmetic of the blocks while statistics are taken.
     """
     shapes = Shapes.of(model, plan)
     return Estimate(

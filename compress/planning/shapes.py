@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compress.core.artifact import ModelDescription
 from compress.core.plan import LayerPlan, Plan
+from compress.parts import stacks
 
 _WIDTH = {"float32": 4}
 
@@ -47,7 +49,8 @@ class Shapes:
         parameters: Weights of the model.
         largest: Weights of the largest tensor.
         stored_bytes: Of one weight in the checkpoint.
-        inside: Planned layers of the first block that has any.
+        inside: Planned layers of the first block that has any, those together that are
+            coded as one matrix.
         inputs: Width of each of their inputs, shared ones once, and the share of all
             tokens that passes it, which is below 1 for experts.
         outside: Planned layers that are in no block.
@@ -63,7 +66,7 @@ class Shapes:
     parameters: int
     largest: int
     stored_bytes: int
-    inside: tuple[LayerPlan, ...]
+    inside: tuple[tuple[LayerPlan, ...], ...]
     inputs: tuple[tuple[int, float], ...]
     outside: tuple[LayerPlan, ...]
     planned: tuple[LayerPlan, ...]
@@ -90,13 +93,13 @@ class Shapes:
             model.tensors[f"{model.family.block(index)}.{path}.weight"].elements
             for path in experts
         )
+        planned = [x for x in model.block_linears(index) if x.path in inside]
         inputs = {
             linear.input: (
                 inside[linear.path].shape[1],
                 share if linear.path in experts else 1.0,
             )
-            for linear in model.block_linears(index)
-            if linear.path in inside
+            for linear in planned
         }
         return cls(
             hidden=int(config["hidden_size"]),
@@ -108,7 +111,7 @@ class Shapes:
             parameters=sum(sizes),
             largest=max(sizes),
             stored_bytes=_WIDTH.get(model.dtype, 2),
-            inside=tuple(inside.values()),
+            inside=tuple(tuple(stack) for stack in stacks(planned, inside)),
             inputs=tuple(inputs.values()),
             outside=tuple(
                 x for x in plan.layers.values() if not x.name.startswith(prefix)
@@ -127,6 +130,11 @@ def _inside(model: ModelDescription, plan: Plan, index: int) -> dict[str, LayerP
     }
 
 
-def weights_of(layer: LayerPlan) -> int:
-    """Return the number of weights of a layer."""
-    return layer.shape[0] * layer.shape[1]
+def weights_of(*layers: LayerPlan) -> int:
+    """Return the number of weights of layers."""
+    return sum(layer.shape[0] * layer.shape[1] for layer in layers)
+
+
+def stacked_shape(layers: Sequence[LayerPlan]) -> tuple[int, int]:
+    """Return rows and columns of layers that are coded as one matrix."""
+    return sum(layer.shape[0] for layer in layers), layers[0].shape[1]
