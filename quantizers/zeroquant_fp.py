@@ -3,8 +3,8 @@
 Weights are small floats (E2M1, E4M3), rounded with error feedback. Scales are powers of
 two (M1, schemes that end in ``-pow2``), or a real scale for each row over powers of two
 (M2, ``-ratio``), so that FP4 becomes FP8 by adding to the exponent; M2 needs one
-multiplication a row at the end. A low-rank correction (LoRC, ``-lorcR``) repairs what is
-left. With inputs in FP8 these are the schemes ``w4a8-fp-...``.
+multiplication a row at the end. A low-rank correction (LoRC, ``-lorcR``) repairs what
+is left. With inputs in FP8 these are the schemes ``w4a8-fp-...``.
 
 The paper rounds exponents up, ``S' = 2^ceil(log2 S)``, and for M2 the shift,
 ``S' = S_max / 2^ceil(log2(S_max / S))``, which makes scales smaller and clips the

@@ -184,7 +184,6 @@ def search_parameters(
     importance: Tensor | None = None,
     factors: Sequence[float] | None = None,
     outer: Tensor | None = None,
-    bias: float = 0.0,
 ) -> GridParameters:
     """Return, for each group, the parameters of least weighted squared error.
 
@@ -195,8 +194,6 @@ def search_parameters(
             the Hessian; ``None`` weighs all columns alike.
         factors: Multiples of the full range to try; :func:`search_factors` by default.
         outer: What scales have in common, if it is settled already.
-        bias: Weight of the squared sum of a group's errors against the sum of their
-            squares; inputs have means, which such a sum is multiplied with.
     """
     if factors is None:
         factors = search_factors(scheme)
@@ -213,8 +210,7 @@ def search_parameters(
     for start in range(0, groups.shape[0], rows):
         run = slice(start, start + rows)
         shared = [o if o is None or len(o) == 1 else o[run] for o in outers]
-        loss = _Loss(scheme, importance, bias)
-        parts.append(_search_rows(groups[run], loss, factors, shared))
+        parts.append(_search_rows(groups[run], scheme, importance, factors, shared))
     zeros = [part.zero for part in parts if part.zero is not None]
     if scheme.scales is Scales.RATIO:
         outer = torch.cat([part.outer for part in parts if part.outer is not None])
@@ -225,43 +221,18 @@ def search_parameters(
     )
 
 
-@dataclass(frozen=True)
-class _Loss:
-    """What a search minimises, for the groups of one scheme."""
-
-    scheme: Scheme
-    importance: Tensor | None
-    bias: float
-
-    def of(self, groups: Tensor, parameters: GridParameters) -> Tensor:
-        """Return ``[R, G]``, the same for rows that share a scale."""
-        levels = encode(groups, parameters, self.scheme)
-        error = decode_groups(levels, parameters, self.scheme).sub_(groups)
-        total = error.sum(-1).square_().mul_(self.bias) if self.bias else None
-        error.square_()
-        loss = (error if self.importance is None else error.mul_(self.importance)).sum(
-            -1
-        )
-        if total is not None:
-            loss += total
-        block = self.scheme.rows_of_scale(loss.shape[0])
-        if block == 1:
-            return loss
-        parts = torch.split(loss, block)
-        return torch.cat([part.sum(0, keepdim=True).expand_as(part) for part in parts])
-
-
 def _search_rows(
     groups: Tensor,
-    loss: _Loss,
+    scheme: Scheme,
+    importance: Tensor | None,
     factors: Sequence[float],
     outers: Sequence[Tensor | None],
 ) -> GridParameters:
-    best, least = _search_groups(groups, loss, factors, outers[0])
+    best, least = _search_groups(groups, scheme, importance, factors, outers[0])
     for outer in outers[1:]:
-        found, lost = _search_groups(groups, loss, factors, outer)
-        better = lost.sum(1, keepdim=True) < least.sum(1, keepdim=True)
-        least = torch.where(better, lost, least)
+        found, error = _search_groups(groups, scheme, importance, factors, outer)
+        better = error.sum(1, keepdim=True) < least.sum(1, keepdim=True)
+        least = torch.where(better, error, least)
         assert found.outer is not None and best.outer is not None
         best = GridParameters(
             torch.where(better, found.scale, best.scale),
@@ -272,22 +243,42 @@ def _search_rows(
 
 
 def _search_groups(
-    groups: Tensor, loss: _Loss, factors: Sequence[float], outer: Tensor | None
+    groups: Tensor,
+    scheme: Scheme,
+    importance: Tensor | None,
+    factors: Sequence[float],
+    outer: Tensor | None,
 ) -> tuple[GridParameters, Tensor]:
-    """Return the best parameters of each group, and their losses ``[R, G]``."""
-    best = range_parameters(groups, loss.scheme, outer=outer)
-    least = loss.of(groups, best)
+    """Return the best parameters of each group, and their errors ``[R, G]``."""
+    best = range_parameters(groups, scheme, outer=outer)
+    least = _error(groups, best, scheme, importance)
     for factor in factors:
-        candidate = range_parameters(groups, loss.scheme, factor, outer=outer)
-        lost = loss.of(groups, candidate)
-        better = lost < least
-        least = torch.where(better, lost, least)
+        candidate = range_parameters(groups, scheme, factor, outer=outer)
+        error = _error(groups, candidate, scheme, importance)
+        better = error < least
+        least = torch.where(better, error, least)
         scale = torch.where(better, candidate.scale, best.scale)
         zero = best.zero
         if zero is not None and candidate.zero is not None:
             zero = torch.where(better, candidate.zero, zero)
         best = GridParameters(scale, zero, outer)
     return best, least
+
+
+def _error(
+    groups: Tensor,
+    parameters: GridParameters,
+    scheme: Scheme,
+    importance: Tensor | None,
+) -> Tensor:
+    levels = encode(groups, parameters, scheme)
+    error = decode_groups(levels, parameters, scheme).sub_(groups).square_()
+    error = (error if importance is None else error.mul_(importance)).sum(-1)
+    block = scheme.rows_of_scale(error.shape[0])
+    if block == 1:
+        return error
+    parts = torch.split(error, block)
+    return torch.cat([part.sum(0, keepdim=True).expand_as(part) for part in parts])
 
 
 def assemble(
