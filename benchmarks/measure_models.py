@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy
 import torch
-from reference_kl import LENGTH, TEXTS, WINDOWS, divergence, log_softmax, windows_of
+from reference_kl import LENGTH, TEXTS, divergence, log_softmax, windows_of
 from torch import Tensor
 
 
@@ -71,7 +71,7 @@ class Ruler:
     """Measures models against a base.
 
     Attributes:
-        texts: int64 ``[10, 1024]`` token windows by name.
+        texts: int64 ``[N, 1024]`` token windows by name.
         path: Where the base's log-probabilities are kept: float32, memory-mapped.
         device: Where models run.
     """
@@ -81,19 +81,22 @@ class Ruler:
     device: str
 
     @classmethod
-    def of(cls, base: Any, tokenizer: Any, work: Path, device: str) -> Ruler:
-        """Run the base on all windows of :data:`TEXTS`."""
-        ruler = cls({t: windows_of(t, tokenizer) for t in TEXTS}, work / "base", device)
+    def of(
+        cls, base: Any, tokenizer: Any, work: Path, *, windows: int, device: str
+    ) -> Ruler:
+        """Run the base on the first windows of each of :data:`TEXTS`."""
+        texts = {text: windows_of(text, tokenizer)[:windows] for text in TEXTS}
+        ruler = cls(texts, work / "base", device)
         ruler.path.mkdir(parents=True, exist_ok=True)
         base = base.to(device)
-        for name, windows in ruler.texts.items():
+        for name, rows in ruler.texts.items():
             kept = ruler._stored(name, base.config.vocab_size, "w+")
-            for i, window in enumerate(windows):
+            for i, window in enumerate(rows):
                 kept[i] = log_softmax(base, window.to(device)).cpu().numpy()
         return ruler
 
     def _stored(self, name: str, vocabulary: int, mode: Any) -> Any:
-        shape = (WINDOWS, LENGTH, vocabulary)
+        shape = (len(self.texts[name]), LENGTH, vocabulary)
         file = self.path / f"{name}.f32"
         return numpy.memmap(file, numpy.float32, mode, shape=shape)
 

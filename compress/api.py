@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compress.calibration.observe import observe
 from compress.config import load_config
-from compress.config.plugins import create_exporter, create_quantizer
+from compress.config.plugins import create_chain, create_exporter, create_quantizer
 from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.contracts import ExportResult
 from compress.core.errors import CalibrationError, ConfigError
-from compress.core.families import family_of
+from compress.core.families import Family, family_of
 from compress.core.plan import Plan
 from compress.core.tensors import QuantizedTensor
 from compress.exporting import check_exports
+from compress.model.experts import unstacked, weight_of
 from compress.model.sources import ModuleSource, SnapshotSource, in_model_order
+from compress.model.streaming import StreamedModel
 from compress.planning.planner import make_plan
-from compress.transform import PlanRunner, part_of_layer
+from compress.serving import static_inputs
+from compress.transform import CompressedSource, PlanRunner, part_of_layer
+from compress.transforms.source import TransformedSource
 from compress.workdir import WorkDir
 
 
@@ -74,6 +80,7 @@ def quantize(
     tokenizer: Any = None,
     options: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Mapping[str, str]] | None = None,
+    transforms: Sequence[str | Mapping[str, Any]] = (),
     scale_dtype: str = "auto",
     device: str = "cpu",
 ) -> QuantizedModel:
@@ -88,15 +95,19 @@ def quantize(
         tokenizer: Saved beside exports, and used to tokenize ``mix``.
         options: Of the method.
         overrides: As in a config.
+        transforms: As in a config; a method may bring more along. What they change
+            outside of the quantized layers is replaced in ``model`` as well, and a
+            tied head may get a weight of its own.
         scale_dtype: Storage type of scales; ``auto`` takes the model's.
         device: Where layers are solved.
 
     Raises:
         CompressError: As ``compress.run`` does.
     """
-    section = load_config(
+    config = load_config(
         {
             "model": {"path": "in memory"},
+            "transforms": list(transforms),
             "quantize": {
                 "method": method,
                 "scheme": scheme,
@@ -104,15 +115,19 @@ def quantize(
                 "overrides": dict(overrides or {}),
             },
         }
-    ).quantize
+    )
+    section = config.quantize
     assert section is not None
-    description = _describe(model, tokenizer)
-    source = SnapshotSource(ModuleSource(model))
+    described = _describe(model, tokenizer)
+    stored = unstacked(ModuleSource(model), described.family)
+    original = SnapshotSource(stored)
     methods = {method, *(o.method for o in section.overrides.values() if o.method)}
     quantizers = {
         name: create_quantizer(name, options if name == method else None)
         for name in methods
     }
+    chain = create_chain(config.transform_entries, quantizers.values())
+    description = chain.describe(described)
     plan = make_plan(
         section,
         description,
@@ -121,18 +136,30 @@ def quantize(
     )
     folder = tempfile.TemporaryDirectory(prefix="compress-")
     workdir = WorkDir(Path(folder.name))
-    runner = PlanRunner(description, source, plan, quantizers, workdir, device=device)
+    runner = PlanRunner(description, original, plan, quantizers, workdir, device=device)
     windows = None
-    if runner.needs_calibration:
+    static = static_inputs(plan)
+    if runner.needs_calibration or chain.needs_inputs or static:
         windows = calibration if calibration is not None else _mix(tokenizer)
-    runner.run(windows)
+    source = chain.run(
+        description, original, plan, windows=windows, workdir=workdir, device=device
+    ).source
+    runner.source = source
+    runner.run(windows if runner.needs_calibration else None)
     codes = {
         n: workdir.read_layer(part_of_layer(n, description), n) for n in plan.layers
     }
     records = _records(plan, description, workdir)
     folder.cleanup()
-    _replace_weights(model, codes)
+    _replace_changed(model, source, description, plan)
+    _replace_weights(model, description.family, codes)
     artifact = CompressedModel(description, plan, source, codes.__getitem__)
+    if static:
+        assert windows is not None
+        coded = CompressedSource(source, plan, codes.__getitem__)
+        build = partial(StreamedModel, description, coded, device=device)
+        found = observe(build, windows, layers=static)
+        artifact = replace(artifact, input_amax=found.input_amax)
     return QuantizedModel(model, artifact, records)
 
 
@@ -141,7 +168,8 @@ def _describe(model: nn.Module, tokenizer: Any) -> ModelDescription:
     if config is None or not hasattr(config, "model_type"):
         raise ConfigError("expected a transformers model with a config")
     data = config.to_dict()
-    source, family = ModuleSource(model), family_of(data["model_type"])
+    family = family_of(data["model_type"])
+    source = unstacked(ModuleSource(model), family)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     assets = None
     if tokenizer is not None:
@@ -181,8 +209,27 @@ def _records(
     return found
 
 
-def _replace_weights(model: nn.Module, codes: Mapping[str, QuantizedTensor]) -> None:
+def _replace_changed(
+    model: Any, source: TransformedSource, description: ModelDescription, plan: Plan
+) -> None:
+    """Put what transforms changed, and no code replaces, into the model."""
+    for name in sorted(source.changed):
+        module, _, leaf = name.rpartition(".")
+        if module in plan.layers and leaf == "weight":
+            continue
+        owner = model.get_submodule(module)
+        old = owner.get_parameter(leaf)
+        if module == description.family.head:  # it may share the embedding's weight
+            owner.register_parameter(leaf, nn.Parameter(source.read(name).to(old)))
+        else:
+            old.data.copy_(source.read(name))
+    model.config.tie_word_embeddings = description.tied
+
+
+def _replace_weights(
+    model: nn.Module, family: Family, codes: Mapping[str, QuantizedTensor]
+) -> None:
     with torch.no_grad():
         for name, tensor in codes.items():
-            weight = model.get_submodule(name).get_parameter("weight")
+            weight = weight_of(model, family, name)
             weight.copy_(tensor.dequantize().to(weight))

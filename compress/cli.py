@@ -1,7 +1,8 @@
 """The command line. It parses arguments and prints; the work is in the pipeline.
 
-Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 bad
-usage or config, 130 interrupted.
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed (also
+where everything was written and an export then failed its check), 2 bad usage or
+config, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from compress.core.errors import CompressError
 from compress.log import set_up_logging
 
 if TYPE_CHECKING:
+    from compress.pipeline import Result
     from compress.registry import PluginEntry
 
 logger = logging.getLogger(__name__)
@@ -130,7 +132,7 @@ def run(
         return
     command = shlex.join(["compress", *sys.argv[1:]])
     result = pipeline.run(loaded, resume=resume, overwrite=overwrite, command=command)
-    typer.echo(result.summary())
+    _print_result(result)
 
 
 @app.command()
@@ -218,7 +220,7 @@ def export(
     from compress.config import parse_options
 
     options = parse_options(sets or ())
-    typer.echo(pipeline.export(workdir, to, options).summary())
+    _print_result(pipeline.export(workdir, to, options))
 
 
 @app.command("list")
@@ -256,6 +258,12 @@ def _plugin_row(entry: PluginEntry) -> dict[str, object]:
         "summary": f"BROKEN: {problem}" if problem else entry.load().summary,
         "works": problem is None,
     }
+
+
+def _print_result(result: Result) -> None:
+    typer.echo(result.summary())
+    if result.failures:
+        raise typer.Exit(1)
 
 
 def _print(content: object) -> None:

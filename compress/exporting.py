@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compress.core.artifact import CompressedModel
 from compress.core.contracts import Exporter
-from compress.core.errors import MissingDependencyError, PlanError
+from compress.core.errors import ExportError, MissingDependencyError, PlanError
 from compress.core.plan import Plan
 from compress.core.tensors import QuantizedTensor
 from compress.evaluation.divergence import compare, mean_and_error
@@ -85,39 +85,71 @@ def verify_export(
         windows: int64 ``[N, T]`` tokens to compare on.
         in_memory: Logits of the compressed model.
         limit: KL in nats that passes.
+
+    Returns:
+        The report's entry. A consumer that refuses the file or crashes makes a failed
+        one: the files and all that was measured before are there all the same.
     """
-    text = TokenWindows("verify", windows)
+    found: dict[str, Any] = {"consumer": exporter.consumer}
     try:
-        _, scores = compare(text, in_memory(windows), exporter.replay(folder, windows))
+        for measured in _measured(exporter, folder, windows, in_memory):
+            found |= measured
     except MissingDependencyError as error:
         _log.warning("%s export is not verified: %s", exporter.name, error)
         return {"skipped": str(error)}
-    assert scores is not None and scores.kl is not None and scores.same_top is not None
-    kl, _ = mean_and_error(scores.kl)
-    passed = kl <= limit
+    except ExportError as error:
+        _log.warning("%s export failed its verification: %s", exporter.name, error)
+        return {**found, "limit": limit, "failed": str(error), "passed": False}
+    passed = found["kl"] <= limit
     if not passed:
         _log.warning(
             "%s: KL %.2e between the file in %s and the model in memory exceeds %.0e",
             folder,
-            kl,
+            found["kl"],
             exporter.consumer,
             limit,
         )
+    return {**found, "limit": limit, "passed": passed}
+
+
+def _measured(
+    exporter: Exporter,
+    folder: Path,
+    windows: Tensor,
+    in_memory: Callable[[Tensor], Iterable[Tensor]],
+) -> Iterator[dict[str, Any]]:
+    """Yield the figures of a file as they come: read by its consumer, and as served."""
+    text = TokenWindows("verify", windows)
+    _, scores = compare(text, in_memory(windows), exporter.replay(folder, windows))
+    assert scores is not None and scores.kl is not None and scores.same_top is not None
+    yield {
+        "kl": mean_and_error(scores.kl)[0],
+        "top1": mean_and_error(scores.same_top)[0],
+        "tokens": scores.kl.numel(),
+    }
     served = exporter.serve(folder, windows)
-    direct: dict[str, Any] = {}
     if served is not None:
         _, raw = compare(text, in_memory(windows), served)
         assert raw is not None and raw.kl is not None
-        direct = {"kl_as_served": mean_and_error(raw.kl)[0]}
-    return {
-        "consumer": exporter.consumer,
-        **direct,
-        "kl": kl,
-        "top1": mean_and_error(scores.same_top)[0],
-        "tokens": scores.kl.numel(),
-        "limit": limit,
-        "passed": passed,
-    }
+        yield {"kl_as_served": mean_and_error(raw.kl)[0]}
+
+
+def failures(exports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each thing that reading the exports back has disproved."""
+    found = []
+    for name, entry in exports.items():
+        verify = entry.get("verify", {})
+        if "failed" in verify:
+            found.append(f"{name}: verification failed: {verify['failed']}")
+        elif verify.get("passed") is False:
+            found.append(
+                f"{name}: KL {verify['kl']:.2e} between the file in "
+                f"{verify['consumer']} and the model in memory exceeds "
+                f"{verify['limit']:.0e}"
+            )
+        if not entry.get("codes", {}).get("identical", True):
+            found.append(f"{name}: the file's codes are not those that were computed")
+    return found
 
 
 def same_codes(a: QuantizedTensor, b: QuantizedTensor) -> bool:
@@ -128,7 +160,7 @@ def same_codes(a: QuantizedTensor, b: QuantizedTensor) -> bool:
     return (
         zeros
         and torch.equal(a.codes, b.codes)
-        and torch.equal(a.scale.float(), b.scale.float())
+        and torch.equal(a.scales(), b.scales())
         and torch.equal(a.dequantize(), b.dequantize())
     )
 
@@ -149,7 +181,7 @@ def compare_codes(
         own = artifact.quantized(layer)
         decoded = []
         for name, exporter in exporters.items():
-            if name in _reencoding(exporters):
+            if not exporter.keeps_codes:
                 continue
             read = exporter.read_codes(workdir.root / "export" / name, layer)
             counts[name] += 1
@@ -164,12 +196,3 @@ def compare_codes(
         if counts[name]
     }
     return per_format, {"layers": shared, "identical": agree} if shared else None
-
-
-def _reencoding(exporters: Mapping[str, Exporter]) -> set[str]:
-    """Return the formats that were told to write other codes than the plan's."""
-    return {
-        name
-        for name, exporter in exporters.items()
-        if getattr(exporter.options, "reencode", None) is not None
-    }

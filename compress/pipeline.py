@@ -10,33 +10,38 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from compress import exporting, preview, provenance
+from compress import exporting, preview, provenance, serving
 from compress.calibration.data import CalibrationTokens, load_tokens
 from compress.calibration.sources import check_sources
 from compress.config import Config, load_config
-from compress.config.plugins import create_exporter, create_quantizer
+from compress.config.plugins import create_chain, create_exporter, create_quantizer
 from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.contracts import Exporter, Quantizer
 from compress.core.errors import ConfigError
 from compress.core.plan import Plan
-from compress.evaluation.measure import PreparedText, evaluate_texts, prepare_texts
 from compress.evaluation.texts import check_evaluation_text
-from compress.model.loading import ModelHandle, check_tensors, locate, open_model
-from compress.model.streaming import StreamedModel, choose_device
+from compress.model.loading import ModelHandle, check_tensors, open_model
+from compress.model.streaming import choose_device
 from compress.planning.planner import make_plan, resolve_scale_dtype
+from compress.planning.rerun import config_of_export
 from compress.report import summary_table, write_report
 from compress.reporting import build_report
 from compress.scoring import evaluate, inspect
 from compress.transform import CompressedSource, PlanRunner, part_of_layer
+from compress.transforms.chain import Transformed
+from compress.transforms.source import TransformedSource
 from compress.workdir import WorkDir, write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Result", "dry_run", "evaluate", "export", "inspect", "plan", "run"]
 
@@ -59,6 +64,11 @@ class Result:
         """Return the table that ends a run."""
         return summary_table(self.report)
 
+    @property
+    def failures(self) -> list[str]:
+        """What reading the exports back has disproved; empty if all is well."""
+        return exporting.failures(self.report["exports"])
+
 
 class Run:
     """One config on its way through the stages."""
@@ -75,8 +85,12 @@ class Run:
         self._check_inputs()
         with self.timed("load"):
             self.handle = self._open()
-            self.model: ModelDescription = self.handle.description
         self.quantizers = self._quantizers()
+        self.chain = create_chain(config.transform_entries, self.quantizers.values())
+        self.base: ModelDescription = self.handle.description
+        self.model = self.chain.describe(self.base)
+        original = TransformedSource(self.handle.source, self.model.dtype)
+        self.transformed = Transformed(original, [])
         self.exporters = {
             entry.format: create_exporter(
                 entry.format, entry.options, path=("export", index)
@@ -85,6 +99,7 @@ class Run:
         }
         self.plan = self._plan()
         exporting.check_exports(self.exporters, self.plan, self.model)
+        serving.check(self)
         self.runner = PlanRunner(
             self.model,
             self.handle.source,
@@ -116,8 +131,7 @@ class Run:
             raise ConfigError("export: each format may be named once")
         for name in self.config.evaluate.perplexity if self.config.evaluate else ():
             check_evaluation_text(name)
-        quantize = self.config.quantize
-        if quantize is not None and self._uses_data():
+        if self._uses_data():
             check_sources(self.config.calibration.data)
 
     def _methods(self) -> set[str]:
@@ -130,7 +144,10 @@ class Run:
         }
 
     def _uses_data(self) -> bool:
-        return any(create_quantizer(m).needs_statistics for m in self._methods())
+        methods = [create_quantizer(method) for method in self._methods()]
+        return create_chain(self.config.transform_entries, methods).needs_inputs or any(
+            method.needs_statistics for method in methods
+        )
 
     def _quantizers(self) -> dict[str, Quantizer]:
         quantize = self.config.quantize
@@ -171,97 +188,83 @@ class Run:
         """Carry out all stages that are not in the work directory yet."""
         check_tensors(self.handle)
         tokens = self._calibration_tokens()
-        fingerprint = self._fingerprint(tokens)
+        fingerprint = provenance.fingerprint(self, tokens)
         self.workdir.begin(fingerprint, overwrite=overwrite)
         self.workdir.write_json("results/predicted.json", self._predicted())
         write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
+        windows = tokens.tokens if tokens else None
+        self._transform(windows)
         with self.timed("quantize"):
-            self.runner.run(tokens.tokens if tokens else None)
-        metrics = self.workdir.stage(
-            f"evaluation-{self._evaluation_key()}", self._evaluate
-        )
+            self.runner.run(windows if self.runner.needs_calibration else None)
+        self.serving = serving.Serving(self, windows)
+        self.plan, self.artifact = self.serving.settle()
+        exporting.check_exports(self.exporters, self.plan, self.model)
+        write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
+        metrics = self._measured("evaluation", self.serving.evaluate)
+        self.cache = self._measured("kv-cache", self.serving.measure_cache)
         exports = {name: self._export(name) for name in self.exporters}
         shared = self._compare_codes(exports)
         return self._report(tokens, fingerprint, metrics, exports, shared)
+
+    def _transform(self, windows: Tensor | None) -> None:
+        """Put the transformed weights in the place of the original ones."""
+        if not self.chain.transforms:
+            return
+        with self.timed("transform"):
+            self.transformed = self.chain.run(
+                self.model,
+                self.handle.source,
+                self.plan,
+                windows=windows,
+                workdir=self.workdir,
+                device=self.device,
+            )
+        source = self.transformed.source
+        self.runner.source = source
+        self.artifact = replace(self.artifact, source=source)
+
+    def _measured(self, name: str, measure: Callable[[], Any]) -> Any:
+        """Return the stored result of a measurement, or make it."""
+        sections = self.config.evaluate, self.config.kv_cache
+        made_with = [s.model_dump(mode="json") if s else None for s in sections]
+        key = provenance.digest_of([made_with, self.plan.to_json()])[:12]
+        with self.timed("evaluate"):
+            return self.workdir.stage(f"{name}-{key}", measure)
 
     def _predicted(self) -> dict[str, Any]:
         return preview.predict(self).to_dict()["predicted"]  # type: ignore[no-any-return]
 
     def _calibration_tokens(self) -> CalibrationTokens | None:
-        if not self.runner.needs_calibration:
+        if not (
+            self.runner.needs_calibration
+            or self.chain.needs_inputs
+            or serving.needs_tokens(self)
+        ):
             return None
         section = self.config.calibration
+        data = section.data if isinstance(section.data, str) else list(section.data)
         with self.timed("calibration text"):
             return load_tokens(
-                section.data if isinstance(section.data, str) else list(section.data),
+                data,
                 self.handle.tokenizer(),
                 samples=section.samples,
                 sequence_length=section.sequence_length,
                 seed=section.seed,
             )
 
-    def _fingerprint(self, tokens: CalibrationTokens | None) -> dict[str, str]:
-        quantize = self.config.quantize
-        methods = quantize.model_dump(mode="json") if quantize else {}
-        methods.pop("scale_dtype", None)  # the plan has the one that was resolved
-        return {
-            "model": provenance.model_digest(
-                self.model, locate(self.config.model.path)
-            ),
-            "calibration": tokens.digest if tokens else "none",
-            "quantize": provenance.digest_of(methods),
-            "plan": provenance.digest_of(self.plan.to_json()),
-            "run.seed": str(self.config.run.seed),
-            "compress version": provenance.versions()["compress"],
-        }
-
     def compressed_source(self) -> CompressedSource:
         """Return the dense view of the compressed model."""
-        return CompressedSource(self.handle.source, self.plan, self._codes)
-
-    def _streamed(self) -> StreamedModel:
-        return StreamedModel(self.model, self.handle.source, device=self.device)
-
-    def _texts(self) -> list[PreparedText]:
-        section = self.config.evaluate
-        assert section is not None
-        return prepare_texts(
-            section.perplexity,
-            self.handle.tokenizer(),
-            protocol=section.protocol,
-            count=section.windows,
-            length=section.sequence_length,
-        )
-
-    def _evaluation_key(self) -> str:
-        section = self.config.evaluate
-        return provenance.digest_of(
-            section.model_dump(mode="json") if section else None
-        )[:12]
-
-    def _evaluate(self) -> dict[str, Any]:
-        section = self.config.evaluate
-        if section is None or not section.perplexity:
-            return {"base": None, "compressed": None}
-        with self.timed("evaluate"):
-            _log.info("evaluating on %s", ", ".join(section.perplexity))
-            base = self._streamed()
-            coded = base.with_source(self.compressed_source())
-            own, other = evaluate_texts(
-                self._texts(),
-                partial(base.logits, name="base"),
-                partial(coded.logits, name="compressed") if self.plan.layers else None,
-                hidden_size=int(self.model.config["hidden_size"]),
-                kl=section.kl,
-            )
-        return {"base": own, "compressed": other}
+        return CompressedSource(self.transformed.source, self.plan, self._codes)
 
     def _export(self, name: str) -> dict[str, Any]:
         exporter = self.exporters[name]
         section, folder = self.config.run, self.workdir.root / "export" / name
+        cache = self.config.kv_cache
         made_with = {
             "options": exporter.options.model_dump(mode="json"),
             "verify": [section.verify, section.max_kl],
+            "plan": provenance.digest_of(self.plan.to_json()),
+            "kv_cache": cache.model_dump(mode="json") if cache else None,
         }
         # One result a format: the folder holds what was written last.
         stored = self.workdir.stored(f"export-{name}")
@@ -272,16 +275,17 @@ class Run:
             entry = exporting.write_export(name, exporter, self.artifact, self.workdir)
         with self.timed(f"verify {name}"):
             entry["verify"] = self._verify(exporter, folder)
-        self.workdir.write_json(
-            f"results/export-{name}.json", {"with": made_with, "entry": entry}
-        )
+        if "failed" not in entry["verify"]:  # a crash may not happen next time
+            self.workdir.write_json(
+                f"results/export-{name}.json", {"with": made_with, "entry": entry}
+            )
         return entry
 
     def _verify(self, exporter: Exporter, folder: Path) -> dict[str, Any]:
         if not self.config.run.verify:
             return {"skipped": "run.verify is false"}
         windows = exporting.verification_windows(self.handle.tokenizer())
-        coded = self._streamed().with_source(self.compressed_source())
+        coded = self.serving.build()
         return exporting.verify_export(
             exporter,
             folder,
@@ -376,18 +380,5 @@ def export(workdir: str | Path, to: str, options: Mapping[str, Any]) -> Result:
         ConfigError: There is no finished run.
         PlanError: The format cannot hold the plan.
     """
-    import json
-
-    report = Path(workdir) / "report.json"
-    if not report.is_file():
-        raise ConfigError(f"{workdir}: no finished run here (no report.json)")
-    data = json.loads(report.read_text("utf-8"))["config"]
-    kept = [entry for entry in data.get("export") or [] if entry["format"] != to]
-    scale = json.loads((Path(workdir) / "plan.json").read_text("utf-8"))["layers"]
-    if data.get("quantize") and scale:
-        # The codes are there already: their scales cannot change type any more.
-        kinds = {entry["scheme"]["scale_dtype"] for entry in scale.values()}
-        data["quantize"]["scale_dtype"] = kinds.pop()
-    data["export"] = [*kept, {"format": to, **options}]
-    data["run"]["workdir"] = str(workdir)
+    data = config_of_export(Path(workdir), to, options)
     return run(data, resume=True, command=f"compress export {workdir} --to {to}")

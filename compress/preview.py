@@ -50,7 +50,7 @@ class PlanPreview:
         """Return tables for a terminal: layers by kind, then sizes and predictions."""
         kinds: dict[tuple[str, str, str, tuple[int, int]], int] = {}
         for layer in self.plan.layers.values():
-            path = ".".join(layer.name.split(".")[-2:])
+            path = ".".join("*" if p.isdecimal() else p for p in _tail(layer.name))
             key = (path, layer.method, layer.scheme.name, layer.shape)
             kinds[key] = kinds.get(key, 0) + 1
         lines = [f"Plan for {self.plan.model}", ""]
@@ -73,9 +73,15 @@ class PlanPreview:
         return "\n".join(lines)
 
 
+def _tail(layer: str) -> list[str]:
+    """Return the last parts of a name; three for experts, which a number separates."""
+    parts = layer.split(".")
+    return parts[-3:] if len(parts) > 2 and parts[-2].isdecimal() else parts[-2:]
+
+
 def predict(run: Run) -> PlanPreview:
     """Return the preview of a run that has been set up but not started."""
-    sizes = {"base": dict(dense_bytes(run.model))}
+    sizes = {"base": dict(dense_bytes(run.base))}
     for name, exporter in run.exporters.items():
         sizes[name] = dict(exporter.tensor_bytes(run.plan, run.model))
     calibration, section = run.config.calibration, run.config.evaluate

@@ -10,9 +10,13 @@ import platform
 import resource
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.core.artifact import ModelDescription
+
+if TYPE_CHECKING:
+    from compress.calibration.data import CalibrationTokens
+    from compress.pipeline import Run
 
 _LIBRARIES = (
     "torch",
@@ -85,3 +89,22 @@ def model_digest(model: ModelDescription, path: Path) -> str:
                 handle.seek(max(0, (size - _SAMPLE_BYTES) * i // (_SAMPLES - 1)))
                 digest.update(handle.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def fingerprint(run: Run, tokens: CalibrationTokens | None) -> dict[str, str]:
+    """Return a digest of each thing that decides the codes of a run, by name."""
+    from compress.model.loading import locate
+
+    quantize = run.config.quantize
+    methods = quantize.model_dump(mode="json") if quantize else {}
+    methods.pop("scale_dtype", None)  # the plan has the one that was resolved
+    methods.pop("upgrade_inputs", None)  # comes after the codes
+    return {
+        "model": model_digest(run.base, locate(run.config.model.path)),
+        "calibration": tokens.digest if tokens else "none",
+        "transforms": digest_of(run.chain.identity()),
+        "quantize": digest_of(methods),
+        "plan": digest_of(run.plan.to_json()),
+        "run.seed": str(run.config.run.seed),
+        "compress version": versions()["compress"],
+    }

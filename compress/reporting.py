@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from compress import preview, provenance
 from compress.calibration.data import CalibrationTokens
+from compress.calibration.experts import FEW_TOKENS
 from compress.core.artifact import ModelDescription
 from compress.evaluation.measure import headline
+from compress.exporting import failures
 from compress.planning.budget import linear_bits_per_weight, parameter_count
 from compress.transform import EMBEDDINGS, part_of_layer
 
@@ -32,7 +34,7 @@ def build_report(
     """Return the report of a finished run; its keys are described in docs/report.md."""
     model, config = run.model, run.config
     data = config.model_dump(mode="json", exclude_unset=True)
-    parameters = parameter_count(model)
+    parameters = parameter_count(run.base)
     shown = preview.predict(run)
     layers = _layers(run)
     sizes = {"base": shown.sizes["base"]}
@@ -68,13 +70,17 @@ def build_report(
         "metrics": {
             key: headline(texts) if texts else None for key, texts in metrics.items()
         },
+        "transforms": run.transformed.reports,
+        "inputs": run.serving.upgrades,
+        "kv_cache": run.cache,
         "layers": layers,
+        "experts": _experts(model, layers),
         "exports": dict(exports),
         "one_plan_two_files": shared,
         "seconds": run.seconds,
         "peak_memory_bytes": provenance.peak_memory_bytes(),
         "predicted": run.workdir.stored("predicted"),
-        "warnings": _warnings(model, layers, exports),
+        "warnings": _warnings(run, layers, exports),
     }
 
 
@@ -101,7 +107,11 @@ def _calibration(run: Run, tokens: CalibrationTokens | None) -> dict[str, Any] |
 
 def _layers(run: Run) -> list[dict[str, Any]]:
     model = run.model
-    roles = {linear.path: linear.role for linear in model.family.linears}
+    roles = {
+        linear.path: linear.role
+        for index in range(model.block_count)
+        for linear in model.block_linears(index)
+    }
     width = _WIDTH[model.dtype] / 8
     rows: list[dict[str, Any]] = []
     records: dict[str, Any] = {}
@@ -129,30 +139,66 @@ def _layers(run: Run) -> list[dict[str, Any]]:
                 "error": record["error"],
                 "weight_error": record["weight_error"],
                 "seconds": record["seconds"],
+                "tokens": record["tokens"],
                 "notes": record["notes"],
             }
         )
     return rows
 
 
+def _has_few_tokens(row: Mapping[str, Any]) -> bool:
+    return any(note.startswith(FEW_TOKENS) for note in row["notes"])
+
+
+def _experts(
+    model: ModelDescription, layers: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Return how calibration reached the experts; ``None`` if there are none."""
+    counts = [model.experts(index) for index in range(model.block_count)]
+    if not any(counts):
+        return None
+    names = model.family.experts
+    assert names is not None
+    coded = [row for row in layers if f".{names.container}." in row["name"]]
+    tokens = [row["tokens"] for row in coded if row["tokens"] is not None]
+    return {
+        "count": sum(counts),
+        "coded_layers": len(coded),
+        "rounded_layers": sum(map(_has_few_tokens, coded)),
+        "fewest_tokens": min(tokens, default=None),
+        "most_tokens": max(tokens, default=None),
+    }
+
+
 def _warnings(
-    model: ModelDescription, layers: list[dict[str, Any]], exports: Mapping[str, Any]
+    run: Run, layers: list[dict[str, Any]], exports: Mapping[str, Any]
 ) -> list[str]:
-    found = []
+    model, found = run.model, []
+    if run.base.tied and not model.tied:
+        more = parameter_count(model) - parameter_count(run.base)
+        found.append(
+            f"A transform untied head and embedding: {more:,} more weights are stored. "
+            "Bits per weight are per weight of the original."
+        )
     if model.source_gguf is not None:
         found.append(
             f"The source is a GGUF file ({model.source_gguf.name}). If it was "
             "quantized before, its weights lie on a coarse grid already: figures "
             "against it say nothing of the loss against the original model."
         )
-    found += [f"{row['name']}: {note}" for row in layers for note in row["notes"]]
+    few = [row["name"] for row in layers if _has_few_tokens(row)]
+    if few:
+        found.append(
+            f"{len(few)} layers of experts, such as {few[0]}, were rounded to nearest: "
+            "too few tokens reached them; more or other calibration text reaches more"
+        )
+    found += [
+        f"{row['name']}: {note}"
+        for row in layers
+        if not _has_few_tokens(row)
+        for note in row["notes"]
+    ]
+    found += failures(exports)
     for name, entry in exports.items():
-        verify = entry.get("verify", {})
-        if verify.get("passed") is False:
-            found.append(
-                f"{name}: KL {verify['kl']:.2e} between the file in "
-                f"{verify['consumer']} and the model in memory exceeds "
-                f"{verify['limit']:.0e}"
-            )
         found += [f"{name}: {note}" for note in entry.get("notes", [])]
     return found

@@ -11,10 +11,16 @@ from typing import Any
 
 from compress.core.errors import CheckpointError
 from compress.core.scheme import Scheme
-from compress.evaluation.measure import Predictor, evaluate_texts, prepare_texts
+from compress.evaluation.measure import (
+    Predictor,
+    PreparedText,
+    evaluate_candidates,
+    prepare_texts,
+)
 from compress.model.loading import ModelHandle, check_tensors, locate, open_model
 from compress.model.quantized_source import PackedSource
 from compress.model.streaming import StreamedModel
+from compress.served_folder import Served, served_as
 
 DEFAULT_TEXTS = ("wikitext2", "speeches", "code")
 
@@ -32,6 +38,8 @@ def evaluate(
 
     GGUF files run in llama.cpp itself, everything else block by block in torch, and so
     does a base, whatever it is: llama.cpp rounds activations, and a base must not.
+    Inputs and caches that the config of a folder rounds are rounded here too; then
+    figures of the weights alone stand beside them.
 
     Args:
         path: HF folder or id, GGUF file, our own output, or ``builtin:NAME``.
@@ -53,31 +61,51 @@ def evaluate(
             count=windows,
             length=sequence_length,
         )
-        width = int(handle.description.config["hidden_size"])
-        first = other or handle
-        own, compared = evaluate_texts(
-            prepared,
-            _predictor(first, "base") if other is None else _streamed(first, "base"),
-            _predictor(handle, "model") if other is not None else None,
-            hidden_size=width,
-        )
+        own, others = _figures(handle, other, prepared)
     result = {"model": str(path), "protocol": protocol}
     if other is None:
-        return {**result, "texts": own}
-    return {**result, "base": str(base), "texts": compared, "base_texts": own}
+        return {**result, "texts": own, **others}
+    return {**result, "base": str(base), **others, "base_texts": own}
 
 
-def _predictor(handle: ModelHandle, name: str) -> Predictor:
+def _figures(
+    handle: ModelHandle, base: ModelHandle | None, texts: list[PreparedText]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return figures of the reference, and those of the model by key of the result.
+
+    Without a base the reference is the model itself, as it is served.
+    """
+    served = served_as(handle)
+    candidates: dict[str, Predictor] = {}
+    if base is not None:
+        candidates["texts"] = _predictor(handle, "model", served)
+        if served.is_more_than_weights:
+            candidates["weights_only_texts"] = _streamed(handle, "weights")
+    own, others = evaluate_candidates(
+        texts,
+        _predictor(handle, "model", served)
+        if base is None
+        else _streamed(base, "base"),
+        candidates,
+        hidden_size=int(handle.description.config["hidden_size"]),
+    )
+    return own, others
+
+
+def _predictor(handle: ModelHandle, name: str, served: Served) -> Predictor:
     if handle.description.source_gguf is not None:
         from compress.export.gguf_runtime import llamacpp_logits
 
         return partial(llamacpp_logits, handle.description.source_gguf)
-    return _streamed(handle, name)
+    return _streamed(handle, name, served)
 
 
-def _streamed(handle: ModelHandle, name: str) -> Predictor:
+def _streamed(
+    handle: ModelHandle, name: str, served: Served | None = None
+) -> Predictor:
     check_tensors(handle)
-    streamed = StreamedModel(handle.description, handle.source)
+    options = {} if served is None else vars(served)
+    streamed = StreamedModel(handle.description, handle.source, **options)
     return partial(streamed.logits, name=name)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from compress.calibration import experts
 from compress.calibration.collect import first_arrivals, measure
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.contracts import Quantizer
@@ -154,7 +155,7 @@ class PlanRunner:
         prefix = f"{self.description.family.block(index)}."
         return {
             linear.path: self.plan.layers[prefix + linear.path]
-            for linear in self.description.family.linears
+            for linear in self.description.block_linears(index)
             if prefix + linear.path in self.plan.layers
         }
 
@@ -191,11 +192,14 @@ class PlanRunner:
         dense: Activations | None,
     ) -> None:
         layers, name = self._layers(index), f"{index:04d}"
-        linears = [x for x in self.description.family.linears if x.path in layers]
+        linears = [x for x in self.description.block_linears(index) if x.path in layers]
+        names = self.description.family.experts
         done = self.workdir.has_part(name) or not layers
         kept: dict[str, list[Tensor]] = {}
+        routed: list[Tensor] = []
         if dense is not None:
             keep = {} if done else _keep_inputs(linears, kept)
+            keep |= {} if done else experts.keep_states(linears, names, routed)
             dense.hidden = model.run_block(index, dense, watch=keep)
         if done:
             if self.propagate == "quantized":
@@ -205,16 +209,20 @@ class PlanRunner:
             states.hidden = model.run_block(index, states, at_once=True)
             return
         part = _Part(self, list(layers.values()))
+        dense_experts = experts.dense_experts(block, names, routed)
 
         def arrive(shared: str, inputs: Tensor) -> None:
             readers = [linear for linear in linears if linear.input == shared]
             before = torch.cat(kept.pop(shared)) if shared in kept else None
+            if dense_experts is not None and readers[0].expert is not None:
+                before = dense_experts.inputs(readers[0])
             first = layers[readers[0].path].name
             statistics = measure(inputs, before, first)
+            few = experts.few_tokens(readers[0], statistics)
             for linear in readers:
                 layer = layers[linear.path]
                 weight = block.get_submodule(linear.path).get_parameter("weight")
-                values = part.add(layer, weight.detach(), statistics)
+                values = part.add(layer, weight.detach(), statistics, few)
                 if self.propagate == "quantized":
                     _replace(block, linear.path, values)
 
@@ -227,7 +235,8 @@ def _keep_inputs(
     linears: list[Linear], kept: dict[str, list[Tensor]]
 ) -> dict[str, Callable[[Tensor], None]]:
     """Return hooks that keep the dense inputs, once for each shared one."""
-    first = {linear.input: linear.path for linear in reversed(linears)}
+    shared = [linear for linear in linears if linear.expert is None]
+    first = {linear.input: linear.path for linear in reversed(shared)}
     return {path: kept.setdefault(shared, []).append for shared, path in first.items()}
 
 
@@ -246,19 +255,30 @@ class _Part:
         self._bar = tqdm(total=len(layers), leave=False, unit="layer", disable=None)
 
     def add(
-        self, layer: LayerPlan, weight: Tensor, statistics: LayerStatistics | None
+        self,
+        layer: LayerPlan,
+        weight: Tensor,
+        statistics: LayerStatistics | None,
+        few: str | None = None,
     ) -> Tensor:
-        """Quantize one layer; returns its values in float32."""
+        """Quantize one layer; returns its values in float32.
+
+        ``few`` says why its statistics cannot be used, if so.
+        """
         self._bar.set_description(layer.name)
         quantizer = self._runner.quantizers[layer.method]
         started = time.perf_counter()
         used = statistics if quantizer.needs_statistics else None
-        result = quantizer.quantize(weight, layer.scheme, used)
+        if used is not None and few is not None:
+            result = experts.round_to_nearest(weight, layer.scheme, few)
+        else:
+            result = quantizer.quantize(weight, layer.scheme, used)
         seconds = time.perf_counter() - started
         values = result.dequantize()
-        error, plain = error_of(weight.float(), values, statistics)
+        tokens = None if statistics is None else statistics.tokens
+        error, plain = error_of(weight.float(), values, statistics if tokens else None)
         self._tensors[layer.name] = result
-        self._records[layer.name] = LayerRecord(error, plain, seconds)
+        self._records[layer.name] = LayerRecord(error, plain, seconds, tokens)
         self._bar.update()
         return values
 

@@ -22,7 +22,15 @@ from compress.core.errors import CheckpointError, ConfigError
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 
-_OURS = ("state.json", "plan.json", "blocks", "results", "export")
+_TRANSFORMS = "transforms.safetensors"
+_OURS = (
+    "state.json",
+    "plan.json",
+    _TRANSFORMS,
+    "blocks",
+    "results",
+    "export",
+)
 _REPORTS = ("report.json", "report.md", "report.html")
 _TEMPORARY = ".part"
 
@@ -50,11 +58,14 @@ class LayerRecord:
         error: ``tr(E H E^T) / tr(W H W^T)``; ``None`` without statistics.
         weight_error: ``|E|^2 / |W|^2``.
         seconds: Time of the solve.
+        tokens: That the statistics ran over, if there were any; for an expert, those
+            that the router sent to it.
     """
 
     error: float | None
     weight_error: float
     seconds: float
+    tokens: int | None = None
 
 
 class WorkDir:
@@ -205,6 +216,31 @@ class WorkDir:
             }
         scheme = Scheme.from_dict(about["scheme"])
         return QuantizedTensor.from_state(parts, scheme, tuple(about["notes"]))
+
+    def save_transforms(
+        self, scales: Mapping[str, Tensor], records: Mapping[str, Any]
+    ) -> None:
+        """Store the scales that transforms chose, and what the report says of them."""
+        from safetensors.torch import save
+
+        data = save(dict(scales), metadata={"records": json.dumps(records)})
+        write_atomically(self.root / _TRANSFORMS, data)
+
+    def read_transforms(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what :meth:`save_transforms` stored; nothing if it did not."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.root / _TRANSFORMS
+        if not path.is_file():
+            return {}, {}
+        try:
+            with safe_open(path, framework="pt") as file:
+                records: dict[str, Any] = json.loads(file.metadata()["records"])
+                return {k: file.get_tensor(k).clone() for k in file.keys()}, records
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}); delete it and run again with --resume"
+            ) from error
 
     def _part(self, part: str) -> Path:
         return self.root / "blocks" / f"{part}.safetensors"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,22 @@ directory that the command is called from. `--set section.key=value` overrides o
 `compress schema` prints the same as JSON Schema, for editors.
 """
 
-SECTIONS = ("model", "calibration", "quantize", "evaluate", "export", "run")
+SECTIONS = (
+    "model",
+    "calibration",
+    "transforms",
+    "quantize",
+    "kv_cache",
+    "evaluate",
+    "export",
+    "run",
+)
 NESTED = {
     "calibration": (("WeightedSource", "data[]", "Entries of a list in `data`"),),
-    "quantize": (("Override", "overrides.*", "Values of `overrides`"),),
+    "quantize": (
+        ("Override", "overrides.*", "Values of `overrides`"),
+        ("UpgradeInputsSection", "upgrade_inputs", "Keys of `upgrade_inputs`"),
+    ),
 }
 
 
@@ -37,15 +50,18 @@ def render() -> str:
     """Return the whole page."""
     from compress import registry
     from compress.config import config_schema
+    from compress.transforms.catalog import TRANSFORMS
 
     schema = config_schema()
     parts = [HEAD]
     for name in SECTIONS:
         parts += _section(name, schema)
+        if name == "transforms":
+            parts += _options("name", TRANSFORMS)
         if name == "quantize":
-            parts += _plugins("method", registry.quantizers())
+            parts += _options("method", _built_in(registry.quantizers()))
         if name == "export":
-            parts += _plugins("format", registry.exporters())
+            parts += _options("format", _built_in(registry.exporters()))
     return "\n".join(parts)
 
 
@@ -53,6 +69,11 @@ def _section(name: str, schema: dict[str, Any]) -> list[str]:
     definition = _definition(schema["properties"][name], schema)
     if name == "export":
         intro = "A list; each entry names a format and may set its options (below)."
+    elif name == "transforms":
+        intro = (
+            "A list, applied in order; each entry is a name, or `{name: NAME, ...}` "
+            "with options (below). They change no output: [transforms](transforms.md)."
+        )
     else:
         intro = definition["description"]
     lines = [f"## {name}", "", intro, "", *_table(definition, schema)]
@@ -62,15 +83,23 @@ def _section(name: str, schema: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _plugins(word: str, entries: dict[str, Any]) -> list[str]:
-    """Describe the options of the plug-ins that this distribution registers."""
+def _built_in(entries: dict[str, Any]) -> dict[str, Any]:
+    """Return the classes of plug-ins that this distribution registers."""
+    return {
+        name: entry.load()
+        for name, entry in sorted(entries.items())
+        if entry.origin.startswith("compress-llm ")
+    }
+
+
+def _options(word: str, plugins: Mapping[str, Any]) -> list[str]:
+    """Describe the options of classes by name."""
     lines = []
-    for name, entry in entries.items():
-        if not entry.origin.startswith("compress-llm "):
-            continue
-        plugin = entry.load()
+    for name, plugin in plugins.items():
         schema = plugin.Options.model_json_schema()
-        described = _attributes(plugin.Options.__doc__ or "")
+        described: dict[str, str] = {}
+        for base in reversed(plugin.Options.__mro__):  # options may extend others
+            described |= _attributes(base.__doc__ or "")
         for key, value in schema["properties"].items():
             value.setdefault("description", described[key])
         summary = plugin.summary[0].upper() + plugin.summary[1:]
@@ -121,7 +150,10 @@ def _type(value: dict[str, Any], schema: dict[str, Any]) -> str:
 
 
 def _type_name(reference: str) -> str:
-    names = {"WeightedSource": "`{source, weight}`"}
+    names = {
+        "WeightedSource": "`{source, weight}`",
+        "UpgradeInputsSection": "mapping",
+    }
     return names[reference.rpartition("/")[2]]
 
 
@@ -140,7 +172,10 @@ def _definition(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]
     """Follow a property to the definition of its section."""
     if value.get("type") == "array":
         value = value["items"]
-    for option in (value, *value.get("anyOf", ()), *value.get("allOf", ())):
+    choices = [
+        key for word in ("anyOf", "oneOf", "allOf") for key in value.get(word, ())
+    ]
+    for option in (value, *choices):
         if "$ref" in option:
             found: dict[str, Any] = schema["$defs"][option["$ref"].rpartition("/")[2]]
             return found

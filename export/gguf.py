@@ -34,6 +34,7 @@ from compress.export.gguf_blocks import (
     pack_blocks,
     unpack_blocks,
 )
+from compress.export.gguf_experts import mixture_problems
 from compress.export.gguf_layout import (
     Layout,
     Placement,
@@ -92,6 +93,11 @@ class GGUFExporter(Exporter):
     Options: ClassVar[type[contracts.Options]] = GGUFOptions
     consumer = "llama.cpp"
 
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether no layer is rounded to another type."""
+        return self._options.reencode is None
+
     def check(self, plan: Plan, model: ModelDescription) -> list[Problem]:
         """List what GGUF, or the template, cannot hold."""
         options = self._options
@@ -101,8 +107,11 @@ class GGUFExporter(Exporter):
                 if problem:
                     return [problem]
                 problems = config_problems(model.config)
+                problems += mixture_problems(model)
                 problems += self._tokenizer_problems(model)
                 return problems + list(self._layout(plan, model).problems)
+            if model.transforms:
+                return [_transformed_problem(model)]
             return list(self._layout(plan, model).problems)
         except ExportError as error:
             return [Problem("template", str(error))]
@@ -152,10 +161,13 @@ class GGUFExporter(Exporter):
             index = layers.index(layer)
             target = str(file.require("compress.tensors")[index])
             heads = int(file.require("compress.heads")[index])
+            expert = int(file.get("compress.experts", [-1] * len(layers))[index])
             kind = file.tensors[target].type
             if kind not in CODED_TYPES:
                 raise ExportError(f"{file.path}: {layer} is {kind}, which has no codes")
-            packed = unpack_blocks(file.read(target), kind)
+            rows = file.tensors[target].shape[-2]
+            first = max(expert, 0) * rows
+            packed = unpack_blocks(file.read(target, start=first, count=rows), kind)
         except (CheckpointError, ValueError, KeyError) as error:
             raise ExportError(f"{folder}: no codes of {layer}: {error}") from error
         zero = None if packed.zero is None else from_gguf_rows(packed.zero, heads)
@@ -188,6 +200,11 @@ class GGUFExporter(Exporter):
     def _layout(self, plan: Plan, model: ModelDescription) -> Layout:
         options = self._options
         template = self._template()
+        if template is not None and model.family.experts is not None:
+            raise ExportError(
+                f"templates of {model.family.name} are not treated, its experts are "
+                "stacked; leave `template` out"
+            )
         if template is not None:
             return template_layout(
                 plan,
@@ -227,6 +244,15 @@ def _own_problem(model: ModelDescription) -> Problem | None:
     )
 
 
+def _transformed_problem(model: ModelDescription) -> Problem:
+    return Problem(
+        "template",
+        f"it holds the weights before {', '.join(model.transforms)}: its norms and "
+        "embedding do not belong to the transformed matrices; leave template out, or "
+        "leave transforms out",
+    )
+
+
 def _tokenizer(model: ModelDescription) -> dict[str, MetadataValue]:
     if model.source_gguf is not None:
         return copied_metadata(open_gguf(model.source_gguf))
@@ -253,12 +279,21 @@ def _layer_table(placements: tuple[Placement, ...]) -> dict[str, MetadataValue]:
     coded = [placement for placement in placements if placement.layer is not None]
     if not coded:
         return {}
-    return {
-        "compress.layers": texts([str(placement.layer) for placement in coded]),
-        "compress.tensors": texts([placement.target for placement in coded]),
-        "compress.heads": wholes([placement.heads for placement in coded]),
+    # For each layer its tensor, and its place in a stack of experts; -1 if in none.
+    places = [
+        (str(layer), placement, number if placement.stack else -1)
+        for placement in coded
+        for number, layer in enumerate(placement.stack or (placement.layer,))
+    ]
+    table = {
+        "compress.layers": texts([layer for layer, _, _ in places]),
+        "compress.tensors": texts([placement.target for _, placement, _ in places]),
+        "compress.heads": wholes([placement.heads for _, placement, _ in places]),
         "compress.types": text(" ".join(sorted({p.type for p in coded}))),
     }
+    if any(placement.stack for placement in coded):
+        table["compress.experts"] = wholes([number for _, _, number in places])
+    return table
 
 
 def _data(
@@ -269,7 +304,9 @@ def _data(
     import torch
 
     for placement in placements:
-        if placement.layer is not None:
+        if placement.stack:
+            yield _stack_bytes(artifact, placement)
+        elif placement.layer is not None:
             yield _layer_bytes(artifact.quantized(placement.layer), placement)
         elif template is not None:
             stored = template.tensors[placement.target]
@@ -287,6 +324,22 @@ def _data(
                 artifact.source.read(placement.source), placement.heads
             )
             yield encode_dense(weight, placement.type, name=placement.source)
+
+
+def _stack_bytes(artifact: CompressedModel, placement: Placement) -> Bytes:
+    """Return the experts of a block one after another, each read when it is due."""
+    import numpy as np
+
+    experts, rows, _ = placement.shape
+    data = np.empty((experts * rows, placement.size_bytes // (experts * rows)), "u1")
+    for number, layer in enumerate(placement.stack):
+        if placement.layer is not None:
+            part = _layer_bytes(artifact.quantized(layer), placement)
+        else:
+            weight = artifact.source.read(f"{layer}.weight")
+            part = encode_dense(weight, placement.type, name=f"{layer}.weight")
+        data[number * rows : (number + 1) * rows] = part
+    return data
 
 
 def _layer_bytes(quantized: QuantizedTensor, placement: Placement) -> Bytes:

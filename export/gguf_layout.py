@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from compress.core.artifact import ModelDescription
 from compress.core.contracts import Problem
 from compress.core.plan import LayerPlan, Plan
+from compress.export.experts import expert_layers, routers
 from compress.export.gguf_blocks import (
     DENSE_TYPES,
     coded_type,
     holds_columns,
     row_bytes,
 )
+from compress.export.gguf_experts import Stack, expert_stacks, members_of
 from compress.export.gguf_metadata import (
     ROPE_TENSOR,
     config_notes,
@@ -41,6 +43,8 @@ class Placement:
         heads: Heads whose rows are interleaved; 0 for none.
         layer: Module name if the plan has codes for it.
         is_exact: Whether the codes of ``layer`` are written as they are.
+        stack: Module names of the experts that the tensor holds one after another;
+            ``layer`` is the first of them if they have codes.
     """
 
     source: str | None
@@ -51,6 +55,7 @@ class Placement:
     heads: int = 0
     layer: str | None = None
     is_exact: bool = False
+    stack: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -119,8 +124,9 @@ def own_layout(
     placements: list[Placement] = []
     problems: list[Problem] = []
     notes = config_notes(model.config)
+    experts = set(expert_layers(model))
     for name, info in model.tensors.items():
-        if name.endswith(_BUFFERS):
+        if name.endswith(_BUFFERS) or name.removesuffix(".weight") in experts:
             continue
         target = find(name)
         if target is None:
@@ -147,8 +153,48 @@ def own_layout(
         placements.append(
             Placement(name, target, kind, info.shape, size, heads, held, exact)
         )
+    for stack in expert_stacks(model, find):
+        found = _stacked(stack, plan, model, reencode)
+        if isinstance(found, Problem):
+            problems.append(found)
+            continue
+        placements.append(found)
+        if found.layer is not None and not found.is_exact:
+            notes.append(f"{stack.target}: experts re-encoded as {found.type}")
     placements += _rope_placement(model)
     return Layout(tuple(placements), tuple(problems), tuple(notes))
+
+
+def _stacked(
+    stack: Stack, plan: Plan, model: ModelDescription, reencode: str | None
+) -> Placement | Problem:
+    """Return where the experts of a block go, or why they cannot."""
+    layers = members_of(stack, plan)
+    if isinstance(layers, Problem):
+        return layers
+    types = [layer_type(layer, reencode) for layer in layers]
+    for layer, (kind, _) in zip(layers, types, strict=True):
+        if kind is None:
+            return unheld(layer, reencode)
+        if kind != types[0][0]:
+            return Problem(
+                layer.name,
+                f"{layer.scheme.name}, and {layers[0].scheme.name} in "
+                f"{layers[0].name}: GGUF stores {stack.target} in one type; give the "
+                "experts of a block one scheme",
+            )
+    chosen = types[0][0] if types else DENSE_TYPES[model.dtype]
+    assert chosen is not None
+    return Placement(
+        source=f"{stack.members[0]}.weight",
+        target=stack.target,
+        type=chosen,
+        shape=stack.shape,
+        size_bytes=row_bytes(chosen, stack.shape[-1]) * _rows(stack.shape),
+        layer=stack.members[0] if layers else None,
+        is_exact=all(exact for _, exact in types),
+        stack=stack.members,
+    )
 
 
 def main_type(placements: Iterable[Placement]) -> str:
@@ -188,8 +234,8 @@ def sizes(placements: Sequence[Placement]) -> Mapping[str, int]:
 def _dense_type(
     module: str, shape: tuple[int, ...], model: ModelDescription, embedding: str
 ) -> str:
-    if len(shape) == 1:
-        return "f32"  # llama.cpp wants norms and biases in full
+    if len(shape) == 1 or module in routers(model):
+        return "f32"  # llama.cpp wants norms, biases and routers in full
     if module in (model.family.embedding, model.family.head):
         return embedding if holds_columns(embedding, shape[-1]) else "f16"
     return DENSE_TYPES[model.dtype]

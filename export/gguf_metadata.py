@@ -1,7 +1,8 @@
 """GGUF metadata of the architectures that our own writer knows.
 
-``llama`` (also mistral), ``qwen2`` and ``qwen3``. What GGUF or llama.cpp's graph cannot
-express is an error here, not a file that computes something else.
+``llama`` (also mistral, mixtral), ``qwen2``, ``qwen3`` and ``qwen3moe``. What GGUF or
+llama.cpp's graph cannot express is an error here, not a file that computes something
+else.
 
 Source: llama.cpp ``convert_hf_to_gguf.py`` and ``gguf.constants.Keys``.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from compress.core.artifact import ModelDescription
 from compress.core.contracts import Problem
+from compress.export.gguf_experts import expert_metadata
 from compress.export.gguf_reader import GGUFFile, MetadataValue
 from compress.export.gguf_writer import real, text, whole
 
@@ -101,7 +103,10 @@ def config_problems(config: Mapping[str, Any]) -> list[Problem]:
 def config_notes(config: Mapping[str, Any]) -> list[str]:
     """List what llama.cpp does differently with files of our own writer."""
     window = config.get("sliding_window")
-    if config["model_type"] != "mistral":  # Qwen's windows are off unless switched on
+    if config["model_type"] not in (
+        "mistral",
+        "mixtral",
+    ):  # Qwen's windows are off unless switched on
         window = window if config.get("use_sliding_window") else None
     if window is None or window >= config["max_position_embeddings"]:
         return []
@@ -148,6 +153,7 @@ def architecture_metadata(model: ModelDescription) -> dict[str, MetadataValue]:
         values["rope.scaling.original_context_length"] = whole(original)
         for ours, theirs in (("beta_fast", 32.0), ("beta_slow", 1.0)):
             values[f"rope.scaling.yarn_{ours}"] = real(rope.get(ours) or theirs)
+    values |= expert_metadata(model)
     general = {"general.architecture": text(name), "general.type": text("model")}
     return general | {f"{name}.{key}": value for key, value in values.items()}
 

@@ -112,9 +112,10 @@ class GGUFFile:
         """Return ``<architecture>.<suffix>``, or ``default``."""
         return self.get(f"{self.architecture}.{suffix}", default)
 
-    def read(self, name: str) -> Bytes:
-        """Return the bytes of a tensor as uint8 ``[rows, row_bytes]``."""
-        return self._bytes(name, 0, math.prod(self.tensors[name].shape[:-1]))
+    def read(self, name: str, *, start: int = 0, count: int | None = None) -> Bytes:
+        """Return the bytes of rows of a tensor as uint8 ``[count, row_bytes]``."""
+        rows = math.prod(self.tensors[name].shape[:-1])
+        return self._bytes(name, start, rows - start if count is None else count)
 
     def read_values(
         self, name: str, *, start: int = 0, count: int | None = None

@@ -1,10 +1,11 @@
 """Runs GGUF files in llama.cpp, to check them with the program that will use them.
 
-Settings take away what is llama.cpp's choice rather than the file's: float32 instead of
-float16 keys and values, no flash attention, one batch a window, no token added.
+llama.cpp runs in a child process (:mod:`compress.export.gguf_llama`): a crash in its
+kernels ends that process and is an error here, not the end of a run that has done all
+its work. Logits come through a pipe, one window at a time.
 
-One choice cannot be set: on a CPU llama.cpp rounds activations to 8 bits (groups of 32)
-before every product with a quantized matrix. On SmolLM2-135M with Q4_0 layers that
+On a CPU llama.cpp rounds activations to 8 bits (groups of 32) before every product with
+a quantized matrix, and no setting changes that. On SmolLM2-135M with Q4_0 layers that
 alone moves the output by a mean KL of 4e-3 (four WikiText-2 windows of 512; the same
 rounding put into PyTorch moves it by 4e-3 as well), which hides any defect of the file
 below that. So there are two runs: :func:`llamacpp_logits`, as users run the file, and
@@ -14,24 +15,22 @@ reader. The second says whether the file holds the model (4e-11 in the same sett
 
 from __future__ import annotations
 
-import ctypes
-import logging
-import os
+import json
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from compress.core.errors import ExportError, MissingDependencyError
 
-_F32 = 0  # ggml_type
-_FILE_TYPE_F32 = 0  # llama_ftype
-_NO_FLASH_ATTENTION = 0  # llama_flash_attn_type
+_FLOAT_BYTES = 4
 
 
 def llamacpp_logits(path: Path, windows: Tensor) -> Iterator[Tensor]:
@@ -47,37 +46,9 @@ def llamacpp_logits(path: Path, windows: Tensor) -> Iterator[Tensor]:
 
     Raises:
         MissingDependencyError: llama-cpp-python is not installed.
-        ExportError: llama.cpp refuses the file.
+        ExportError: llama.cpp refuses the file, or crashes.
     """
-    llama = _import_llama()
-    count, length = windows.shape
-    with ExitStack() as cleanup:
-        model = _load(llama, path)
-        cleanup.callback(llama.llama_model_free, model)
-        context = _open_context(llama, model, length)
-        if not context:
-            raise ExportError(
-                f"{path}: llama.cpp cannot make a context of {length} tokens; "
-                "use shorter windows"
-            )
-        cleanup.callback(llama.llama_free, context)
-        vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
-        largest = int(windows.max()) if windows.numel() else 0
-        if largest >= vocabulary:
-            raise ExportError(
-                f"{path}: token {largest} is beyond its vocabulary of {vocabulary}"
-            )
-        batch = llama.llama_batch_init(length, 0, 1)
-        cleanup.callback(llama.llama_batch_free, batch)
-        for index in range(count):
-            _fill_(batch, windows[index].tolist())
-            llama.llama_memory_clear(llama.llama_get_memory(context), True)
-            if llama.llama_decode(context, batch) != 0:
-                raise ExportError(f"{path}: llama.cpp failed on window {index}")
-            logits = np.ctypeslib.as_array(
-                llama.llama_get_logits(context), shape=(length, vocabulary)
-            )
-            yield torch.from_numpy(logits.copy())
+    yield from _logits(path, windows, shown=path)
 
 
 def decoded_logits(path: Path, windows: Tensor) -> Iterator[Tensor]:
@@ -94,25 +65,13 @@ def decoded_logits(path: Path, windows: Tensor) -> Iterator[Tensor]:
 
     Raises:
         MissingDependencyError: llama-cpp-python is not installed.
-        ExportError: llama.cpp refuses the file, or the copy cannot be written.
+        ExportError: llama.cpp refuses the file or crashes, or the copy cannot be
+            written.
     """
-    llama = _import_llama()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".decoded-") as folder:
         copy = Path(folder) / path.name
-        params = llama.llama_model_quantize_default_params()
-        params.ftype = _FILE_TYPE_F32
-        params.allow_requantize = True
-        params.nthread = torch.get_num_threads()
-        status = llama.llama_model_quantize(
-            os.fsencode(path), os.fsencode(copy), ctypes.byref(params)
-        )
-        if status != 0:
-            raise ExportError(
-                f"{path}: llama.cpp cannot decode the file to float32; check that "
-                f"{path.parent} has space for a copy with 4 bytes a weight, then run "
-                "llama-quantize to see llama.cpp's own message"
-            )
-        yield from llamacpp_logits(copy, windows)
+        list(_answers("decode", path, torch.get_num_threads(), copy, shown=path))
+        yield from _logits(copy, windows, shown=path)
 
 
 def llamacpp_tokens(path: Path, text: str) -> list[int]:
@@ -122,73 +81,106 @@ def llamacpp_tokens(path: Path, text: str) -> list[int]:
 
     Raises:
         MissingDependencyError: llama-cpp-python is not installed.
-        ExportError: llama.cpp refuses the file.
+        ExportError: llama.cpp refuses the file, or crashes.
     """
-    llama = _import_llama()
-    model = _load(llama, path, vocabulary_only=True)
-    try:
-        data = text.encode()
-        tokens = (ctypes.c_int32 * (len(data) + 8))()
-        count = llama.llama_tokenize(
-            llama.llama_model_get_vocab(model),
-            data,
-            len(data),
-            tokens,
-            len(tokens),
-            False,
-            True,
-        )
-        return list(tokens[:count])
-    finally:
-        llama.llama_model_free(model)
+    (answer,) = _answers("tokens", path, given=text.encode(), shown=path)
+    return [int(token) for token in answer["tokens"]]
 
 
-def _import_llama() -> Any:
-    try:
-        import llama_cpp
-    except ImportError as error:
+def _logits(path: Path, windows: Tensor, *, shown: Path) -> Iterator[Tensor]:
+    numbers = (torch.get_num_threads(), *windows.shape)
+    given = windows.to(torch.int32).numpy().tobytes()
+    for answer in _answers("logits", path, *numbers, given=given, shown=shown):
+        yield answer["logits"]
+
+
+def _answers(
+    command: str, path: Path, *arguments: object, given: bytes = b"", shown: Path
+) -> Iterator[dict[str, Any]]:
+    """Yield the answers of a child process, with tensors in the place of shapes.
+
+    Args:
+        command: One of :mod:`compress.export.gguf_llama`.
+        path: The file.
+        *arguments: Of the command.
+        given: What it reads on stdin.
+        shown: The file that errors name.
+    """
+    if find_spec("llama_cpp") is None:
         raise MissingDependencyError(
             "llama-cpp-python", extra="verify", purpose="running a GGUF file"
-        ) from error
-    # llama-cpp-python's own log callback prints what is at or above its logger's level;
-    # failures come back as exceptions from here.
-    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
-    llama_cpp.llama_backend_init()
-    return llama_cpp
-
-
-def _load(llama: Any, path: Path, *, vocabulary_only: bool = False) -> Any:
-    params = llama.llama_model_default_params()
-    params.n_gpu_layers = 0
-    params.vocab_only = vocabulary_only
-    # No weights repacked for one processor: the same numbers on every machine, and on
-    # AMX the repacked product of llama-cpp-python 0.3.36 crashes (at ldtilecfg).
-    params.use_extra_bufts = False
-    model = llama.llama_model_load_from_file(os.fsencode(path), params)
-    if not model:
-        raise ExportError(
-            f"{path}: llama.cpp cannot load the file; "
-            "run it in llama-cli to see llama.cpp's own message"
         )
-    return model
+    with (
+        tempfile.TemporaryFile() as stdin,
+        tempfile.TemporaryFile() as stderr,
+        _start([command, path, *arguments], stdin, stderr, given=given) as child,
+    ):
+        assert child.stdout is not None
+        try:
+            while (answer := _read(child.stdout)) is not None:
+                if "error" in answer:
+                    raise ExportError(f"{shown}: {answer['error']}")
+                yield answer
+            if child.wait() != 0:
+                stderr.seek(0)
+                said = stderr.read().decode("utf-8", "replace")
+                raise ExportError(_epitaph(shown, child.returncode, said))
+        finally:
+            child.kill()  # if nobody wants the rest; no effect after its end
 
 
-def _open_context(llama: Any, model: Any, length: int) -> Any:
-    params = llama.llama_context_default_params()
-    params.n_ctx = params.n_batch = params.n_ubatch = length
-    params.n_seq_max = 1
-    params.n_threads = params.n_threads_batch = torch.get_num_threads()
-    params.type_k = params.type_v = _F32
-    params.flash_attn_type = _NO_FLASH_ATTENTION
-    params.no_perf = True
-    return llama.llama_init_from_model(model, params)
+def _start(
+    words: list[object], stdin: IO[bytes], stderr: IO[bytes], *, given: bytes
+) -> subprocess.Popen[bytes]:
+    stdin.write(given)
+    stdin.seek(0)
+    places = [place for place in sys.path if isinstance(place, str)]
+    # The same modules as here, wherever this process found them.
+    code = (
+        f"import sys; sys.path[:] = {places!r}; "
+        "from compress.export.gguf_llama import main; main()"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)],
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+    )
 
 
-def _fill_(batch: Any, tokens: list[int]) -> None:
-    batch.n_tokens = len(tokens)
-    for position, token in enumerate(tokens):
-        batch.token[position] = token
-        batch.pos[position] = position
-        batch.n_seq_id[position] = 1
-        batch.seq_id[position][0] = 0
-        batch.logits[position] = True
+def _read(pipe: IO[bytes]) -> dict[str, Any] | None:
+    """Return the next answer, or ``None`` where the child ended, even inside of one."""
+    line = pipe.readline()
+    if not line.endswith(b"\n"):
+        return None
+    answer: dict[str, Any] = json.loads(line)
+    if "logits" in answer:
+        shape = answer["logits"]
+        values = bytearray(shape[0] * shape[1] * _FLOAT_BYTES)
+        rest = memoryview(values)
+        while rest:
+            size = pipe.readinto(rest)  # type: ignore[attr-defined]
+            if not size:
+                return None
+            rest = rest[size:]
+        answer["logits"] = torch.frombuffer(values, dtype=torch.float32).view(shape)
+    return answer
+
+
+def _epitaph(path: Path, status: int, said: str) -> str:
+    """Return what a child died of, its last words, and what to do."""
+    last = (said.strip().splitlines() or [""])[-1].strip()
+    words = f" ({last})" if last else ""
+    if status == -signal.SIGKILL:
+        return (
+            f"{path}: llama.cpp was killed (SIGKILL){words}, most likely for want of "
+            "memory; free some, then check the file again"
+        )
+    how = f"ended with status {status}"
+    if status < 0:
+        known = {int(s): s.name for s in signal.Signals}
+        how = f"crashed ({known.get(-status, f'signal {-status}')})"
+    return (
+        f"{path}: llama.cpp {how}{words}; the file may be good all the same: run it in "
+        "llama-cli, or install another release of llama-cpp-python"
+    )

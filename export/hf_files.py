@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.core import pack_quantized
-from compress.core.artifact import ModelDescription
-from compress.core.plan import Plan
+from compress.core import compressed_tensors as ct
+from compress.core.artifact import CompressedModel, ModelDescription
+from compress.export import experts
 from compress.export.model_card import groups_of
 
 # The release whose layout we write; readers that check it compare major numbers only.
@@ -30,12 +30,25 @@ _ASSETS = (
     "chat_template.json",
 )
 # Keys that speak of the original file, or of code that we do not copy.
-_DROPPED_KEYS = ("quantization_config", "torch_dtype", "auto_map", "_name_or_path")
+_DROPPED_KEYS = (
+    "quantization_config",
+    "torch_dtype",
+    "auto_map",
+    "_name_or_path",
+    "compress",
+)
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def model_config(plan: Plan, model: ModelDescription) -> dict[str, Any]:
-    """Return ``config.json``: the model's own, with types and codes described."""
+def model_config(artifact: CompressedModel, *, dense: bool) -> dict[str, Any]:
+    """Return ``config.json``: the model's own, with types and codes described.
+
+    Args:
+        artifact: What is written.
+        dense: Whether decoded values are written instead of codes; the key
+            ``compress`` then says of which schemes.
+    """
+    plan, model = artifact.plan, artifact.description
     config = {k: v for k, v in model.config.items() if k not in _DROPPED_KEYS}
     config["dtype"] = model.dtype
     config["tie_word_embeddings"] = model.tied
@@ -45,32 +58,42 @@ def model_config(plan: Plan, model: ModelDescription) -> dict[str, Any]:
         )
 
         config["architectures"] = [NAMES[config["model_type"]]]
-    if plan.layers:
-        config["quantization_config"] = quantization_config(plan, model)
+    if dense and plan.layers:
+        schemes = groups_of(plan.layers)
+        config["compress"] = {
+            "weights": "decoded",
+            "schemes": {scheme.name: len(names) for scheme, names in schemes.items()},
+        }
+    coded = bool(plan.layers) and not dense
+    if coded or artifact.kv_cache_scheme is not None:
+        config["quantization_config"] = quantization_config(artifact, dense=dense)
     return config
 
 
-def quantization_config(plan: Plan, model: ModelDescription) -> dict[str, Any]:
-    """Return the entry of ``config.json`` that says which layers have codes."""
+def quantization_config(artifact: CompressedModel, *, dense: bool) -> dict[str, Any]:
+    """Return the entry of ``config.json`` that says what is coded, and how.
+
+    Each scheme is a group of its own, which names its format.
+    """
+    plan, model = artifact.plan, artifact.description
+    coded = {} if dense else plan.layers
     groups = {
-        f"group_{number}": {
-            "targets": names,
-            "weights": pack_quantized.weight_arguments(scheme),
-            "input_activations": None,
-            "output_activations": None,
-            "format": pack_quantized.FORMAT,
-        }
-        for number, (scheme, names) in enumerate(groups_of(plan.layers).items())
+        f"group_{number}": ct.group_entry(scheme, experts.targets(names, model))
+        for number, (scheme, names) in enumerate(groups_of(coded).items())
     }
+    formats = {group["format"] for group in groups.values()}
     # vLLM wants every linear either targeted or ignored.
-    linears = [*model.linears(), model.family.head]
+    linears = [*model.linears(), *experts.routers(model), model.family.head]
+    scheme = artifact.kv_cache_scheme
     return {
-        "quant_method": pack_quantized.QUANT_METHOD,
-        "format": pack_quantized.FORMAT,
+        "quant_method": ct.QUANT_METHOD,
+        "format": formats.pop()
+        if len(formats) == 1
+        else (ct.MIXED if formats else ct.NO_CODES),
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [name for name in linears if name not in plan.layers],
-        "kv_cache_scheme": None,
+        "ignore": [name for name in linears if name not in coded],
+        "kv_cache_scheme": None if scheme is None else dict(scheme),
         "global_compression_ratio": None,
         "version": _LAYOUT_VERSION,
     }

@@ -6,15 +6,18 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from compress.core import compressed_tensors as ct
 from compress.core.artifact import CompressedModel
 from compress.core.plan import LayerPlan
-from compress.core.scheme import Scheme, Zero
-
-_DENSE_BITS = (2, 4, 8)
+from compress.core.scheme import Scales, Scheme, Zero
 
 
 def model_card(
-    artifact: CompressedModel, *, size_bytes: int, notes: Sequence[str]
+    artifact: CompressedModel,
+    *,
+    size_bytes: int,
+    notes: Sequence[str],
+    dense: bool = False,
 ) -> str:
     """Return the text of ``README.md``.
 
@@ -22,6 +25,7 @@ def model_card(
         artifact: What was written.
         size_bytes: Of the weight files.
         notes: Warnings that a user of the files should read.
+        dense: Whether decoded values were written instead of codes.
     """
     description, layers = artifact.description, artifact.plan.layers
     schemes = groups_of(layers)
@@ -34,14 +38,15 @@ def model_card(
         "pipeline_tag: text-generation",
         *([f"license: {licence}"] if licence else []),
         *([f"base_model: {description.label}"] if hub_id else []),
-        *(["tags: [compressed-tensors, quantized]"] if layers else []),
+        *(["tags: [compressed-tensors, quantized]"] if layers and not dense else []),
         "---",
     ]
     sections = [
         "\n".join(front),
-        _what(artifact, size_bytes),
-        _table(schemes, description.dtype),
-        _loading(schemes, [layer.scheme for layer in layers.values()]),
+        _what(artifact, size_bytes, dense=dense),
+        _table(schemes, description.dtype, dense=dense),
+        _cache(artifact),
+        _loading({} if dense else schemes),
         "## Notes\n\n" + "\n".join(f"- {note}" for note in notes) if notes else "",
         _origin(artifact.provenance, licence),
     ]
@@ -69,33 +74,66 @@ def known_licence(assets: Path | None) -> str | None:
     return line[1] if line else None
 
 
-def _what(artifact: CompressedModel, size_bytes: int) -> str:
+def _what(artifact: CompressedModel, size_bytes: int, *, dense: bool) -> str:
     description, layers = artifact.description, artifact.plan.layers
     methods = ", ".join(sorted({layer.method for layer in layers.values()}))
-    coded = (
-        f"{len(layers)} weight matrices are integer codes (method: {methods}); "
-        "everything else"
-        if layers
-        else "No matrix is quantized; everything"
-    )
+    coded = "No matrix is quantized; everything"
+    if dense and layers:
+        coded = (
+            f"{len(layers)} weight matrices were quantized (method: {methods}) and are "
+            f"stored decoded, as ordinary {description.dtype} weights: these files are "
+            "for measuring and for loaders that know no codes, they save no memory. "
+            "Everything"
+        )
+    elif layers:
+        coded = (
+            f"{len(layers)} weight matrices are codes (method: {methods}); everything "
+            "else"
+        )
+    moved = ""
+    if description.transforms:
+        names = ", ".join(description.transforms)
+        moved = f" Before that its weights went through {names}, which is exact."
+    weights = sum(info.elements for info in description.tensors.values())
     return (
         f"# {description.label}, compressed\n\n"
         f"A {description.config.get('model_type', 'language')} model of "
-        f"{description.block_count} blocks. {coded} is {description.dtype}. "
-        f"The weight files take {size_bytes:,} bytes. Measured quality is in the "
+        f"{description.block_count} blocks. {coded} is {description.dtype}.{moved} "
+        f"The weight files take {size_bytes:,} bytes, {size_bytes * 8 / weights:.2f} "
+        "bits for each weight of the model. Measured quality is in the "
         "`report.md` of the run that made these files."
     )
 
 
-def _table(schemes: Mapping[Scheme, Sequence[str]], dtype: str) -> str:
+def _table(schemes: Mapping[Scheme, Sequence[str]], dtype: str, *, dense: bool) -> str:
     if not schemes:
         return ""
     rows = [
-        f"| `{scheme.name}` | {scheme.scale_dtype} | {len(names)} | {_kinds(names)} |"
+        f"| `{scheme.name}` | {dtype if dense else ct.layout_of(scheme).format} | "
+        f"{_scale_type(scheme)} | {len(names)} | {_kinds(names)} |"
         for scheme, names in schemes.items()
     ]
-    head = "| scheme | scales | layers | which |\n|---|---|---|---|"
-    return "\n".join([head, *rows, f"| dense | {dtype} | | everything else |"])
+    head = "| scheme | stored as | scales | layers | which |\n|---|---|---|---|---|"
+    return "\n".join([head, *rows, f"| dense | {dtype} | | | everything else |"])
+
+
+def _scale_type(scheme: Scheme) -> str:
+    return {
+        Scales.POWER: "powers of two",
+        Scales.TWO_LEVEL: "E4M3 under one float32",
+    }.get(scheme.scales, scheme.scale_dtype)
+
+
+def _cache(artifact: CompressedModel) -> str:
+    scheme = artifact.kv_cache_scheme
+    if scheme is None:
+        return ""
+    return (
+        f"The key-value cache is to be held in {scheme.get('num_bits')} bits "
+        f"({scheme.get('type')}, a scale for each {scheme.get('strategy')}); its "
+        f"{len(artifact.kv_scales)} scales are in the files. vLLM does that with "
+        "`--kv-cache-dtype fp8`; transformers emulates it in float."
+    )
 
 
 def _kinds(names: Sequence[str]) -> str:
@@ -103,8 +141,10 @@ def _kinds(names: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
 
 
-def _loading(schemes: Mapping[Scheme, Sequence[str]], used: Sequence[Scheme]) -> str:
-    asymmetric = any(scheme.zero is Zero.INTEGER for scheme in used)
+def _loading(schemes: Mapping[Scheme, Sequence[str]]) -> str:
+    formats = {ct.layout_of(scheme).format for scheme in schemes}
+    packed = "pack-quantized" in formats
+    asymmetric = packed and any(scheme.zero is Zero.INTEGER for scheme in schemes)
     extra = ", CompressedTensorsConfig" if asymmetric else ""
     option = (
         '"FOLDER", quantization_config=CompressedTensorsConfig(dequantize=True)'
@@ -113,16 +153,10 @@ def _loading(schemes: Mapping[Scheme, Sequence[str]], used: Sequence[Scheme]) ->
     )
     lines = ["## How to load", ""]
     if schemes:
-        bits = sorted({scheme.bits for scheme in schemes} - set(_DENSE_BITS))
-        version = (
-            f" Codes of {', '.join(map(str, bits))} bits need compressed-tensors 0.20 "
-            "or newer: releases before 0.18 pack them differently."
-            if bits
-            else ""
-        )
+        names = ", ".join(f"`{name}`" for name in sorted(formats))
         lines += [
-            "The layout is `pack-quantized` of compressed-tensors "
-            f"(`pip install compressed-tensors`).{version}",
+            f"The layout is {names} of compressed-tensors "
+            "(`pip install 'compressed-tensors>=0.20'`).",
             "",
         ]
     lines += [
@@ -133,8 +167,8 @@ def _loading(schemes: Mapping[Scheme, Sequence[str]], used: Sequence[Scheme]) ->
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
         "```",
         "",
-        "In vLLM: `vllm serve FOLDER`. Without compressed-tensors: "
-        '`compress.load("FOLDER")`.',
+        "In vLLM, which we have not run: `vllm serve FOLDER`; the notes say what it "
+        'does not load. Without compressed-tensors: `compress.load("FOLDER")`.',
     ]
     return "\n".join(lines)
 

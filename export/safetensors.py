@@ -1,57 +1,50 @@
 """Safetensors checkpoint that stock transformers and vLLM load.
 
-Coded layers are stored as compressed-tensors ``pack-quantized`` (the codes exactly as
-the quantizer chose them), everything else dense in the model's type; config, tokenizer
-and model card lie beside. A plan without layers gives an ordinary dense checkpoint.
+Coded layers are stored in the layouts of compressed-tensors (the codes exactly as the
+quantizer chose them, see ``core/compressed_tensors``), everything else dense in the
+model's type; config, tokenizer and model card lie beside. A plan without layers gives
+an ordinary dense checkpoint, and so does ``dense: true``, with the decoded values.
 
-Source: compressed-tensors 0.20 (``pack_quantized``, ``QuantizationConfig``) and the
-loaders of transformers 5.23. What we do differently: every layer is named in its config
-group instead of matched by class, so that a config group never covers a layer that has
-no codes, and files are streamed (see ``sharding``). Limits: no float minima; integer
-zero points only if the whole plan is one scheme, see :meth:`SafetensorsExporter.check`.
+Source: compressed-tensors 0.20 and the loaders of transformers 5.23. What we do
+differently: every layer is named in its config group instead of matched by class, so
+that a config group never covers a layer that has no codes, and files are streamed (see
+``sharding``). Limits: see ``safetensors_checks``.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from compress.core import pack_quantized
+from compress.core import compressed_tensors as ct
 from compress.core.artifact import CompressedModel, ModelDescription, TensorInfo
 from compress.core.contracts import Exporter, ExportResult, Options, Problem
-from compress.core.errors import (
-    CheckpointError,
-    ExportError,
-    MissingDependencyError,
-    SchemeError,
-)
-from compress.core.plan import LayerPlan, Plan
-from compress.core.scheme import Zero
+from compress.core.errors import CheckpointError, ExportError
+from compress.core.plan import Plan
 from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
+from compress.export import safetensors_checks, stock_transformers
+from compress.export.experts import is_target
 from compress.export.hf_files import (
     as_json,
     copy_assets,
     generation_config,
     model_config,
 )
-from compress.export.model_card import groups_of, model_card
+from compress.export.model_card import model_card
+from compress.export.outer_scales import OuterScales
 from compress.export.sharding import (
     Entry,
+    has_tensor,
     parse_size,
     plan_shards,
     read_tensor,
     write_shards,
 )
-
-_LOG = logging.getLogger(__name__)
 
 
 class SafetensorsOptions(Options):
@@ -60,9 +53,15 @@ class SafetensorsOptions(Options):
     Attributes:
         max_shard_size: Largest file, such as ``5GB`` or ``500MiB``; a single tensor
             that is larger gets a file of its own.
+        runtime: What has to load the files. ``vllm`` also asks for what vLLM needs and
+            transformers does not, such as one scheme for layers that it fuses.
+        dense: Write decoded values in the model's type instead of codes. Anything loads
+            them, and they are as large as the original.
     """
 
     max_shard_size: str = "5GB"
+    runtime: Literal["transformers", "vllm"] = "transformers"
+    dense: bool = False
 
     @field_validator("max_shard_size", mode="before")
     @classmethod
@@ -75,96 +74,63 @@ class SafetensorsOptions(Options):
 
 
 class SafetensorsExporter(Exporter):
-    """Writes ``pack-quantized`` safetensors with config, tokenizer and card."""
+    """Writes compressed-tensors checkpoints with config, tokenizer and card."""
 
     name = "safetensors"
-    summary = "compressed-tensors pack-quantized checkpoint for transformers"
-    source = "compressed-tensors 0.20, pack-quantized layout"
+    summary = "compressed-tensors checkpoint for transformers and vLLM"
+    source = "compressed-tensors 0.20"
     consumer = "transformers"
     Options = SafetensorsOptions
 
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether codes are written, and not decoded values."""
+        return not self._options.dense
+
     def check(self, plan: Plan, model: ModelDescription) -> list[Problem]:
-        """List what cannot be stored, or what stock transformers cannot load back."""
-        problems = [
-            Problem(name, message)
-            for name, layer in plan.layers.items()
-            if (message := _layer_problem(layer, model)) is not None
-        ]
-        schemes = groups_of(plan.layers)
-        if len(schemes) > 1:
-            # transformers 5.23 reads an asymmetric layer only with dequantize=True, and
-            # there it decodes every layer with the first group's bits.
-            problems += [
-                Problem(
-                    names[0],
-                    f"{scheme.name} beside other schemes: stock transformers loads "
-                    "integer zero points only if the whole plan is one scheme; use "
-                    f"int{scheme.bits} without -asym, or {scheme.name} everywhere",
-                )
-                for scheme, names in schemes.items()
-                if scheme.zero is Zero.INTEGER
-            ]
-        return problems
+        """List what cannot be stored, or what the runtime cannot load back."""
+        options = self._options
+        return safetensors_checks.problems(
+            plan, model, runtime=options.runtime, dense=options.dense
+        )
 
     def notes(self, plan: Plan, model: ModelDescription) -> tuple[str, ...]:
         """Return what a user of the files should know; none of it stops an export."""
-        layers = plan.layers.values()
-        notes = []
-        if any(layer.scheme.zero is Zero.INTEGER for layer in layers):
-            notes.append(
-                "Integer zero points: load in transformers with "
-                "CompressedTensorsConfig(dequantize=True); its default load fails. The "
-                "product with the scale is then computed in the scale's type."
-            )
-        scales = sorted({layer.scheme.scale_dtype for layer in layers} - {model.dtype})
-        if scales:
-            notes.append(
-                f"Scales are {', '.join(scales)} in a {model.dtype} model; vLLM and "
-                f"transformers round them to the type they load in ({model.dtype})."
-            )
-        odd = sorted({layer.scheme.bits for layer in layers} - {2, 4, 8})
-        if odd:
-            notes.append(
-                f"Codes of {', '.join(map(str, odd))} bits need compressed-tensors "
-                "0.20 or newer: releases before 0.18 pack them differently."
-            )
-        if model.family.head in plan.layers:
-            notes.append(
-                f"{model.family.head} is coded; transformers loads it, not every "
-                "release of vLLM does."
-            )
-        split = _split_inputs(plan, model)
-        if split:
-            notes.append(
-                f"vLLM fuses {split}, which have different schemes here, and will not "
-                "load them; transformers does."
-            )
-        return tuple(notes)
+        return safetensors_checks.notes(plan, model, dense=self._options.dense)
 
     def tensor_bytes(self, plan: Plan, model: ModelDescription) -> Mapping[str, int]:
         """Return the bytes of each coded layer, and of each other tensor."""
         return {
             name: sum(entry.size_bytes for entry in entries)
-            for name, entries in _layout(plan, model).items()
+            for name, entries in self._layout(plan, model).items()
         }
 
     def write(self, artifact: CompressedModel, folder: Path) -> ExportResult:
         """Write weights one layer at a time, then config, tokenizer and card.
 
         Raises:
-            ExportError: A tensor overflows the model's type, or a file cannot be
-                written.
+            ExportError: A tensor overflows the model's type, a layer lacks the largest
+                input that its scheme needs, fused layers disagree in what vLLM makes
+                them share, or a file cannot be written.
         """
-        plan, model = artifact.plan, artifact.description
-        entries = [e for part in _layout(plan, model).values() for e in part]
+        plan, model, dense = artifact.plan, artifact.description, self._options.dense
+        if not dense:
+            safetensors_checks.check_input_amax(artifact)
+        entries = [e for part in self._layout(plan, model).values() for e in part]
+        entries += [
+            Entry(name, TensorInfo(tuple(scale.shape), "float32"))
+            for name, scale in artifact.kv_scales.items()
+        ]
         limit = parse_size(self._options.max_shard_size)
         shards = plan_shards(entries, limit)
-        files = write_shards(folder, shards, _tensors(artifact))
+        outer = OuterScales(model, strict=self._options.runtime == "vllm")
+        files = write_shards(folder, shards, self._tensors(artifact, outer))
         weights = [folder / shard.file for shard in shards]
         size = sum(path.stat().st_size for path in weights)
-        notes = self.notes(plan, model)
-        card = model_card(artifact, size_bytes=size, notes=notes)
-        texts = {"config.json": as_json(model_config(plan, model)), "README.md": card}
+        notes = (*self.notes(plan, model), *outer.notes())
+        card = model_card(artifact, size_bytes=size, notes=notes, dense=dense)
+        config = model_config(artifact, dense=dense)
+        texts = {"config.json": as_json(config), "README.md": card}
         generation = generation_config(model)
         if generation:
             texts["generation_config.json"] = generation
@@ -186,104 +152,81 @@ class SafetensorsExporter(Exporter):
         Raises:
             CheckpointError: The folder holds no codes of ``layer``.
         """
-        arguments = _arguments_of(folder, layer)
-        suffixes = ["weight_packed", "weight_scale", "weight_shape"]
-        if not arguments["symmetric"]:
-            suffixes.append("weight_zero_point")
-        stored = {s: read_tensor(folder, f"{layer}.{s}") for s in suffixes}
-        dtype = str(stored["weight_scale"].dtype).removeprefix("torch.")
-        scheme = pack_quantized.scheme_of_arguments(arguments, dtype)
-        return pack_quantized.decode(stored, scheme)
+        group = _group_of(folder, layer)
+        layout = ct.layout_named(group["format"])
+        stored = {
+            suffix: read_tensor(folder, f"{layer}.{suffix}")
+            for suffix in (layout.codes, *ct.SUFFIXES)
+            if has_tensor(folder, f"{layer}.{suffix}")
+        }
+        if ct.SCALE not in stored or layout.codes not in stored:
+            raise CheckpointError(f"{folder}: {layer} lacks codes or scales")
+        dtype = str(stored[ct.SCALE].dtype).removeprefix("torch.")
+        scheme = ct.scheme_of_group(group, group["format"], dtype)
+        rows, width = stored[layout.codes].shape
+        columns = layout.columns(width) or int(stored["weight_shape"][1])
+        return layout.decode(stored, scheme, (rows, columns))
 
     def replay(self, folder: Path, windows: Tensor) -> Iterator[Tensor]:
-        """Run the files in stock transformers, in float32 on the CPU.
+        """Run the weights of the files in stock transformers, in float32 on the CPU.
 
-        With integer zero points the model is loaded with ``dequantize=True``.
+        What the config says about inputs and the key-value cache is left out; it is in
+        :meth:`serve`. Integer zero points that are packed load with
+        ``dequantize=True``.
 
         Raises:
             MissingDependencyError: compressed-tensors is not installed.
         """
-        model = _stock_model(folder)
-        for window in windows:
-            with torch.inference_mode():
-                logits: Tensor = model(window[None].long(), use_cache=False).logits[0]
-            yield logits.float()
+        return stock_transformers.logits(folder, windows, as_served=False)
+
+    def serve(self, folder: Path, windows: Tensor) -> Iterator[Tensor] | None:
+        """Run the files as transformers does, rounding inputs and cache, if it does."""
+        if not stock_transformers.rounds_more_than_weights(folder):
+            return None
+        return stock_transformers.logits(folder, windows, as_served=True)
+
+    def _layout(self, plan: Plan, model: ModelDescription) -> dict[str, list[Entry]]:
+        """Return the stored tensors of each layer or tensor, in checkpoint order."""
+        layout: dict[str, list[Entry]] = {}
+        for name, info in model.tensors.items():
+            layer = plan.layers.get(name.removesuffix(".weight"))
+            if layer is None or not name.endswith(".weight") or self._options.dense:
+                layout[name] = [Entry(name, TensorInfo(info.shape, model.dtype))]
+                continue
+            stored = ct.layout_of(layer.scheme).tensors(layer.scheme, layer.shape)
+            layout[layer.name] = [
+                Entry(f"{layer.name}.{s}", i) for s, i in stored.items()
+            ]
+        return layout
+
+    def _tensors(
+        self, artifact: CompressedModel, outer: OuterScales
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield what :meth:`_layout` describes, holding one layer at a time."""
+        model = artifact.description
+        for name in model.tensors:
+            layer = name.removesuffix(".weight")
+            if not name.endswith(".weight") or layer not in artifact.plan.layers:
+                yield name, _cast(name, artifact.source.read(name), model.dtype)
+            elif self._options.dense:
+                values = artifact.quantized(layer).dequantize()
+                yield name, _cast(name, values, model.dtype)
+            else:
+                tensor = artifact.quantized(layer)
+                outer.see(layer, tensor)
+                stored = ct.layout_of(tensor.scheme).encode(
+                    tensor, input_amax=artifact.input_amax.get(layer)
+                )
+                del tensor
+                for suffix in list(stored):
+                    yield f"{layer}.{suffix}", stored.pop(suffix)
+        for name, scale in artifact.kv_scales.items():
+            yield name, scale.float()
 
     @property
     def _options(self) -> SafetensorsOptions:
         assert isinstance(self.options, SafetensorsOptions)
         return self.options
-
-
-def _layer_problem(layer: LayerPlan, model: ModelDescription) -> str | None:
-    """Return why one layer cannot be stored, with the remedy."""
-    info = model.tensors.get(f"{layer.name}.weight")
-    if info is None:
-        tied = " (the head shares the embedding's weight)" if model.tied else ""
-        return f"the model stores no {layer.name}.weight{tied}; remove it from the plan"
-    if layer.name == model.family.embedding:
-        # transformers 5.17 and 5.23 with compressed-tensors 0.19 and 0.20 stop with
-        # "'Embedding' object has no attribute 'weight'" when the codes replace it.
-        return (
-            f"stock transformers cannot load a coded embedding ({layer.scheme.name}); "
-            "remove its override so that it stays dense, or export to gguf only"
-        )
-    if info.shape != layer.shape:
-        return f"the plan says {layer.shape}, the model {info.shape}; plan it again"
-    if not layer.scheme.is_integer or layer.scheme.inputs or layer.scheme.rank:
-        return f"{layer.scheme.name} has no layout here; use an integer scheme"
-    if layer.scheme.zero is Zero.OFFSET:
-        base = f"int{layer.scheme.bits}"
-        group = f"-g{layer.scheme.group_size}" if layer.scheme.group_size else ""
-        return (
-            f"pack-quantized holds no float minimum ({layer.scheme.name}); use "
-            f"{base}{group} or {base}{group}-asym, or export to gguf only"
-        )
-    try:
-        layer.scheme.check_columns(layer.shape[1], layer.name)
-    except SchemeError as error:
-        return str(error)
-    return None
-
-
-def _split_inputs(plan: Plan, model: ModelDescription) -> str | None:
-    """Return the first layers that share an input but not a scheme."""
-    for index in range(model.block_count):
-        schemes: dict[str, dict[str, Any]] = {}
-        for linear in model.family.linears:
-            layer = plan.layers.get(f"{model.family.block(index)}.{linear.path}")
-            scheme = layer.scheme if layer else None
-            schemes.setdefault(linear.input, {})[linear.path] = scheme
-        for members in schemes.values():
-            if len(set(members.values())) > 1:
-                return f"{', '.join(members)} of {model.family.block(index)}"
-    return None
-
-
-def _layout(plan: Plan, model: ModelDescription) -> dict[str, list[Entry]]:
-    """Return the stored tensors of each layer or tensor, in checkpoint order."""
-    layout: dict[str, list[Entry]] = {}
-    for name, info in model.tensors.items():
-        layer = plan.layers.get(name.removesuffix(".weight"))
-        if layer is None or not name.endswith(".weight"):
-            layout[name] = [Entry(name, TensorInfo(info.shape, model.dtype))]
-            continue
-        stored = pack_quantized.stored_tensors(layer.scheme, layer.shape)
-        layout[layer.name] = [Entry(f"{layer.name}.{s}", i) for s, i in stored.items()]
-    return layout
-
-
-def _tensors(artifact: CompressedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield what :func:`_layout` describes, holding one layer at a time."""
-    model = artifact.description
-    for name in model.tensors:
-        layer = name.removesuffix(".weight")
-        if name.endswith(".weight") and layer in artifact.plan.layers:
-            stored = pack_quantized.encode(artifact.quantized(layer))
-            for suffix in list(stored):
-                yield f"{layer}.{suffix}", stored.pop(suffix)
-        else:
-            yield name, _cast(name, artifact.source.read(name), model.dtype)
 
 
 def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
@@ -298,67 +241,11 @@ def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
     return cast
 
 
-def _arguments_of(folder: Path, layer: str) -> dict[str, Any]:
-    """Return the ``weights`` entry of the config group that names ``layer``."""
-    config = _read_config(folder)
+def _group_of(folder: Path, layer: str) -> dict[str, Any]:
+    """Return the config group that names ``layer``."""
+    config = stock_transformers.read_config(folder)
     groups = config.get("quantization_config", {}).get("config_groups", {})
     for group in groups.values():
-        if layer in group["targets"]:
-            return dict(group["weights"])
+        if is_target(layer, group["targets"]):
+            return dict(group)
     raise CheckpointError(f"{folder}: config.json names no codes of {layer}")
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}/config.json: {error}") from error
-    return config
-
-
-def _stock_model(folder: Path) -> Any:
-    """Load the folder as any user of transformers would."""
-    from transformers import AutoModelForCausalLM
-
-    quantization = _read_config(folder).get("quantization_config")
-    options: dict[str, Any] = {}
-    if quantization:
-        try:
-            import compressed_tensors  # noqa: F401
-        except ImportError as error:
-            raise MissingDependencyError(
-                "compressed-tensors", extra="verify", purpose="loading this checkpoint"
-            ) from error
-        groups = quantization["config_groups"].values()
-        if not all(group["weights"]["symmetric"] for group in groups):
-            from transformers import CompressedTensorsConfig
-
-            _LOG.info("integer zero points: loading with dequantize=True")
-            options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    with _no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, **options
-        ).eval()
-        with torch.inference_mode():  # the first forward pass unpacks all codes
-            model(torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
-    return model
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep the bars of the loading libraries out of the output of ours.
-
-    They show one bar for each stage, some of which no option switches off.
-    """
-    from tqdm import tqdm
-
-    original = tqdm.__init__
-
-    def silent(bar: Any, *values: Any, **options: Any) -> None:
-        original(bar, *values, **{**options, "disable": True})
-
-    tqdm.__init__ = silent
-    try:
-        yield
-    finally:
-        tqdm.__init__ = original

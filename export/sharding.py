@@ -35,6 +35,9 @@ _STORED = {
     "bfloat16": ("BF16", 2),
     "int32": ("I32", 4),
     "int64": ("I64", 8),
+    "int8": ("I8", 1),
+    "uint8": ("U8", 1),
+    "float8_e4m3fn": ("F8_E4M3", 1),
 }
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BINARY_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -56,7 +59,7 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: float32, float16, bfloat16, int32 or int64."""
+    """One tensor of a file, of a type that compressed-tensors stores."""
 
     name: str
     info: TensorInfo
@@ -206,6 +209,39 @@ def _checked_bytes(
     return data.numpy().data
 
 
+def _file_of(folder: Path, name: str) -> Path:
+    """Return the file that should hold a tensor."""
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        return folder / SINGLE_NAME
+    try:
+        return folder / str(json.loads(index.read_text("utf-8"))["weight_map"][name])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index}: cannot find {name}: {error}") from error
+
+
+def has_tensor(folder: Path, name: str) -> bool:
+    """Whether a written folder holds a tensor.
+
+    Raises:
+        CheckpointError: The files are damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / SINGLE_NAME, framework="pt") as handle:
+            return name in handle.keys()  # noqa: SIM118 - not a mapping
+    except FileNotFoundError:
+        pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / SINGLE_NAME}: {error}") from error
+    try:
+        index = json.loads((folder / INDEX_NAME).read_text("utf-8"))
+        return name in index["weight_map"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / INDEX_NAME}: {error}") from error
+
+
 def read_tensor(folder: Path, name: str) -> Tensor:
     """Return one tensor of a written folder.
 
@@ -214,16 +250,11 @@ def read_tensor(folder: Path, name: str) -> Tensor:
     """
     from safetensors import SafetensorError, safe_open
 
-    index = folder / INDEX_NAME
-    file = SINGLE_NAME
+    file = _file_of(folder, name)
     try:
-        if index.is_file():
-            file = json.loads(index.read_text("utf-8"))["weight_map"][name]
-        with safe_open(folder / file, framework="pt") as handle:
+        with safe_open(file, framework="pt") as handle:
             # A copy: the original is a view of the mapped file.
             tensor: Tensor = handle.get_tensor(name).clone()
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder / file}: cannot read {name}: {error}"
-        ) from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: cannot read {name}: {error}") from error
     return tensor

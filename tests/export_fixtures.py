@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compress.core import grids
 from compress.core.artifact import (
     CompressedModel,
     ModelDescription,
@@ -17,7 +18,7 @@ from compress.core.artifact import (
 from compress.core.families import family_of
 from compress.core.plan import LayerPlan, Plan
 from compress.core.scheme import Scheme, Zero
-from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
+from compress.core.tensors import TORCH_DTYPES, LowRank, QuantizedTensor
 
 
 class StateDictSource(TensorSource):
@@ -40,6 +41,8 @@ class StateDictSource(TensorSource):
 
 def round_to_nearest(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
     """Absmax (or min-max) rounding to nearest, with stored scales."""
+    if not scheme.is_integer or scheme.rank or scheme.zero is Zero.OFFSET:
+        return _round_on_grid(weight, scheme)
     rows, columns = weight.shape
     groups = weight.float().view(rows, -1, scheme.group_of(columns))
     storage = TORCH_DTYPES[scheme.scale_dtype]
@@ -59,16 +62,31 @@ def round_to_nearest(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
     return QuantizedTensor(codes.view(rows, columns), scale, zero, scheme)
 
 
+def _round_on_grid(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
+    """Round with the project's own grids, and a correction of the first columns."""
+    groups = grids.as_groups(weight, scheme)
+    parameters = grids.range_parameters(groups, scheme)
+    levels = grids.encode(groups, parameters, scheme).view(weight.shape)
+    low_rank = None
+    if scheme.rank:
+        rows, columns = weight.shape
+        ones = torch.ones(rows, scheme.rank, dtype=torch.int8)
+        scale = torch.full((1, scheme.rank), 0.01, dtype=torch.float16)
+        across = torch.ones(scheme.rank, columns, dtype=torch.int8)
+        low_rank = LowRank(ones, scale, across, scale.t().contiguous())
+    return grids.assemble(levels, parameters, scheme, low_rank=low_rank)
+
+
 def tiny_llama(
-    *, tied: bool = False, dtype: str = "float32", blocks: int = 2
+    *, tied: bool = False, dtype: str = "float32", blocks: int = 2, hidden: int = 64
 ) -> tuple[dict[str, Tensor], ModelDescription]:
-    """Return the state and the description of a random Llama 64 wide."""
+    """Return the state and the description of a random Llama."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=96,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -101,9 +119,10 @@ def make_artifact(
     dtype: str = "float32",
     scale_dtype: str | None = None,
     assets: Path | None = None,
+    hidden: int = 64,
 ) -> CompressedModel:
     """Return a compressed tiny Llama; ``scheme_of`` maps layer names to schemes."""
-    state, description = tiny_llama(tied=tied, dtype=dtype)
+    state, description = tiny_llama(tied=tied, dtype=dtype, hidden=hidden)
     description = ModelDescription(**{**vars(description), "assets": assets})
     layers = {}
     for name, tensor in state.items():
@@ -118,7 +137,11 @@ def make_artifact(
         return round_to_nearest(state[f"{layer}.weight"], layers[layer].scheme)
 
     return CompressedModel(
-        description, Plan("tiny", layers), StateDictSource(state), quantized
+        description,
+        Plan("tiny", layers),
+        StateDictSource(state),
+        quantized,
+        input_amax={name: 12.5 for name in layers},
     )
 
 

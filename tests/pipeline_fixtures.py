@@ -1,19 +1,24 @@
-"""Tiny checkpoints on disk with a trained tokenizer, and configs to run on them."""
+"""Tiny checkpoints on disk with a trained tokenizer, configs, and what runs leave."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from gguf_fixtures import TEXT, save_tokenizer, tiny_config
+from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
+GGUF = {"format": "gguf", "embedding": "f16"}
+BOTH = [{"format": "safetensors"}, GGUF]
 LONG_TEXT = "\n\n".join(
     f"{TEXT}\nLine {i} says that {i * 37 % 101} of {i} cats sat on mat {i * i}."
     for i in range(120)
@@ -111,3 +116,49 @@ def call(*arguments: object) -> Result:
         return CliRunner().invoke(app, [str(argument) for argument in arguments])
     finally:
         logger.handlers[:], logger.propagate, logger.level = before
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A checkpoint, a text, and a place for runs."""
+
+    folder: Path
+    model: Path
+    text: Path
+
+    def config(self, name: str, **changes: Any) -> dict[str, Any]:
+        return config_of(self.model, self.text, self.folder / name, **changes)
+
+    def run(self, name: str, **changes: Any) -> Path:
+        """Run a config; returns its work directory."""
+        import compress
+
+        return compress.run(self.config(name, **changes)).workdir
+
+
+def report_of(workdir: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((workdir / "report.json").read_text())
+    return report
+
+
+def codes_of(workdir: Path) -> dict[str, torch.Tensor]:
+    """Return codes, scales and zeros of all checkpoints of a run."""
+    found = {}
+    for path in sorted((workdir / "blocks").iterdir()):
+        found |= load_file(path)
+    return found
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    """Return the weight files of an export by name."""
+    return {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
+
+
+def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model(ids).logits
+    return logits

@@ -29,6 +29,7 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RECIPES = (
@@ -121,6 +122,9 @@ def main() -> None:
             arguments.model, dtype=torch.float32
         )
 
+    if not torch.cuda.is_available():
+        # llm-compressor 0.14 pins AWQ's cached inputs, which fails without a device.
+        IntermediatesCache._pin_intermediate = staticmethod(lambda value: None)
     model = load()
     tokens = numpy.load(arguments.tokens)
     recipe = modifiers_of(arguments.recipe, arguments.group_size)

@@ -6,7 +6,8 @@ part of its text, so that they see all of it. Where a tokenizer puts a
 beginning-of-sequence token before a text, every window begins with it, as every prompt
 of the model will.
 
-Rows are shuffled, so that any part of them is a fair sample of all sources.
+Rows are shuffled, so that any part of them is a fair sample of all sources. What was
+drawn once is kept in the user's cache (:mod:`compress.calibration.cache`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.calibration.cache import key_of, read_entry, write_entry
 from compress.calibration.sources import (
     SourceSpec,
     WeightedSource,
@@ -88,32 +90,48 @@ def load_tokens(
         )
     sources = parse_sources(spec)
     shares = share_windows([source.weight for source in sources], samples)
-    generator = torch.Generator().manual_seed(seed)
-    prefix = _beginning(tokenizer)
-    body = sequence_length - len(prefix)
-    characters = samples * sequence_length * _CHARACTERS_PER_TOKEN
-    windows: list[Tensor] = []
-    texts: list[str] = []
-    for source, count in zip(sources, shares, strict=True):
-        if not count:
-            continue
-        text = load_text(source.source, tokenizer, characters=characters)
-        texts.append(hashlib.sha256(text.encode()).hexdigest())
-        ids = _tokenize(text, tokenizer)
-        if len(ids) // body < count:
-            raise _too_short(source.source, ids, body, count)
-        windows.append(_spread_windows(ids, body, count=count, generator=generator))
-    rows = torch.cat(windows)
-    rows = torch.cat([prefix.expand(len(rows), -1), rows], dim=1)
-    rows = rows[torch.randperm(len(rows), generator=generator)].contiguous()
     names = [source.source for source in sources]
+    owed = [(name, count) for name, count in zip(names, shares, strict=True) if count]
+    characters = samples * sequence_length * _CHARACTERS_PER_TOKEN
+    texts = [load_text(name, tokenizer, characters=characters) for name, _ in owed]
+    hashes = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+    counts = [count for _, count in owed]
+    key = key_of(hashes, tokenizer, [counts, samples, sequence_length, seed])
+    rows = read_entry(key, (samples, sequence_length)) if key else None
+    if rows is None:
+        rows = _draw(owed, texts, tokenizer, length=sequence_length, seed=seed)
+        if key:
+            write_entry(key, rows)
     digest = _digest(
         rows,
-        texts=texts,
+        texts=hashes,
         tokenizer=tokenizer,
         parameters=[names, shares, samples, sequence_length, seed],
     )
     return CalibrationTokens(rows, tuple(zip(names, shares, strict=True)), digest)
+
+
+def _draw(
+    owed: Sequence[tuple[str, int]],
+    texts: Sequence[str],
+    tokenizer: Any,
+    *,
+    length: int,
+    seed: int,
+) -> Tensor:
+    """Return the windows ``[N, length]`` that each named source owes, shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    prefix = _beginning(tokenizer)
+    body = length - len(prefix)
+    windows: list[Tensor] = []
+    for (name, count), text in zip(owed, texts, strict=True):
+        ids = _tokenize(text, tokenizer)
+        if len(ids) // body < count:
+            raise _too_short(name, ids, body, count)
+        windows.append(_spread_windows(ids, body, count=count, generator=generator))
+    rows = torch.cat(windows)
+    rows = torch.cat([prefix.expand(len(rows), -1), rows], dim=1)
+    return rows[torch.randperm(len(rows), generator=generator)].contiguous()
 
 
 def share_windows(weights: Sequence[float], total: int) -> list[int]:

@@ -1,7 +1,11 @@
 """The YAML config: schema, loading with positions, and error messages."""
 
 from compress.config.loader import config_schema, load_config, parse_options
-from compress.config.plugins import create_exporter, create_quantizer
+from compress.config.plugins import (
+    create_exporter,
+    create_quantizer,
+    create_transform,
+)
 from compress.config.schema import (
     DENSE,
     CalibrationSection,
@@ -12,6 +16,7 @@ from compress.config.schema import (
     Override,
     QuantizeSection,
     RunSection,
+    TransformEntry,
     WeightedSource,
 )
 
@@ -25,10 +30,12 @@ __all__ = [
     "Override",
     "QuantizeSection",
     "RunSection",
+    "TransformEntry",
     "WeightedSource",
     "config_schema",
     "create_exporter",
     "create_quantizer",
+    "create_transform",
     "load_config",
     "parse_options",
 ]

@@ -6,19 +6,22 @@ with the path prefixed, so that outside plug-ins give the same errors as built-i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from compress.config.diagnostics import Findings, KeyPath, Origin
+from compress.config.diagnostics import Findings, KeyPath, Origin, suggest
 from compress.config.schema import DENSE, QuantizeSection
 from compress.core.errors import ConfigError, SchemeError
 from compress.core.scheme import Scheme
 from compress.registry import get_exporter, get_quantizer
 
 if TYPE_CHECKING:
+    from compress.config.schema import TransformEntry
     from compress.core.contracts import Exporter, Plugin, Quantizer
+    from compress.transforms.chain import Chain
+    from compress.transforms.contract import Transform
 
 
 def create_quantizer(
@@ -46,8 +49,41 @@ def create_exporter(
     return plugin(_checked_options(plugin, options or {}, path))
 
 
+def create_transform(
+    name: str, options: Mapping[str, Any] | None = None, *, path: KeyPath = ()
+) -> Transform:
+    """Return a transform with checked options; see :func:`create_quantizer`."""
+    from compress.transforms.catalog import TRANSFORMS
+
+    if name not in TRANSFORMS:
+        raise ConfigError(f"unknown transform {name!r}{suggest(name, TRANSFORMS)}")
+    kind = TRANSFORMS[name]
+    return kind(_checked_options(kind, options or {}, path))
+
+
+def create_chain(
+    entries: Iterable[TransformEntry], methods: Iterable[Quantizer]
+) -> Chain:
+    """Return the transforms of a config, then those that its methods bring along.
+
+    Raises:
+        ConfigError: A name or an option is wrong.
+    """
+    from compress.transforms.chain import Chain
+
+    made = [
+        create_transform(entry.name, entry.options, path=("transforms", index))
+        for index, entry in enumerate(entries)
+    ]
+    for method in sorted(methods, key=lambda method: method.name):
+        for name in method.transforms:
+            if all(transform.name != name for transform in made):
+                made.append(create_transform(name))
+    return Chain(tuple(made))
+
+
 def _checked_options(
-    plugin: type[Plugin], options: Mapping[str, Any], path: KeyPath
+    plugin: type[Plugin] | type[Transform], options: Mapping[str, Any], path: KeyPath
 ) -> Any:
     try:
         return plugin.Options.model_validate(dict(options))
@@ -70,6 +106,9 @@ def check_plugins(data: Mapping[str, Any], findings: Findings) -> None:
     entries = data.get("export")
     if isinstance(entries, list):
         _check_exports(entries, findings)
+    transforms = data.get("transforms")
+    if isinstance(transforms, list) and transforms:
+        _check_transforms(transforms, isinstance(section, dict), findings)
 
 
 def _check_quantize(section: dict[str, Any], findings: Findings) -> None:
@@ -151,3 +190,33 @@ def _check_exports(entries: list[Any], findings: Findings) -> None:
             plugin.Options.model_validate(options)
         except ValidationError as error:
             findings.add_validation(error, plugin.Options.model_json_schema(), place)
+
+
+def _check_transforms(
+    entries: list[Any], is_quantized: bool, findings: Findings
+) -> None:
+    from compress.transforms.catalog import TRANSFORMS, order_problem
+
+    names = []
+    for index, entry in enumerate(entries):
+        given = {"name": entry} if isinstance(entry, str) else entry
+        name = given.get("name") if isinstance(given, dict) else None
+        if not isinstance(given, dict) or not isinstance(name, str):
+            return  # the schema says so
+        place: KeyPath = ("transforms", index)
+        names.append(name)
+        if name not in TRANSFORMS:
+            message = f"unknown transform {name!r}{suggest(name, TRANSFORMS)}"
+            findings.add(place, message)
+            return
+        if name == "awq" and not is_quantized:
+            findings.add(place, "awq searches on the plan's grids; add quantize: ...")
+        kind = TRANSFORMS[name]
+        options = {key: value for key, value in given.items() if key != "name"}
+        try:
+            kind.Options.model_validate(options)
+        except ValidationError as error:
+            findings.add_validation(error, kind.Options.model_json_schema(), place)
+    problem = order_problem(names)
+    if problem is not None:
+        findings.add(("transforms", problem[0]), problem[1])

@@ -24,8 +24,9 @@ from pydantic import (
     model_validator,
 )
 
-from compress.core.errors import SchemeError
+from compress.core.errors import ConfigError, SchemeError
 from compress.core.scheme import Scheme
+from compress.kvcache.names import DEFAULT_PAIRS, CachePair
 
 DENSE = "dense"
 """The scheme of an override that keeps a layer as it is."""
@@ -64,8 +65,20 @@ def _check_layer_pattern(key: str) -> str:
     return key
 
 
+def _check_cache_type(name: str) -> str:
+    try:
+        CachePair.parse(name)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
 def _kind_of_data(value: object) -> str:
     return "<list>" if isinstance(value, list | tuple) else "<text>"
+
+
+def _kind_of_transform(value: object) -> str:
+    return "<text>" if isinstance(value, str) else "<options>"
 
 
 def _check_not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -113,7 +126,12 @@ class WeightedSource(Section):
 
 
 class CalibrationSection(Section):
-    """The text that statistics are measured on."""
+    """The text that statistics are measured on.
+
+    Tokens are kept in `$COMPRESS_CACHE`, else `$XDG_CACHE_HOME/compress`, else
+    `~/.cache/compress`, under a digest of text, tokenizer and this section. The folder
+    may be deleted at any time.
+    """
 
     data: Annotated[
         Annotated[PathText, Tag("<text>")]
@@ -134,6 +152,22 @@ class CalibrationSection(Section):
     seed: int = Field(default=0, ge=0, description="Which sequences are drawn.")
 
 
+class TransformEntry(BaseModel):
+    """An exact change of the weights before they are quantized, with its options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    name: Text = Field(
+        description="rotation, scale_folding, smoothquant or awq; a name alone takes "
+        "the default options."
+    )
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """All keys but ``name``, for the transform's ``Options``."""
+        return dict(self.model_extra or {})
+
+
 class Override(Section):
     """What differs for the layers that a pattern names."""
 
@@ -149,6 +183,28 @@ class Override(Section):
         if self.scheme is None and self.method is None:
             raise ValueError("an override needs scheme, method or both")
         return self
+
+
+class UpgradeInputsSection(Section):
+    """Finer scales for the inputs that lose most, after the weights are coded."""
+
+    factor: float = Field(
+        default=5.0,
+        gt=1,
+        description="An input is an outlier above this many times the median KL.",
+    )
+    limit: float = Field(
+        default=0.005,
+        gt=0,
+        description="Relative rise of perplexity against the original, on calibration "
+        "text, from which inputs are upgraded.",
+    )
+    samples: int = Field(
+        default=16, ge=1, description="Calibration sequences that are measured on."
+    )
+    draws: int = Field(
+        default=2, ge=1, description="Random labels for each position of the estimate."
+    )
 
 
 class QuantizeSection(Section):
@@ -176,6 +232,50 @@ class QuantizeSection(Section):
         default="auto",
         description="Storage type of scales; auto is float16 when a GGUF file is "
         "asked for, else the model's.",
+    )
+    upgrade_inputs: UpgradeInputsSection | None = Field(
+        default=None,
+        description="With rounded inputs: give outliers finer scales, or none; null "
+        "leaves all as the scheme says.",
+    )
+
+
+class KVCacheSection(Section):
+    """Static scales of the key-value cache, and what its types cost."""
+
+    scheme: Literal["none", "fp8"] = Field(
+        default="none",
+        description="fp8 stores calibrated scales in the safetensors export.",
+    )
+    strategy: Literal["tensor", "attn_head"] = Field(
+        default="tensor", description="One scale for a block's keys, or one a head."
+    )
+    scale: Literal["amax", "percentile", "mse"] = Field(
+        default="amax", description="What a scale covers; mse searches."
+    )
+    percentile: float = Field(
+        default=99.99, gt=0, le=100, description="Of magnitudes, for scale percentile."
+    )
+    samples: int = Field(
+        default=32, ge=1, description="Calibration sequences for the scales."
+    )
+    types: Annotated[
+        tuple[Annotated[Text, AfterValidator(_check_cache_type)], ...],
+        Field(strict=False),
+    ] = Field(
+        default=DEFAULT_PAIRS,
+        description="Cache types to measure: a llama.cpp type, or KEYS/VALUES.",
+    )
+    windows: int = Field(
+        default=4,
+        ge=1,
+        description="Windows of the first evaluation text that types are measured on.",
+    )
+    limit: float = Field(
+        default=0.001, gt=0, description="KL in nats that a recommended type may cost."
+    )
+    tight_limit: float = Field(
+        default=0.01, gt=0, description="The same where memory is short."
     )
 
 
@@ -243,10 +343,30 @@ class Config(Section):
 
     model: ModelSection
     calibration: CalibrationSection = CalibrationSection()
+    transforms: Annotated[
+        tuple[
+            Annotated[
+                Annotated[Text, Tag("<text>")]
+                | Annotated[TransformEntry, Tag("<options>")],
+                Discriminator(_kind_of_transform),
+            ],
+            ...,
+        ],
+        Field(strict=False),
+    ] = ()
     quantize: QuantizeSection | None = None
+    kv_cache: KVCacheSection | None = None
     evaluate: EvaluateSection | None = None
     export: Annotated[tuple[ExportEntry, ...], Field(strict=False)] = ()
     run: RunSection = RunSection()
+
+    @property
+    def transform_entries(self) -> tuple[TransformEntry, ...]:
+        """All transforms with their options, whichever way they were written."""
+        return tuple(
+            TransformEntry(name=entry) if isinstance(entry, str) else entry
+            for entry in self.transforms
+        )
 
     @model_validator(mode="before")
     @classmethod

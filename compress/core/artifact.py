@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.core.families import Family
+from compress.core.families import Family, Linear, expert_count
 from compress.core.plan import Plan
 from compress.core.tensors import QuantizedTensor
 
@@ -42,6 +42,10 @@ class TensorSource(ABC):
     def read(self, name: str) -> Tensor:
         """Return one tensor on the CPU, in its storage type; the caller owns it."""
 
+    def read_index(self, name: str, index: int) -> Tensor:
+        """Return one entry along the first axis; sources that can read no more."""
+        return self.read(name)[index].clone()
+
 
 @dataclass(frozen=True)
 class ModelDescription:
@@ -56,6 +60,7 @@ class ModelDescription:
         tied: Whether the head shares the embedding's weight.
         assets: Folder with tokenizer files, generation config and chat template.
         source_gguf: The GGUF file that the model was read from, if it was.
+        transforms: Exact reparametrisations that its weights went through, in order.
     """
 
     label: str
@@ -66,18 +71,30 @@ class ModelDescription:
     tied: bool
     assets: Path | None = None
     source_gguf: Path | None = None
+    transforms: tuple[str, ...] = ()
 
     @property
     def block_count(self) -> int:
         """Number of decoder blocks."""
         return int(self.config["num_hidden_layers"])
 
+    def experts(self, index: int) -> int:
+        """Number of experts of block ``index``; 0 where its MLP is an ordinary one."""
+        gate = f"{self.family.block(index)}.mlp.gate_proj.weight"
+        if self.family.experts is None or gate in self.tensors:
+            return 0
+        return expert_count(self.config)
+
+    def block_linears(self, index: int) -> tuple[Linear, ...]:
+        """Return the quantizable layers of block ``index``, in order of execution."""
+        return self.family.block_linears(self.experts(index))
+
     def linears(self) -> list[str]:
         """Full names of all quantizable layers of all blocks, in model order."""
         return [
             f"{self.family.block(index)}.{linear.path}"
             for index in range(self.block_count)
-            for linear in self.family.linears
+            for linear in self.block_linears(index)
         ]
 
 
@@ -91,6 +108,14 @@ class CompressedModel:
         source: The dense tensors, read lazily.
         quantized: Returns the codes of a layer of the plan, by module name.
         provenance: Versions, seed, command and hashes, for model cards and metadata.
+        kv_scales: Static scales of the key-value cache, by the name of the tensor that
+            holds them (``model.layers.0.self_attn.k_scale``): float32 ``[1]``, or
+            ``[heads, 1, 1]`` for a scale a head.
+        kv_cache_scheme: How the cache is quantized, as the ``kv_cache_scheme`` entry of
+            a compressed-tensors config; ``None`` leaves the cache alone.
+        input_amax: Largest magnitude of the inputs of a layer, by layer name, as
+            calibration measured it; needed by schemes whose inputs have a static outer
+            scale (``nvfp4-w4a4``).
     """
 
     description: ModelDescription
@@ -98,3 +123,6 @@ class CompressedModel:
     source: TensorSource
     quantized: Callable[[str], QuantizedTensor]
     provenance: Mapping[str, str] = field(default_factory=dict)
+    kv_scales: Mapping[str, Tensor] = field(default_factory=dict)
+    kv_cache_scheme: Mapping[str, Any] | None = None
+    input_amax: Mapping[str, float] = field(default_factory=dict)

@@ -68,10 +68,13 @@ class Quantizer(Plugin):
     """Turns one weight matrix into codes.
 
     ``needs_statistics`` says whether calibration has to run; a quantizer that does not
-    need statistics is handed ``None``.
+    need statistics is handed ``None``. ``transforms`` names the exact transforms of the
+    model that belong to the method; a run applies them after those that its config
+    lists, unless it lists them itself.
     """
 
     needs_statistics: ClassVar[bool] = False
+    transforms: ClassVar[tuple[str, ...]] = ()
 
     @property
     def needs_drift(self) -> bool:
@@ -123,6 +126,11 @@ class Exporter(Plugin):
 
     consumer: ClassVar[str]
     """The program that reads the files, for messages."""
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether the files hold the plan's codes, so that they can be compared."""
+        return True
 
     @abstractmethod
     def check(self, plan: Plan, model: ModelDescription) -> list[Problem]:

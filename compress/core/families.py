@@ -1,15 +1,16 @@
 """Model families: where blocks, linears, norms, shared inputs and slice groups are.
 
 One row a family. Paths are relative to a decoder block unless they say otherwise, and
-are the same in the checkpoint and in transformers' module tree. A family whose experts
-are listed is known by name; methods that cannot treat experts refuse it before any
-work.
+are those of the checkpoint. transformers' module tree has the same ones, except where
+it stacks the experts of a mixture; ``model/experts.py`` bridges that.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from compress.core.errors import CheckpointError
 
@@ -22,11 +23,13 @@ class Linear:
         path: Module path inside the block.
         role: q, k, v, o, qkv, gate, up, gate_up or down.
         input: Name of its input; layers with the same input share statistics.
+        expert: Number of the expert that it belongs to; ``None`` outside a mixture.
     """
 
     path: str
     role: str
     input: str
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,57 @@ class SliceGroup:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """How checkpoints name the parts of a mixture of experts.
+
+    Attributes:
+        mlp: Path of the mixture inside a block, in checkpoints.
+        gate: Name of an expert's gate matrix, ``[I, H]``.
+        up: Name of its up matrix, ``[I, H]``.
+        down: Name of its down matrix, ``[H, I]``.
+    """
+
+    mlp: str
+    gate: str
+    up: str
+    down: str
+
+    @property
+    def container(self) -> str:
+        """Path of the experts inside a block; each is a number below it."""
+        return f"{self.mlp}.experts"
+
+    def linears(self, count: int) -> tuple[Linear, ...]:
+        """Return the layers of ``count`` experts; gate and up of one share an input."""
+        found: list[Linear] = []
+        for number in range(count):
+            path = f"{self.container}.{number}"
+            found += (
+                Linear(f"{path}.{self.gate}", "gate", path, number),
+                Linear(f"{path}.{self.up}", "up", path, number),
+                Linear(f"{path}.{self.down}", "down", f"{path}.{self.down}", number),
+            )
+        return tuple(found)
+
+
+@dataclass(frozen=True)
 class Family:
     """Everything the toolkit knows about one kind of decoder.
 
     Attributes:
         name: Family name for messages.
         model_types: ``model_type`` values of transformers configs.
-        linears: Quantizable layers of a block, in order of execution.
+        linears: Quantizable layers of a block, in order of execution; without the MLP
+            where that can be a mixture of experts, see :meth:`block_linears`.
         norms: Norms of a block.
         slice_groups: What structured pruning may cut.
-        experts: Path of the expert container, if the MLP is a mixture of experts.
+        experts: How experts are named, if the MLP can be a mixture of them.
         norm_offset: 1 where norms multiply by ``1 + weight``.
         gguf_architecture: Name in GGUF if our own writer knows the family.
         gguf_permutes_rotary: Whether GGUF reorders rows of q and k.
+        attention_norm: Norm that feeds the linears with input ``attention``.
+        mlp_norm: Norm that feeds the linears with input ``mlp``.
+        output_norms: Norms between a sub-layer and the residual stream.
     """
 
     name: str
@@ -67,10 +108,13 @@ class Family:
     linears: tuple[Linear, ...]
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     slice_groups: tuple[SliceGroup, ...] = ()
-    experts: str | None = None
+    experts: Experts | None = None
     norm_offset: int = 0
     gguf_architecture: str | None = None
     gguf_permutes_rotary: bool = False
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    output_norms: tuple[str, ...] = ()
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -79,6 +123,28 @@ class Family:
     def block(self, index: int) -> str:
         """Full path of decoder block ``index``."""
         return f"{self.blocks}.{index}"
+
+    def block_linears(self, experts: int) -> tuple[Linear, ...]:
+        """Return the layers of one block, in order of execution.
+
+        Args:
+            experts: How many the block has; 0 where its MLP is an ordinary one.
+        """
+        if self.experts is None:
+            return self.linears
+        mlp = self.experts.linears(experts) if experts else _GATED_MLP
+        return self.linears + mlp
+
+    def readers(self, shared: str) -> tuple[str, ...]:
+        """Paths of the linears that read the input named ``shared``."""
+        return tuple(linear.path for linear in self.linears if linear.input == shared)
+
+    def with_role(self, *roles: str) -> Linear | None:
+        """The linear of a block that has one of ``roles``; ``None`` if none has."""
+        for linear in self.linears:
+            if linear.role in roles:
+                return linear
+        return None
 
 
 _ATTENTION = (
@@ -107,6 +173,7 @@ _GEMMA_NORMS = (
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
 )
+_GEMMA_OUTPUT_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 FAMILIES: tuple[Family, ...] = (
@@ -149,6 +216,8 @@ FAMILIES: tuple[Family, ...] = (
         norms=_GEMMA_NORMS,
         slice_groups=_PLAIN_SLICES,
         norm_offset=1,
+        mlp_norm="pre_feedforward_layernorm",
+        output_norms=_GEMMA_OUTPUT_NORMS,
     ),
     Family(
         "gemma3",
@@ -157,6 +226,8 @@ FAMILIES: tuple[Family, ...] = (
         norms=(*_GEMMA_NORMS, *_QK_NORMS),
         slice_groups=_PLAIN_SLICES,
         norm_offset=1,
+        mlp_norm="pre_feedforward_layernorm",
+        output_norms=_GEMMA_OUTPUT_NORMS,
     ),
     Family(
         "phi3",
@@ -171,13 +242,21 @@ FAMILIES: tuple[Family, ...] = (
             SliceGroup("neuron", ("mlp.gate_up_proj",), ("mlp.down_proj",), "halves"),
         ),
     ),
-    Family("mixtral", ("mixtral",), _ATTENTION, experts="mlp.experts"),
+    Family(
+        "mixtral",
+        ("mixtral",),
+        _ATTENTION,
+        experts=Experts("block_sparse_moe", "w1", "w3", "w2"),
+        gguf_architecture="llama",
+        gguf_permutes_rotary=True,
+    ),
     Family(
         "qwen3_moe",
         ("qwen3_moe",),
         _ATTENTION,
         norms=("input_layernorm", "post_attention_layernorm", *_QK_NORMS),
-        experts="mlp.experts",
+        experts=Experts("mlp", "gate_proj", "up_proj", "down_proj"),
+        gguf_architecture="qwen3moe",
     ),
 )
 
@@ -186,23 +265,19 @@ def family_of(model_type: str) -> Family:
     """Return the family of a transformers ``model_type``.
 
     Raises:
-        CheckpointError: The type is not in the table, or its experts cannot be treated
-            yet; the message names what is supported.
+        CheckpointError: The type is not in the table; the message names what is.
     """
     known = {kind: family for family in FAMILIES for kind in family.model_types}
-    dense = sorted(kind for kind, family in known.items() if family.experts is None)
     if model_type not in known:
         near = difflib.get_close_matches(model_type, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise CheckpointError(
             f"model_type {model_type!r} is not a supported architecture{hint} "
-            f"Supported: {', '.join(dense)}"
+            f"Supported: {', '.join(sorted(known))}"
         )
-    family = known[model_type]
-    if family.experts is not None:
-        raise CheckpointError(
-            f"model_type {model_type!r} is a mixture of experts: no method here treats "
-            f"its expert weights ({family.blocks}.*.{family.experts}) yet; "
-            f"use a dense model ({', '.join(dense)})"
-        )
-    return family
+    return known[model_type]
+
+
+def expert_count(config: Mapping[str, Any]) -> int:
+    """Return how many experts a mixture has by its transformers config, else 0."""
+    return int(config.get("num_local_experts") or config.get("num_experts") or 0)

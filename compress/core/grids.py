@@ -191,7 +191,8 @@ def search_parameters(
         groups: float32 ``[R, G, g]``.
         scheme: The grid.
         importance: float32 ``[G, g]`` weight of each column, normally the diagonal of
-            the Hessian; ``None`` weighs all columns alike.
+            the Hessian, or ``[G, g, g]``, its blocks; ``None`` weighs all columns
+            alike.
         factors: Multiples of the full range to try; :func:`search_factors` by default.
         outer: What scales have in common, if it is settled already.
     """
@@ -210,7 +211,8 @@ def search_parameters(
     for start in range(0, groups.shape[0], rows):
         run = slice(start, start + rows)
         shared = [o if o is None or len(o) == 1 else o[run] for o in outers]
-        parts.append(_search_rows(groups[run], scheme, importance, factors, shared))
+        loss = _Loss(scheme, importance)
+        parts.append(_search_rows(groups[run], loss, factors, shared))
     zeros = [part.zero for part in parts if part.zero is not None]
     if scheme.scales is Scales.RATIO:
         outer = torch.cat([part.outer for part in parts if part.outer is not None])
@@ -221,18 +223,36 @@ def search_parameters(
     )
 
 
+@dataclass(frozen=True)
+class _Loss:
+    """What a search minimises, for the groups of one scheme."""
+
+    scheme: Scheme
+    importance: Tensor | None
+
+    def of(self, groups: Tensor, parameters: GridParameters) -> Tensor:
+        """Return ``[R, G]``, the same for rows that share a scale."""
+        levels = encode(groups, parameters, self.scheme)
+        error = decode_groups(levels, parameters, self.scheme).sub_(groups)
+        loss = _squared(error, self.importance)
+        block = self.scheme.rows_of_scale(loss.shape[0])
+        if block == 1:
+            return loss
+        parts = torch.split(loss, block)
+        return torch.cat([part.sum(0, keepdim=True).expand_as(part) for part in parts])
+
+
 def _search_rows(
     groups: Tensor,
-    scheme: Scheme,
-    importance: Tensor | None,
+    loss: _Loss,
     factors: Sequence[float],
     outers: Sequence[Tensor | None],
 ) -> GridParameters:
-    best, least = _search_groups(groups, scheme, importance, factors, outers[0])
+    best, least = _search_groups(groups, loss, factors, outers[0])
     for outer in outers[1:]:
-        found, error = _search_groups(groups, scheme, importance, factors, outer)
-        better = error.sum(1, keepdim=True) < least.sum(1, keepdim=True)
-        least = torch.where(better, error, least)
+        found, lost = _search_groups(groups, loss, factors, outer)
+        better = lost.sum(1, keepdim=True) < least.sum(1, keepdim=True)
+        least = torch.where(better, lost, least)
         assert found.outer is not None and best.outer is not None
         best = GridParameters(
             torch.where(better, found.scale, best.scale),
@@ -243,20 +263,16 @@ def _search_rows(
 
 
 def _search_groups(
-    groups: Tensor,
-    scheme: Scheme,
-    importance: Tensor | None,
-    factors: Sequence[float],
-    outer: Tensor | None,
+    groups: Tensor, loss: _Loss, factors: Sequence[float], outer: Tensor | None
 ) -> tuple[GridParameters, Tensor]:
-    """Return the best parameters of each group, and their errors ``[R, G]``."""
-    best = range_parameters(groups, scheme, outer=outer)
-    least = _error(groups, best, scheme, importance)
+    """Return the best parameters of each group, and their losses ``[R, G]``."""
+    best = range_parameters(groups, loss.scheme, outer=outer)
+    least = loss.of(groups, best)
     for factor in factors:
-        candidate = range_parameters(groups, scheme, factor, outer=outer)
-        error = _error(groups, candidate, scheme, importance)
-        better = error < least
-        least = torch.where(better, error, least)
+        candidate = range_parameters(groups, loss.scheme, factor, outer=outer)
+        lost = loss.of(groups, candidate)
+        better = lost < least
+        least = torch.where(better, lost, least)
         scale = torch.where(better, candidate.scale, best.scale)
         zero = best.zero
         if zero is not None and candidate.zero is not None:
@@ -265,20 +281,14 @@ def _search_groups(
     return best, least
 
 
-def _error(
-    groups: Tensor,
-    parameters: GridParameters,
-    scheme: Scheme,
-    importance: Tensor | None,
-) -> Tensor:
-    levels = encode(groups, parameters, scheme)
-    error = decode_groups(levels, parameters, scheme).sub_(groups).square_()
-    error = (error if importance is None else error.mul_(importance)).sum(-1)
-    block = scheme.rows_of_scale(error.shape[0])
-    if block == 1:
-        return error
-    parts = torch.split(error, block)
-    return torch.cat([part.sum(0, keepdim=True).expand_as(part) for part in parts])
+def _squared(error: Tensor, importance: Tensor | None) -> Tensor:
+    """Return the squared size ``[R, G]`` of errors ``[R, G, g]``, which are lost."""
+    if importance is None:
+        return error.square_().sum(-1)
+    if importance.dim() == 2:
+        return error.square_().mul_(importance).sum(-1)
+    moved = (error.transpose(0, 1) @ importance).transpose(0, 1)
+    return moved.mul_(error).sum(-1)
 
 
 def assemble(

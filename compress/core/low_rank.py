@@ -84,7 +84,8 @@ def _root(hessian: Tensor) -> Tensor:
     while True:
         damped = hessian.clone()
         damped.diagonal().add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        lower: Tensor = factor
         if not int(failed) and bool(torch.isfinite(lower).all()):
             return lower
         damp *= 10  # in the end the diagonal outweighs all the rest

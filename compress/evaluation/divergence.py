@@ -15,7 +15,7 @@ quantities match ``llama-perplexity --kl-divergence``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,35 +57,47 @@ def compare(
     base: Iterable[Tensor],
     candidate: Iterable[Tensor] | None = None,
 ) -> tuple[Scores, Scores | None]:
-    """Score a base, and a candidate against it, window by window.
+    """Score a base, and a candidate against it; see :func:`compare_many`."""
+    named = {} if candidate is None else {"candidate": candidate}
+    own, others = compare_many(windows, base, named)
+    return own, others.get("candidate")
+
+
+def compare_many(
+    windows: TokenWindows,
+    base: Iterable[Tensor],
+    candidates: Mapping[str, Iterable[Tensor]],
+) -> tuple[Scores, dict[str, Scores]]:
+    """Score a base, and any number of candidates against it, window by window.
 
     Args:
         windows: The text.
         base: float32 logits ``[T, V]`` for each window.
-        candidate: The same of the compressed model.
+        candidates: The same of each candidate, by name.
 
     Returns:
-        Scores of the base, and of the candidate if there is one.
+        Scores of the base, and of each candidate.
 
     Raises:
         CompressError: Logits are not finite, or vocabularies differ.
     """
     base_nll: list[Tensor] = []
-    rows: list[tuple[Tensor, ...]] = []
-    others: Iterator[Tensor | None] = (
-        iter(candidate) if candidate is not None else iter([None] * len(windows.ids))
-    )
-    for ids, p, q in zip(windows.ids, base, others, strict=True):
+    rows: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in candidates}
+    streams: Iterable[tuple[Tensor, ...]] = [()] * len(windows.ids)
+    if candidates:
+        streams = zip(*candidates.values(), strict=True)
+    for ids, p, qs in zip(windows.ids, base, streams, strict=True):
         base_nll.append(_nll(p, ids, windows.first))
-        if q is not None:
-            rows.append(_distance(p, q, ids, windows.first))
+        for name, q in zip(rows, qs, strict=True):
+            rows[name].append(_distance(p, q, ids, windows.first))
     own = Scores(windows.protocol, torch.stack(base_nll))
-    if not rows:
-        return own, None
-    nll, kl, same, flipped, dp = (
-        torch.stack(column) for column in zip(*rows, strict=True)
-    )
-    return own, Scores(windows.protocol, nll, kl, same, flipped, dp)
+    return own, {
+        name: Scores(
+            windows.protocol,
+            *(torch.stack(column) for column in zip(*table, strict=True)),
+        )
+        for name, table in rows.items()
+    }
 
 
 def _finite(logits: Tensor, who: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compress.evaluation.divergence import Scores, compare, summarize
+from compress.evaluation.divergence import Scores, compare_many, summarize
 from compress.evaluation.perplexity import TokenWindows, cut_windows
 from compress.evaluation.texts import evaluation_text
 
@@ -73,39 +73,62 @@ def evaluate_texts(
     hidden_size: int,
     kl: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return figures by text, of the base and of the candidate.
+    """Return figures by text, of the base and of one candidate.
+
+    See :func:`evaluate_candidates`.
+    """
+    named = {} if candidate is None else {"candidate": candidate}
+    own, others = evaluate_candidates(
+        texts, base, named, hidden_size=hidden_size, kl=kl
+    )
+    return own, others.get("candidate")
+
+
+def evaluate_candidates(
+    texts: Sequence[PreparedText],
+    base: Predictor,
+    candidates: Mapping[str, Predictor],
+    *,
+    hidden_size: int,
+    kl: bool = True,
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return figures by text, of the base and of each candidate.
+
+    The base runs once, however many candidates there are.
 
     Args:
         texts: Of one window length.
         base: The reference.
-        candidate: What is compared with it.
+        candidates: What is compared with it, by name.
         hidden_size: Width of hidden states, which bounds how many windows run at once.
-        kl: Report distances too, not only the candidate's perplexity.
+        kl: Report distances too, not only the candidates' perplexity.
     """
     length = texts[0].windows.ids.shape[1]
-    most = max(1, _HIDDEN_BYTES // (length * hidden_size * 4))
-    parts: dict[str, list[tuple[Scores, Scores | None]]] = {t.name: [] for t in texts}
+    models = max(2, 1 + len(candidates)) / 2  # the bound is of a base and one more
+    most = max(1, int(_HIDDEN_BYTES / models) // (length * hidden_size * 4))
+    parts: dict[str, list[tuple[Scores, dict[str, Scores]]]] = {
+        t.name: [] for t in texts
+    }
     for run in _runs(texts, most):
         ids = torch.cat([piece.ids for _, piece in run])
         p = iter(base(ids))
-        q = iter(candidate(ids)) if candidate is not None else None
+        qs = {name: iter(predict(ids)) for name, predict in candidates.items()}
         for name, piece in run:
             n = len(piece.ids)
-            mine = None if q is None else _take(q, n)
-            parts[name].append(compare(piece, _take(p, n), mine))
+            mine = {key: _take(q, n) for key, q in qs.items()}
+            parts[name].append(compare_many(piece, _take(p, n), mine))
     own: dict[str, Any] = {}
-    other: dict[str, Any] = {}
+    others: dict[str, dict[str, Any]] = {name: {} for name in candidates}
     for text in texts:
         bases = _joined([b for b, _ in parts[text.name]])
         own[text.name] = summarize(bases, base=None, text_bytes=text.counted_bytes)
-        candidates = [c for _, c in parts[text.name] if c is not None]
-        if candidates:
-            other[text.name] = summarize(
-                _joined(candidates),
+        for name, figures in others.items():
+            figures[text.name] = summarize(
+                _joined([scores[name] for _, scores in parts[text.name]]),
                 base=bases if kl else None,
                 text_bytes=text.counted_bytes,
             )
-    return own, other if candidate is not None else None
+    return own, others
 
 
 def _take(logits: Iterator[Tensor], count: int) -> Iterator[Tensor]:

@@ -1,8 +1,8 @@
 """Transformers configs from GGUF metadata.
 
-``llama``, ``qwen2`` and ``qwen3`` are read here, because transformers' own reader
-(5.23) leaves out rope scaling, the width of Qwen3's heads and biases, and takes its
-classes' defaults instead. Other architectures go through that reader.
+``llama``, ``qwen2``, ``qwen3`` and ``qwen3moe`` are read here: transformers' own reader
+(5.23) leaves out rope scaling, biases, the width of Qwen3's heads and of its experts,
+and takes its classes' defaults instead. Other architectures go through that reader.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ KNOWN_ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
 }
+_MIXTRAL = "MixtralForCausalLM"  # the llama architecture, with experts
 # Llama 3.1 and 3.2: the only settings in use besides the factor, which varies.
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -53,7 +55,7 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
 
     file = open_gguf(path)
     if file.architecture in KNOWN_ARCHITECTURES:
-        config = AutoConfig.for_model(file.architecture, **_known_config(file))
+        config = AutoConfig.for_model(_model_type(file), **_known_config(file))
     else:
         try:
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
@@ -69,20 +71,27 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
     return data | {"dtype": gguf_dtype(file)}
 
 
+def _model_type(file: GGUFFile) -> str:
+    if file.architecture == "llama" and file.architecture_value("expert_count", 0):
+        return "mixtral"
+    return {"qwen3moe": "qwen3_moe"}.get(file.architecture, file.architecture)
+
+
 def _known_config(file: GGUFFile) -> dict[str, Any]:
     heads = _whole(file, "attention.head_count")
     hidden = _whole(file, "embedding_length")
     width = file.architecture_value("attention.key_length", hidden // heads)
     if width != file.architecture_value("attention.value_length", width):
         raise CheckpointError(f"{file.path}: keys and values differ in width")
-    if file.architecture_value("expert_count", 0):
-        raise CheckpointError(f"{file.path}: a mixture of experts; use a dense model")
+    kind = _model_type(file)
     if file.architecture_value("rope.dimension_count", width) != width:
         raise CheckpointError(f"{file.path}: rotary covers only a part of each head")
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(f"{file.path}: tensor token_embd.weight is missing")
     config = {
-        "architectures": [KNOWN_ARCHITECTURES[file.architecture]],
+        "architectures": [
+            _MIXTRAL if kind == "mixtral" else KNOWN_ARCHITECTURES[file.architecture]
+        ],
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
         "intermediate_size": _whole(file, "feed_forward_length"),
@@ -97,12 +106,32 @@ def _known_config(file: GGUFFile) -> dict[str, Any]:
         "rope_parameters": _rope(file, width),
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
-    if file.architecture != "qwen2":  # there q, k and v always have one
+    config |= _experts(file, kind)
+    if kind not in ("qwen2", "mixtral"):  # q, k and v always have one, or never
         config["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
-    if file.architecture == "llama":
+    if kind == "llama":
         config["mlp_bias"] = "blk.0.ffn_down.bias" in file.tensors
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         config[f"{ours}_token_id"] = file.get(f"tokenizer.ggml.{theirs}_token_id")
+    return config
+
+
+def _experts(file: GGUFFile, kind: str) -> dict[str, Any]:
+    """Return the keys of a mixture of experts; none for other models."""
+    if kind not in ("mixtral", "qwen3_moe"):
+        if file.architecture_value("expert_count", 0):
+            raise CheckpointError(
+                f"{file.path}: {file.architecture} with experts is not supported"
+            )
+        return {}
+    count = "num_local_experts" if kind == "mixtral" else "num_experts"
+    config: dict[str, Any] = {
+        count: _whole(file, "expert_count"),
+        "num_experts_per_tok": _whole(file, "expert_used_count"),
+    }
+    if kind == "qwen3_moe":  # llama.cpp's graph of it always normalises
+        config["moe_intermediate_size"] = _whole(file, "expert_feed_forward_length")
+        config["norm_topk_prob"] = True
     return config
 
 

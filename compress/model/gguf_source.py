@@ -1,10 +1,10 @@
 """GGUF files as input models: dense tensors by transformers' names, read lazily.
 
-For ``llama`` (also mistral), ``qwen2`` and ``qwen3`` each tensor is read from its place
-in the file, decoded in runs of rows, and put back into transformers' row order; the
-values are those of transformers' own GGUF loader, cast to the same type. Any other
-architecture takes the documented detour through that loader, with the whole model in
-memory and a warning.
+For ``llama`` (also mistral, mixtral), ``qwen2``, ``qwen3`` and ``qwen3moe`` a tensor is
+read from its place in the file, each expert of a stacked one alone, decoded in runs of
+rows, and put back into transformers' row order; the values are those of transformers'
+own GGUF loader, cast to the same type. Any other architecture takes the documented
+detour through that loader, with the whole model in memory and a warning.
 
 What was stored in few bits comes back as those few values: compressing such a model is
 re-quantising, and a warning says so.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from compress.core.artifact import TensorInfo, TensorSource
 from compress.core.errors import CheckpointError
-from compress.core.families import Family, Linear, family_of
+from compress.core.families import Family, Linear, expert_count, family_of
 from compress.core.tensors import TORCH_DTYPES
 from compress.export.gguf_metadata import ROPE_TENSOR
 from compress.export.gguf_names import from_gguf_rows, name_finder, rotary_heads
@@ -53,7 +54,7 @@ class GGUFSource(TensorSource):
         self.dtype = gguf_dtype(self._file)
         _warn_if_coarse(self._file)
         self._whole: dict[str, Tensor] | None = None
-        self._places: dict[str, tuple[str, int]] = {}
+        self._places: dict[str, _Place] = {}
         if self._file.architecture in KNOWN_ARCHITECTURES:
             self._places = _places(self._file)
         else:
@@ -67,8 +68,8 @@ class GGUFSource(TensorSource):
                 for name, tensor in self._whole.items()
             }
         return {
-            name: TensorInfo(self._file.tensors[target].shape, self.dtype)
-            for name, (target, _) in self._places.items()
+            name: TensorInfo(self._shape(place), self.dtype)
+            for name, place in self._places.items()
         }
 
     def read(self, name: str) -> Tensor:
@@ -81,36 +82,54 @@ class GGUFSource(TensorSource):
             return self._whole[name].clone()
         if name not in self._places:
             raise CheckpointError(f"{self._file.path}: tensor {name} is missing")
-        target, heads = self._places[name]
-        shape = self._file.tensors[target].shape
+        place = self._places[name]
+        shape = self._shape(place)
         tensor = torch.empty(shape, dtype=TORCH_DTYPES[self.dtype])
         rows = tensor.view(-1, shape[-1])
         step = max(1, _CHUNK_ELEMENTS // shape[-1])
+        first = (place.expert or 0) * len(rows)
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
-            values = self._file.read_values(target, start=start, count=len(part))
+            values = self._file.read_values(
+                place.target, start=first + start, count=len(part)
+            )
             part.copy_(torch.from_numpy(values))
-        return from_gguf_rows(tensor, heads)
+        return from_gguf_rows(tensor, place.heads)
+
+    def _shape(self, place: _Place) -> tuple[int, ...]:
+        shape = self._file.tensors[place.target].shape
+        return shape if place.expert is None else shape[1:]
 
 
-def _places(file: GGUFFile) -> dict[str, tuple[str, int]]:
-    """Return GGUF name and interleaved heads of each tensor, by transformers' name."""
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: GGUF name, interleaved heads, entry of a stack."""
+
+    target: str
+    heads: int
+    expert: int | None = None
+
+
+def _places(file: GGUFFile) -> dict[str, _Place]:
+    """Return where each tensor lies, by the name that checkpoints give it."""
     config = read_gguf_config(file.path)
     family = family_of(str(config["model_type"]))
     blocks = int(config["num_hidden_layers"])
     find = name_finder(file.architecture, blocks)
-    places: dict[str, tuple[str, int]] = {}
+    places: dict[str, _Place] = {}
     for name, is_required in _candidates(family, config):
-        target = find(name)
+        expert, stack = _stack_of(name, family)
+        target = find(stack)
         assert target is not None, f"gguf has no name for {name}"
         if target in file.tensors:
-            places[name] = target, rotary_heads(family, config, name.rpartition(".")[0])
+            heads = rotary_heads(family, config, name.rpartition(".")[0])
+            places[name] = _Place(target, heads, expert)
         elif is_required:
             raise CheckpointError(
                 f"{file.path}: tensor {target} ({name}) is missing from this "
                 f"{file.architecture} file; fetch or convert it again"
             )
-    strange = set(file.tensors) - {target for target, _ in places.values()}
+    strange = set(file.tensors) - {place.target for place in places.values()}
     strange.discard(ROPE_TENSOR)
     if strange:
         raise CheckpointError(
@@ -126,14 +145,26 @@ def _candidates(family: Family, config: Mapping[str, Any]) -> list[tuple[str, bo
     names = [f"{family.embedding}.weight"]
     for index in range(int(config["num_hidden_layers"])):
         block = family.block(index)
-        for linear in family.linears:
+        for linear in family.block_linears(expert_count(config)):
             names.append(f"{block}.{linear.path}.weight")
             if _has_bias(linear, family, config):
                 names.append(f"{block}.{linear.path}.bias")
         names += [f"{block}.{norm}.weight" for norm in family.norms]
+        if family.experts is not None:
+            names.append(f"{block}.{family.experts.mlp}.gate.weight")
     names.append(f"{family.final_norm}.weight")
     head = f"{family.head}.weight"
     return [*((name, True) for name in names), (head, False)]
+
+
+def _stack_of(name: str, family: Family) -> tuple[int | None, str]:
+    """Return the number of a tensor's expert, and the name without it."""
+    if family.experts is None:
+        return None, name
+    container = f".{family.experts.container}."
+    block, inside, rest = name.partition(container)
+    number, _, leaf = rest.partition(".")
+    return (int(number), f"{block}{container}{leaf}") if inside else (None, name)
 
 
 def _has_bias(linear: Linear, family: Family, config: Mapping[str, Any]) -> bool:

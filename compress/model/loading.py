@@ -19,6 +19,7 @@ from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.errors import CheckpointError, MissingDependencyError
 from compress.core.families import family_of
 from compress.core.tensors import TORCH_DTYPES
+from compress.model.experts import unstacked
 from compress.model.quantized_source import PackedSource
 from compress.model.sources import ResidentSource, SafetensorsSource, in_model_order
 
@@ -183,12 +184,12 @@ def _open_folder(path: str, folder: Path) -> _Opened:
         raise CheckpointError(f"{file}: cannot read: {error}") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise CheckpointError(f"{file}: no model_type; not a transformers config")
-    family_of(str(config["model_type"]))
+    family = family_of(str(config["model_type"]))
     source: TensorSource
     if config.pop("quantization_config", None):
         source = PackedSource(folder)
     else:
-        source = SafetensorsSource(folder)
+        source = unstacked(SafetensorsSource(folder), family)
     stored = config.get("dtype") or config.get("torch_dtype") or _commonest(source)
     if stored not in TORCH_DTYPES:
         raise CheckpointError(

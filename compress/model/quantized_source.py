@@ -1,4 +1,4 @@
-"""PackedSource: a ``pack-quantized`` checkpoint read as if it were dense.
+"""PackedSource: a compressed-tensors checkpoint read as if it were dense.
 
 Reading is independent of the compressed-tensors library and of transformers: codes are
 unpacked and multiplied by their scales in float32, one tensor at a time.
@@ -6,29 +6,39 @@ unpacked and multiplied by their scales in float32, one tensor at a time.
 
 from __future__ import annotations
 
-import json
-import re
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from compress.core import pack_quantized
+from compress.core import compressed_tensors as ct
 from compress.core.artifact import TensorInfo, TensorSource
 from compress.core.errors import CheckpointError
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
+from compress.model.quantized_config import (
+    ConfigGroup,
+    config_groups,
+    group_of,
+    quantization_of,
+)
 from compress.model.sources import SafetensorsSource
 
-_PACKED = ".weight_packed"
+__all__ = ["PackedSource", "packed_scheme", "quantization_of"]
+
+_LOG = logging.getLogger(__name__)
+_REORDERED = "weight_g_idx"
+_MARKS = ("weight_packed", ct.SCALE)
 
 
 class PackedSource(TensorSource):
-    """Tensors of a checkpoint whose linears are ``pack-quantized``.
+    """Tensors of a checkpoint whose linears are coded, by compressed-tensors.
 
     A coded layer appears as one float32 tensor ``NAME.weight`` of its original shape,
-    so that no rounding is added to what the codes say; others appear as stored.
+    so that no rounding is added to what the codes say; others appear as stored. Scales
+    of the key-value cache are no weights and do not appear; see :attr:`cache_scales`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,20 +47,31 @@ class PackedSource(TensorSource):
         Raises:
             CheckpointError: The folder is damaged or quantized in another way.
         """
-        groups = _config_groups(folder)
+        groups = config_groups(folder)
         self._folder = folder
         self._files = SafetensorsSource(folder)
         stored = self._files.tensors()
         self._schemes: dict[str, Scheme] = {}
+        self._layouts: dict[str, ct.Layout] = {}
         self._tensors: dict[str, TensorInfo] = {}
+        self.cache_scales: tuple[str, ...] = tuple(
+            name for name in stored if name.endswith(_dotted(ct.CACHE_SUFFIXES))
+        )
+        """Names of the stored scales of the key-value cache."""
+        for name in stored:
+            layer, _, suffix = name.rpartition(".")
+            if suffix in _MARKS and layer not in self._schemes:
+                self._add(layer, groups)
         for name, info in stored.items():
-            layer = name.removesuffix(_PACKED)
-            if layer != name:
-                scheme = self._scheme(layer, groups)
-                self._schemes[layer] = scheme
-                self._tensors[f"{layer}.weight"] = self._info(layer, scheme)
-            elif not name.endswith(tuple(f".{s}" for s in pack_quantized.SUFFIXES)):
+            layer, _, suffix = name.rpartition(".")
+            if suffix == "weight" and layer in self._schemes:
+                self._tensors[name] = self._info(layer)
+            elif layer in self._schemes and suffix in ct.SUFFIXES:
+                if suffix == self._layouts[layer].codes:
+                    self._tensors[f"{layer}.weight"] = self._info(layer)
+            elif name not in self.cache_scales:
                 self._tensors[name] = info
+        self._warn_of_static_inputs(groups)
 
     @property
     def schemes(self) -> Mapping[str, Scheme]:
@@ -70,7 +91,7 @@ class PackedSource(TensorSource):
         layer = name.removesuffix(".weight")
         if name.endswith(".weight") and layer in self._schemes:
             return self.codes(layer).dequantize()
-        if name not in self._tensors:
+        if name not in self._tensors and name not in self.cache_scales:
             raise CheckpointError(f"{self._folder}: tensor {name} is missing")
         return self._files.read(name)
 
@@ -82,107 +103,111 @@ class PackedSource(TensorSource):
         """
         if layer not in self._schemes:
             raise CheckpointError(f"{self._folder}: {layer} has no codes")
+        scheme, layout = self._schemes[layer], self._layouts[layer]
+        shape = self._tensors[f"{layer}.weight"].shape
+        rows, columns = shape
         stored = {
             suffix: self._files.read(f"{layer}.{suffix}")
-            for suffix in pack_quantized.SUFFIXES
+            for suffix in layout.tensors(scheme, (rows, columns))
+        }
+        try:
+            return layout.decode(stored, scheme, (rows, columns))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._folder}: {layer}: {error}") from error
+
+    def input_multiplier(self, layer: str) -> float | None:
+        """Return what the inputs of a layer are multiplied by, if that is stored."""
+        name = f"{layer}.{ct.INPUT_SCALE}"
+        if name not in self._files.tensors():
+            return None
+        return float(self._files.read(name).float())
+
+    @property
+    def cache_scheme(self) -> Mapping[str, Any] | None:
+        """The ``kv_cache_scheme`` of the config."""
+        scheme = (quantization_of(self._folder) or {}).get("kv_cache_scheme")
+        return dict(scheme) if scheme else None
+
+    def _add(self, layer: str, groups: list[ConfigGroup]) -> None:
+        """Find out what a layer with codes is."""
+        group, stored = group_of(layer, groups), self._files.tensors()
+        scales = stored.get(f"{layer}.{ct.SCALE}")
+        try:
+            if group is None:
+                raise CheckpointError("no config group of config.json targets it")
+            if scales is None:
+                raise CheckpointError(f"{ct.SCALE} is missing")
+            if f"{layer}.{_REORDERED}" in stored:
+                raise CheckpointError(f"{_REORDERED}: reordered columns are not read")
+            layout = ct.layout_named(group.format)
+            if f"{layer}.{layout.codes}" not in stored:
+                raise CheckpointError(f"{layout.codes} is missing")
+            scheme = ct.scheme_of_group(group.entry, group.format, scales.dtype)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._folder}: {layer}: {error}") from error
+        self._schemes[layer], self._layouts[layer] = scheme, layout
+
+    def _info(self, layer: str) -> TensorInfo:
+        """Return the original shape, checked against the stored tensors' shapes."""
+        scheme, layout = self._schemes[layer], self._layouts[layer]
+        stored = {
+            suffix: self._files.tensors()[f"{layer}.{suffix}"]
+            for suffix in ("weight", *ct.SUFFIXES)
             if f"{layer}.{suffix}" in self._files.tensors()
         }
         try:
-            return pack_quantized.decode(stored, self._schemes[layer])
+            rows, columns = self._shape(layer, layout, stored)
+            layout.check(stored, scheme, (rows, columns))
         except CheckpointError as error:
-            raise CheckpointError(f"{self._folder}: {layer}: {error}") from error
+            raise CheckpointError(
+                f"{self._folder}: {layer}: {error}; the checkpoint is damaged"
+                f"{_old_packing(scheme)}"
+            ) from error
+        return TensorInfo((rows, columns), "float32")
 
-    def _scheme(self, layer: str, groups: list[dict[str, Any]]) -> Scheme:
-        arguments = _arguments_of(layer, groups)
-        scales = self._files.tensors().get(f"{layer}.weight_scale")
-        try:
-            if arguments is None:
-                raise CheckpointError("no config group of config.json targets it")
-            if scales is None:
-                raise CheckpointError("weight_scale is missing")
-            return pack_quantized.scheme_of_arguments(arguments, scales.dtype)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self._folder}: {layer}: {error}") from error
+    def _shape(
+        self, layer: str, layout: ct.Layout, stored: Mapping[str, TensorInfo]
+    ) -> tuple[int, int]:
+        codes = stored[layout.codes].shape
+        if len(codes) != 2:
+            raise CheckpointError(f"{layout.codes} is {list(codes)}, not a matrix")
+        columns = layout.columns(codes[1])
+        if columns is not None:
+            return codes[0], columns
+        shape = stored.get("weight_shape")
+        if shape is None or shape.elements != 2:
+            raise CheckpointError("weight_shape is missing or does not hold two sizes")
+        rows, width = (int(n) for n in self._files.read(f"{layer}.weight_shape"))
+        return rows, width
 
-    def _info(self, layer: str, scheme: Scheme) -> TensorInfo:
-        """Return the original shape, checked against the stored tensors' shapes."""
-        sizes = [int(n) for n in self._files.read(f"{layer}.weight_shape").flatten()]
-        stored = self._files.tensors()
-        found = stored[f"{layer}{_PACKED}"].shape
-        if len(sizes) == 2 and not sizes[1] % scheme.group_of(sizes[1]):
-            expected = pack_quantized.stored_tensors(scheme, (sizes[0], sizes[1]))
-            if all(
-                f"{layer}.{suffix}" in stored
-                and stored[f"{layer}.{suffix}"].shape == info.shape
-                for suffix, info in expected.items()
-            ):
-                return TensorInfo((sizes[0], sizes[1]), "float32")
-        raise CheckpointError(
-            f"{self._folder}: {layer}: weight_shape {sizes} and the stored shapes "
-            f"(codes {found}) are not {scheme.name}; the checkpoint is damaged"
-        )
+    def _warn_of_static_inputs(self, groups: list[ConfigGroup]) -> None:
+        arguments: list[Mapping[str, Any]] = [
+            group.entry.get("input_activations") or {} for group in groups
+        ]
+        if any(entry.get("dynamic") is False for entry in arguments):
+            _LOG.warning(
+                "%s: its static input scales are not applied, inputs stay as they are",
+                self._folder,
+            )
+
+
+def _dotted(suffixes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f".{suffix}" for suffix in suffixes)
+
+
+def _old_packing(scheme: Scheme) -> str:
+    if not scheme.is_integer or scheme.bits in (2, 4, 8):
+        return ""
+    return (
+        f", or was written by compressed-tensors before 0.18, which packed "
+        f"{scheme.bits} bits in another way: write it again with a newer release"
+    )
 
 
 def packed_scheme(folder: Path) -> dict[str, Scheme]:
     """Return the scheme of each coded layer of a checkpoint; reads no weights.
 
     Raises:
-        CheckpointError: The folder is not ``pack-quantized``.
+        CheckpointError: The folder is not a compressed-tensors checkpoint.
     """
     return dict(PackedSource(folder).schemes)
-
-
-def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """Return the ``quantization_config`` of a folder's config, if it has one.
-
-    Raises:
-        CheckpointError: There is no readable ``config.json``.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: not a model config")
-    quantization = config.get("quantization_config")
-    return dict(quantization) if quantization else None
-
-
-def _config_groups(folder: Path) -> list[dict[str, Any]]:
-    """Return the config groups, after checking that we can read the format."""
-    quantization = quantization_of(folder)
-    supported = (
-        "only compressed-tensors pack-quantized without activation scales is read"
-    )
-    if quantization is None:
-        raise CheckpointError(f"{folder}: config.json has no quantization_config")
-    method, kind = quantization.get("quant_method"), quantization.get("format")
-    if method != pack_quantized.QUANT_METHOD:
-        raise CheckpointError(f"{folder}: quant_method {method!r}; {supported}")
-    groups = list(quantization.get("config_groups", {}).values())
-    for group in groups:
-        if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
-            raise CheckpointError(f"{folder}: preset config groups; {supported}")
-        kind = group.get("format") or quantization.get("format")
-        if kind != pack_quantized.FORMAT:
-            raise CheckpointError(f"{folder}: format {kind!r}; {supported}")
-        if group.get("input_activations") or group.get("output_activations"):
-            raise CheckpointError(f"{folder}: quantized activations; {supported}")
-    if not groups:
-        raise CheckpointError(f"{folder}: format {kind!r}, no groups; {supported}")
-    return groups
-
-
-def _arguments_of(layer: str, groups: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the ``weights`` entry for a layer: exact names first, as the library."""
-    exact = [g for g in groups if layer in g.get("targets", [])]
-    patterns = [g for g in groups if _matches(layer, g.get("targets", []))]
-    classes = [g for g in groups if "Linear" in g.get("targets", [])]
-    for group in (*exact, *patterns, *classes):
-        return dict(group["weights"])
-    return None
-
-
-def _matches(layer: str, targets: list[str]) -> bool:
-    return any(t.startswith("re:") and re.match(t[3:], layer) for t in targets)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,17 @@ from compress.core.artifact import TensorInfo, TensorSource
 from compress.core.errors import CheckpointError
 from compress.core.families import Family
 
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_DTYPES = {  # torch's name and bytes of the types whose sizes are checked
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated*.pth")
@@ -50,16 +62,31 @@ class SafetensorsSource(TensorSource):
         Raises:
             CheckpointError: No such tensor, or the file cannot be read.
         """
+        with self._shard(name) as file:
+            tensor: Tensor = file.get_tensor(name).clone()
+        return tensor
+
+    def read_index(self, name: str, index: int) -> Tensor:
+        """Return one entry along the first axis, without reading the others.
+
+        Raises:
+            CheckpointError: No such tensor, or the file cannot be read.
+        """
+        with self._shard(name) as file:
+            tensor: Tensor = file.get_slice(name)[index].clone()
+        return tensor
+
+    @contextmanager
+    def _shard(self, name: str) -> Iterator[Any]:
         from safetensors import SafetensorError, safe_open
 
         if name not in self._shard_of:
             raise CheckpointError(f"{self._folder}: tensor {name} is missing")
         try:
             with safe_open(self._shard_of[name], framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name).clone()
+                yield file
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self._shard_of[name]}: {name}: {error}") from error
-        return tensor
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -129,8 +156,8 @@ def _info(path: Path, name: str, entry: Mapping[str, Any]) -> TensorInfo:
     shape = tuple(int(size) for size in entry["shape"])
     begin, end = entry["data_offsets"]
     if kind in _DTYPES:
-        width = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}[kind]
-        info = TensorInfo(shape, _DTYPES[kind])
+        dtype, width = _DTYPES[kind]
+        info = TensorInfo(shape, dtype)
         if info.elements * width != end - begin or begin < 0 or min((0, *shape)) < 0:
             raise CheckpointError(f"{path}: {name}: shape {shape} and offsets disagree")
         return info
@@ -145,7 +172,9 @@ def in_model_order(
     Embedding, block after block (linears as they run, then the rest by name), final
     norm, head. Files written from different sources of one model are then the same.
     """
-    ranks = {linear.path: rank for rank, linear in enumerate(family.linears)}
+    linears = (*family.block_linears(0), *family.block_linears(_experts_of(tensors)))
+    paths = dict.fromkeys(linear.path for linear in linears)
+    ranks = {path: rank for rank, path in enumerate(paths)}
 
     def place(name: str) -> tuple[int, int, int, str]:
         module = name.rpartition(".")[0]
@@ -156,6 +185,12 @@ def in_model_order(
         return {family.embedding: 0, family.head: 3}.get(module, 2), 0, 0, name
 
     return {name: tensors[name] for name in sorted(tensors, key=place)}
+
+
+def _experts_of(tensors: Mapping[str, TensorInfo]) -> int:
+    """Return the highest number after ``.experts.`` plus one; 0 without any."""
+    found = (re.search(r"\.experts\.(\d+)\.", name) for name in tensors)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 class ModuleSource(TensorSource):
@@ -175,6 +210,10 @@ class ModuleSource(TensorSource):
     def read(self, name: str) -> Tensor:
         """Return a copy of one parameter on the CPU."""
         return self._parameters[name].detach().to("cpu", copy=True)
+
+    def read_index(self, name: str, index: int) -> Tensor:
+        """Return a copy of one entry of a parameter along its first axis."""
+        return self._parameters[name].detach()[index].to("cpu", copy=True)
 
 
 class ResidentSource(TensorSource):

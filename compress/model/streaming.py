@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,15 @@ from tqdm import tqdm
 
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import CheckpointError, ConfigError
+from compress.core.families import family_of
+from compress.model.experts import split_experts_
 from compress.model.sources import check_finite
 
 BlockCall = dict[str, Any]
 """Keyword arguments of a block besides the hidden states; tensors have batch size 1."""
+
+Rewrite = Callable[[Tensor], Tensor]
+"""Returns what stands in for a tensor, of the same shape."""
 
 # Tokens in one forward pass of a block: bounds the size of temporary tensors.
 _TOKENS_A_CALL = 4096
@@ -51,6 +57,10 @@ class StreamedModel:
         source: Where weights are read.
         device: Where blocks run. Hidden states stay on the CPU.
         dtype: Arithmetic of the blocks; float32 unless a device is short of memory.
+        rounding: By full name of a linear layer, what its inputs are replaced with; how
+            a runtime that rounds activations is simulated.
+        new_cache: Returns the key-value cache (``transformers.Cache``) that blocks
+            store keys and values through; a fresh one for each call of a block.
     """
 
     def __init__(
@@ -60,9 +70,15 @@ class StreamedModel:
         *,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        rounding: Mapping[str, Rewrite] | None = None,
+        new_cache: Callable[[], Any] | None = None,
     ) -> None:
         self.description = description
         self.source = source
+        self._rounding = dict(rounding or {})
+        self._new_cache = new_cache
+        # Heads in use now: models that read one source share them, see with_source.
+        self._heads: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
         self._device = torch.device(device)
         self._dtype = dtype
         self.model = build_skeleton(description.config)
@@ -70,11 +86,29 @@ class StreamedModel:
         self._blocks = self.model.get_submodule(family.blocks)
         self._body = self.model.get_submodule(family.blocks.rpartition(".")[0])
 
-    def with_source(self, source: TensorSource) -> StreamedModel:
-        """Return a second model of the same shape that reads other weights."""
-        return StreamedModel(
-            self.description, source, device=str(self._device), dtype=self._dtype
+    def with_source(
+        self,
+        source: TensorSource,
+        *,
+        rounding: Mapping[str, Rewrite] | None = None,
+        new_cache: Callable[[], Any] | None = None,
+    ) -> StreamedModel:
+        """Return a second model of the same shape that reads other weights.
+
+        Neither ``rounding`` nor ``new_cache`` is taken over from this one. If the
+        source is the same, both have one head in memory while both use it.
+        """
+        other = StreamedModel(
+            self.description,
+            source,
+            device=str(self._device),
+            dtype=self._dtype,
+            rounding=rounding,
+            new_cache=new_cache,
         )
+        if source is self.source:
+            other._heads = self._heads
+        return other
 
     @torch.no_grad()
     def embed(self, windows: Tensor) -> Activations:
@@ -115,12 +149,15 @@ class StreamedModel:
             )
             for path, handle in (watch or {}).items()
         ]
+        hooks += self._rounding_hooks(index)  # after the watchers, which see the inputs
         call = _moved(activations.calls[index], self._device)
         outputs = []
         try:
             count, length, _ = activations.hidden.shape
             batch = count if at_once else max(1, _TOKENS_A_CALL // length)
             for hidden in torch.split(activations.hidden, batch):
+                if self._new_cache is not None:
+                    call["past_key_values"] = self._new_cache()
                 output = block(hidden.to(self._device, self._dtype), **call)
                 output = output[0] if isinstance(output, tuple) else output
                 outputs.append(output.to("cpu", torch.float32))
@@ -128,6 +165,33 @@ class StreamedModel:
             for hook in hooks:
                 hook.remove()
         return torch.cat(outputs)
+
+    def call_block(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
+        """Return the outputs ``[B, T, C]`` of a loaded block, on its device.
+
+        Gradients flow if ``hidden`` wants them; neither inputs nor cache are rounded.
+        """
+        block = self._blocks[index]
+        states = hidden.to(self._device, self._dtype)
+        output = block(states, **_moved(call, self._device))
+        values: Tensor = output[0] if isinstance(output, tuple) else output
+        return values
+
+    def _rounding_hooks(self, index: int) -> list[Any]:
+        """Replace the inputs of a block's linears by their rounded values."""
+        prefix = f"{self.description.family.block(index)}."
+        return [
+            self._blocks[index]
+            .get_submodule(name.removeprefix(prefix))
+            .register_forward_pre_hook(
+                lambda _module, inputs, rewrite=rewrite: (
+                    rewrite(inputs[0]),
+                    *inputs[1:],
+                )
+            )
+            for name, rewrite in self._rounding.items()
+            if name.startswith(prefix)
+        ]
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -144,14 +208,18 @@ class StreamedModel:
         path = family.embedding if self.description.tied else family.head
         softcap = self.description.config.get("final_logit_softcapping")
         with self._loaded(family.final_norm) as norm:
-            weight = self._tensor(f"{path}.weight")
+            weight = self._heads.get(path)
+            if weight is None:
+                weight = self._heads[path] = self._tensor(f"{path}.weight")
             bias_name = f"{family.head}.bias"
             has_bias = bias_name in self.source.tensors()
             bias = self._tensor(bias_name) if has_bias else None
+            rewrite = self._rounding.get(family.head)
 
             def logits(hidden: Tensor) -> Tensor:
-                with torch.no_grad():
+                with torch.set_grad_enabled(hidden.requires_grad):
                     states = norm(hidden.to(self._device, self._dtype))
+                    states = states if rewrite is None else rewrite(states)
                     values = nn.functional.linear(states, weight, bias).float()
                     if softcap:
                         values = torch.tanh(values / softcap) * softcap
@@ -223,6 +291,7 @@ def choose_device(wanted: str) -> str:
 def build_skeleton(config: Mapping[str, Any]) -> Any:
     """Return the transformers model of a config, in eval mode, without weights.
 
+    Experts are linear layers of their own, named as in the checkpoint.
     Buffers that the model computes (rotary frequencies, embedding scales) are real.
 
     Raises:
@@ -251,7 +320,8 @@ def build_skeleton(config: Mapping[str, Any]) -> Any:
                 if buffer is not None:
                     module._buffers[name] = torch.empty_like(buffer, device="cpu")
             model._init_weights(module)
-    return model.eval()
+    split_experts_(model, family_of(kind))
+    return model.eval().requires_grad_(False)
 
 
 @contextmanager

@@ -35,7 +35,9 @@ def part_of(name: str, model: ModelDescription) -> str:
     module = name.removesuffix(".weight").removesuffix(".bias")
     if module in (model.family.embedding, model.family.head):
         return "embedding"
-    for linear in model.family.linears:
+    if model.family.experts and f".{model.family.experts.container}." in module:
+        return "mlp"
+    for linear in model.family.block_linears(0):
         if module.endswith(f".{linear.path}"):
             return "attention" if linear.path.startswith("self_attn") else "mlp"
     return "other"

@@ -59,7 +59,7 @@ def _sizes(model: ModelDescription) -> tuple[int, int, int]:
     config = model.config
     return (
         int(config["hidden_size"]),
-        int(config["intermediate_size"]),
+        int(config.get("moe_intermediate_size") or config["intermediate_size"]),
         int(config["vocab_size"]),
     )
 
@@ -69,6 +69,21 @@ def _block_weights(model: ModelDescription) -> int:
     return sum(
         info.elements for name, info in model.tensors.items() if name.startswith(prefix)
     )
+
+
+def _active_weights(model: ModelDescription) -> float:
+    """Return the weights that one token meets in all blocks."""
+    weights = float(_block_weights(model))
+    count = model.experts(0)
+    if count:
+        chosen = int(model.config["num_experts_per_tok"])
+        experts = sum(
+            model.tensors[f"{model.family.block(0)}.{linear.path}.weight"].elements
+            for linear in model.block_linears(0)
+            if linear.expert is not None
+        )
+        weights -= experts * (1 - chosen / count)
+    return weights * model.block_count
 
 
 def _memory(model: ModelDescription, work: Work) -> int:
@@ -92,7 +107,7 @@ def _memory(model: ModelDescription, work: Work) -> int:
 
 def _operations(model: ModelDescription, plan: Plan, work: Work) -> float:
     hidden, inner, vocabulary = _sizes(model)
-    weights = _block_weights(model) * model.block_count
+    weights = _active_weights(model)
     total = 0.0
     total += sum(
         layer.shape[0] * layer.shape[1] * _SEARCH_OPERATIONS
@@ -102,7 +117,8 @@ def _operations(model: ModelDescription, plan: Plan, work: Work) -> float:
         tokens = work.calibration[0] * work.calibration[1]
         streams = 2 if work.drift else 1
         total += 2 * tokens * weights * streams
-        squares = (3 * hidden**2 + inner**2) * model.block_count
+        chosen = int(model.config["num_experts_per_tok"]) if model.experts(0) else 1
+        squares = ((2 + chosen) * hidden**2 + chosen * inner**2) * model.block_count
         total += 2 * tokens * squares * (0.65 + (streams - 1))
         total += sum(
             4 * layer.shape[0] * layer.shape[1] ** 2 for layer in plan.layers.values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from compress.report.serving import cache_table, parts_table, upgrades_table
 from compress.report.tables import (
     Report,
     Table,
@@ -16,6 +17,7 @@ from compress.report.tables import (
     size_table,
     worst_layers_table,
 )
+from compress.report.transforms import transform_table
 from compress.report.wording import (
     GRADES,
     RERUN_NOTE,
@@ -48,7 +50,10 @@ def render_markdown(report: Report) -> str:
             + "."
         )
     parts += _section(distance_table(report))
+    for table in (parts_table(report), upgrades_table(report), cache_table(report)):
+        parts += _section(table)
     parts += [*_section(export_table(report)), *_export_notes(report)]
+    parts += _section(transform_table(report))
     parts += [*_section(group_table(report)), *_section(worst_layers_table(report))]
     parts += [*_section(run_table(report)), *_section(provenance_table(report))]
     parts += _rerun(report)

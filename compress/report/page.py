@@ -7,6 +7,7 @@ from html import escape
 
 from compress.report.layers import layer_table
 from compress.report.plots import histogram_plots, ladder_plot, layer_plot, size_plot
+from compress.report.serving import cache_table, parts_table, upgrades_table
 from compress.report.style import SCRIPT, STYLE
 from compress.report.svg import element
 from compress.report.tables import (
@@ -21,6 +22,7 @@ from compress.report.tables import (
     size_table,
     verdict,
 )
+from compress.report.transforms import transform_table
 from compress.report.wording import (
     GRADES,
     RERUN_NOTE,
@@ -49,6 +51,8 @@ def render_page(report: Report) -> str:
     sections = {
         "size": ("Size", _size_section(report)),
         "quality": ("Quality", _quality_section(report)),
+        "transforms": ("Transforms", _draw(transform_table(report))),
+        "serving": ("Inputs and cache", _serving_section(report)),
         "layers": ("Layers", _layer_section(report)),
         "exports": ("Exports", _export_section(report)),
         "run": ("Time and memory", _draw(run_table(report))),
@@ -219,6 +223,13 @@ def _quality_section(report: Report) -> str:
         parts.append(element("div", *plots, class_="figures"))
         parts += [element("h3", distance.title), _draw(distance)]
     return "".join(parts)
+
+
+def _serving_section(report: Report) -> str:
+    tables = parts_table(report), upgrades_table(report), cache_table(report)
+    return "".join(
+        element("h3", table.title) + _draw(table) for table in tables if table.rows
+    )
 
 
 def _lamps() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
+from compress.report.serving import cache_table, parts_table, upgrades_table
 from compress.report.tables import (
     Report,
     Table,
@@ -27,9 +28,11 @@ def summary_table(report: Report) -> str:
     Says size, bits per weight, perplexity, KL and top-1 before and after for each text,
     how each export was verified, warnings, and where the files are.
     """
-    tables = [size_table(report), quality_table(report), export_table(report)]
+    tables = [size_table(report), quality_table(report), parts_table(report)]
+    tables += [upgrades_table(report), cache_table(report), export_table(report)]
     parts = [_heading(report)]
     parts += [_draw(table) for table in tables if table.rows]
+    parts += [t.caption for t in (cache_table(report),) if t.rows]
     warnings = report.get("warnings") or []
     if warnings:
         parts.append("\n".join(f"WARNING: {warning}" for warning in warnings))

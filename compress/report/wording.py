@@ -192,4 +192,19 @@ def calibration_note(report: Mapping[str, Any]) -> str:
         count(number_at(calibration, key))
         for key in ("samples", "sequence_length", "tokens")
     )
-    return f"Calibrated on {data}: {samples} samples of {length}, {tokens} tokens."
+    used = f"Calibrated on {data}: {samples} samples of {length}, {tokens} tokens."
+    return f"{used}{_experts_note(report)}"
+
+
+def _experts_note(report: Mapping[str, Any]) -> str:
+    experts = branch(report, "experts")
+    if number_at(experts, "fewest_tokens") is None:
+        return ""
+    fewest, most, rounded, coded = (
+        count(number_at(experts, key))
+        for key in ("fewest_tokens", "most_tokens", "rounded_layers", "coded_layers")
+    )
+    return (
+        f" An expert got {fewest} to {most} tokens; {rounded} of {coded} layers of "
+        "experts had too few and were rounded to nearest."
+    )

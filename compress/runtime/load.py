@@ -11,6 +11,8 @@ from torch import Tensor
 
 from compress.core.artifact import TensorSource
 from compress.core.errors import CheckpointError
+from compress.core.families import family_of
+from compress.model.experts import stacked, unstacked
 from compress.model.quantized_source import PackedSource, quantization_of
 from compress.model.sources import SafetensorsSource
 
@@ -47,8 +49,10 @@ def load(
             f"{path}: not a folder; give a folder with config.json and safetensors"
         )
     packed = quantization_of(path) is not None
-    source = PackedSource(path) if packed else SafetensorsSource(path)
+    source: TensorSource = PackedSource(path) if packed else SafetensorsSource(path)
     model = _skeleton(path, dtype)
+    family = family_of(str(model.config.model_type))
+    source = stacked(unstacked(source, family), family)
     _fill_(model, source, dtype=dtype or model.dtype, device=device)
     model.to(device)
     if (path / "generation_config.json").is_file():

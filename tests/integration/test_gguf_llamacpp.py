@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from gguf_fixtures import (
 )
 
 from compress.core.errors import ExportError
+from compress.export import gguf_runtime
 from compress.export.gguf import GGUFExporter, GGUFOptions
 from compress.export.gguf_runtime import llamacpp_logits, llamacpp_tokens
 from compress.model.gguf_source import GGUFSource
@@ -59,6 +61,18 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("assets")
     save_tokenizer(folder)
     return folder
+
+
+def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """Return a list that fills with the processes that llama.cpp runs in."""
+    start, found = gguf_runtime._start, []
+
+    def remember(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
+        found.append(start(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(gguf_runtime, "_start", remember)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +146,33 @@ def test_tokens_beyond_the_vocabulary_are_an_export_error(
     path = GGUFExporter(GGUFOptions()).write(artifact, tmp_path).files[0]
     with pytest.raises(ExportError, match=f"token {ROWS} is beyond its vocabulary"):
         next(llamacpp_logits(path, torch.tensor([[1, ROWS]])))
+
+
+def test_a_child_that_is_killed_on_the_way_is_an_export_error(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = compressed("llama", assets=assets)
+    path = GGUFExporter(GGUFOptions()).write(artifact, tmp_path).files[0]
+    children = started(monkeypatch)
+    many = torch.zeros(64, 96, dtype=torch.int64)  # more than a pipe takes
+    logits = llamacpp_logits(path, many)
+    next(logits)
+    children[0].kill()
+    with pytest.raises(ExportError, match=r"llama\.cpp was killed \(SIGKILL\)"):
+        list(logits)
+
+
+def test_logits_that_nobody_wants_leave_no_process(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = compressed("llama", assets=assets)
+    path = GGUFExporter(GGUFOptions()).write(artifact, tmp_path).files[0]
+    children = started(monkeypatch)
+    logits = llamacpp_logits(path, torch.zeros(64, 96, dtype=torch.int64))
+    next(logits)
+    assert children[0].poll() is None
+    logits.close()
+    assert children[0].poll() is not None
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "qwen2"])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from export_fixtures import linears, make_artifact, tiny_llama
+from moe_fixtures import opened, save_mixture
 
 from compress.core.plan import Plan
 from compress.planning.budget import (
@@ -59,3 +63,21 @@ def test_more_work_takes_more_time_and_memory() -> None:
     large = estimate(model, plan, Work((4096, 2048), True, 1 << 24, 1 << 13))
     assert large.seconds > small.seconds > 0
     assert large.peak_memory_bytes > small.peak_memory_bytes
+
+
+def test_only_the_chosen_experts_take_time(tmp_path: Path) -> None:
+    save_mixture(tmp_path, "mixtral")
+    model = opened(tmp_path).description
+    work = Work(None, False, 1 << 20, 1 << 10)
+
+    def seconds(chosen: int) -> float:
+        config = {**model.config, "num_experts_per_tok": chosen}
+        return estimate(replace(model, config=config), Plan("x", {}), work).seconds
+
+    one, two, four = seconds(1), seconds(2), seconds(4)
+    assert four - two == pytest.approx(2 * (two - one))
+    # three matrices of an expert in each of two blocks, twice: base and compressed
+    assert (two - one) / one > 0.1
+    assert (
+        part_of("model.layers.0.block_sparse_moe.experts.3.w2.weight", model) == "mlp"
+    )

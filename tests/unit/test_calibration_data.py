@@ -5,8 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizer_fixtures import byte_tokenizer
 
 from compress.calibration.data import (
     check_sources,
@@ -19,23 +18,6 @@ from compress.data import MIX
 from compress.evaluation.texts import BUNDLED, evaluation_text
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
-
-
-def byte_tokenizer(*, bos=False, chat_template=None):
-    """One token a byte, so that windows can be counted by hand."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: index for index, character in enumerate(alphabet)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<s>"])
-    if bos:
-        backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
-        )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
-    tokenizer.chat_template = chat_template
-    return tokenizer
 
 
 def load(spec, tokenizer=None, *, samples=4, length=8, seed=0):

@@ -26,8 +26,9 @@ class Pipeline(types.ModuleType):
         super().__init__("compress.pipeline")
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self.failure: BaseException | None = None
-        answer = types.SimpleNamespace(
+        self.answer = answer = types.SimpleNamespace(
             summary=lambda: "the summary",
+            failures=[],
             text=lambda: "the text",
             to_dict=lambda: {"a": 1},
         )
@@ -75,6 +76,15 @@ def test_run_hands_the_config_over_and_prints_the_summary(
     assert (loaded.model.path, loaded.run.seed) == ("somewhere", 3)
     assert (options["resume"], options["overwrite"]) == (True, False)
     assert options["command"].split()[0] == "compress"
+
+
+@pytest.mark.parametrize("command", [("run",), ("export", "--to", "gguf")])
+def test_an_export_that_fails_its_check_is_exit_code_1_after_the_summary(
+    pipeline: Pipeline, config: str, command: tuple[str, ...]
+) -> None:
+    pipeline.answer.failures = ["gguf: the file's codes differ"]
+    result = call(*command, config)
+    assert (result.exit_code, result.stdout) == (1, "the summary\n")
 
 
 def test_dry_run_computes_nothing(pipeline: Pipeline, config: str) -> None:

@@ -302,3 +302,44 @@ def test_schema_describes_every_key() -> None:
         if "description" not in value
     ]
     assert undescribed == []
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("[rotatoin]", ":2:14: transforms.0: unknown transform 'rotatoin'; did you"),
+        ("[{nam: awq}]", ":2:14: transforms.0.name: required key is missing"),
+        ("[3]", ":2:14: transforms.0: expected keys and values, got 3"),
+        (
+            "[{name: smoothquant, alfa: 1}]",
+            ":2:34: transforms.0.alfa: unknown key; did you mean 'alpha'?",
+        ),
+        (
+            "[scale_folding, {name: smoothquant, alpha: 2}]",
+            ":2:49: transforms.1.alpha: input should be less than or equal to 1",
+        ),
+        ("[scale_folding, scale_folding]", ":2:29: transforms.1: 'scale_folding' is"),
+        ("[scale_folding, rotation]", ":2:29: transforms.1: a rotation mixes"),
+        ("[awq]", ":2:14: transforms.0: awq searches on the plan's grids; add"),
+        (
+            "[{name: rotation, heads: false, residual: false}]",
+            ":2:14: transforms.0: a rotation needs residual, heads or both",
+        ),
+    ],
+)
+def test_wrong_transforms_are_told_with_their_place(
+    written: str, expected: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {{path: x}}\ntransforms: {written}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert f"run.yaml{expected}" in str(caught.value)
+
+
+def test_a_transform_is_a_name_or_a_name_with_options() -> None:
+    listed = ["rotation", {"name": "smoothquant", "alpha": 0.8}]
+    config = load_config({"model": {"path": "x"}, "transforms": listed})
+    entries = [(entry.name, dict(entry.options)) for entry in config.transform_entries]
+    assert entries == [("rotation", {}), ("smoothquant", {"alpha": 0.8})]
+    assert config.model_dump(mode="json")["transforms"] == listed

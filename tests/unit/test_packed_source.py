@@ -10,8 +10,13 @@ import torch
 from export_fixtures import linears, make_artifact
 from safetensors.torch import load_file, save_file
 
+from compress.core.compressed_tensors import (
+    group_entry,
+    layout_of,
+    scheme_of_group,
+    weight_arguments,
+)
 from compress.core.errors import CheckpointError
-from compress.core.pack_quantized import scheme_of_arguments, weight_arguments
 from compress.core.scheme import Scheme
 from compress.export.safetensors import SafetensorsExporter, SafetensorsOptions
 from compress.model.quantized_source import PackedSource, packed_scheme
@@ -66,10 +71,38 @@ def test_schemes_are_listed_by_layer(tmp_path: Path) -> None:
     assert packed_scheme(tmp_path) == expected
 
 
-@pytest.mark.parametrize("name", ["int2", "int7-asym", "int4-g128", "int8-g32-asym"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int2",
+        "int7-asym",
+        "int4-g128",
+        "int8-g32-asym",
+        "w8a8",
+        "w8a8-asym",
+        "w6a8-g128",
+        "w6a8-g128-group",
+        "w4afp8-g128",
+        "fp8",
+        "fp8-g64",
+        "fp8-tensor",
+        "fp8-w8a8",
+        "fp8-block",
+        "mxfp4",
+        "mxfp6",
+        "mxfp8",
+        "nvfp4",
+        "nvfp4-w4a4",
+        "fp4-g32",
+        "w4a8-fp-g128",
+        "fp4-g128-pow2",
+    ],
+)
 def test_a_scheme_survives_the_config(name: str) -> None:
-    scheme = Scheme.parse(name)
-    assert scheme_of_arguments(weight_arguments(scheme), "float16") == scheme
+    scheme = Scheme.parse(name).with_scales("bfloat16")
+    group, layout = group_entry(scheme, ["x"]), layout_of(scheme)
+    stored = layout.tensors(scheme, (256, 256))["weight_scale"].dtype
+    assert scheme_of_group(group, layout.format, stored) == scheme
 
 
 @pytest.mark.parametrize(
@@ -79,12 +112,25 @@ def test_a_scheme_survives_the_config(name: str) -> None:
         ({"config_groups": {}}, "no groups"),
         ({"config_groups": {"W4A16": ["Linear"]}}, "preset"),
         (
-            {"config_groups": {"g": {"weights": {}, "format": "float-quantized"}}},
-            "format 'float-quantized'",
+            {"config_groups": {"g": {"weights": {}, "format": "marlin-24"}}},
+            "format 'marlin-24'",
         ),
         (
-            {"config_groups": {"g": {"weights": {}, "input_activations": {"a": 1}}}},
-            "quantized activations",
+            {"config_groups": {"g": {"weights": {}, "output_activations": {"a": 1}}}},
+            "quantized outputs",
+        ),
+        ({"transform_config": {"config_groups": {"R4": {}}}}, "transform_config"),
+        (
+            {
+                "config_groups": {
+                    "g": {
+                        "weights": {"num_bits": 4, "group_size": 32},
+                        "input_activations": {"dynamic": True, "num_bits": 3},
+                        "targets": ["Linear"],
+                    }
+                }
+            },
+            "inputs of 3 bits",
         ),
         (
             {"config_groups": {"g": {"weights": {"num_bits": 4}, "targets": ["x"]}}},

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from compress.core.artifact import CompressedModel
+from compress.core.compressed_tensors import layout_of
 from compress.core.errors import CheckpointError, ExportError, MissingDependencyError
-from compress.core.pack_quantized import decode, encode
 from compress.core.scheme import Scheme
 from compress.export.safetensors import SafetensorsExporter, SafetensorsOptions
 
@@ -44,13 +44,14 @@ def test_packing_equals_the_librarys_own(bits: int, zero: str) -> None:
     scheme = Scheme.parse(f"int{bits}-g20{zero}")
     weight = torch.randn(37, 60, generator=torch.Generator().manual_seed(bits))
     tensor = round_to_nearest(weight, scheme)
-    stored = encode(tensor)
+    layout = layout_of(scheme)
+    stored = layout.encode(tensor)
     packed = helpers.pack_to_int32(tensor.codes, bits)
     assert torch.equal(stored["weight_packed"], packed)
     if tensor.zero is not None:
         zeros = helpers.pack_to_int32(tensor.zero, bits, packed_dim=0)
         assert torch.equal(stored["weight_zero_point"], zeros)
-    again = decode(stored, scheme)
+    again = layout.decode(stored, scheme, tensor.shape)
     assert torch.equal(again.codes, tensor.codes)
     assert again.zero is None or torch.equal(again.zero, tensor.zero)
 
@@ -60,11 +61,13 @@ def test_long_rows_are_packed_in_runs_without_a_seam(
 ) -> None:
     scheme = Scheme.parse("int3-g16-asym")
     tensor = round_to_nearest(torch.randn(50, 48), scheme)
-    whole = encode(tensor)
-    monkeypatch.setattr("compress.core.pack_quantized._RUN", 7 * 48)
-    in_runs = encode(tensor)
+    layout = layout_of(scheme)
+    whole = layout.encode(tensor)
+    monkeypatch.setattr("compress.core.compressed_tensors.packed_integers._RUN", 7 * 48)
+    in_runs = layout.encode(tensor)
     assert all(torch.equal(whole[name], in_runs[name]) for name in whole)
-    assert torch.equal(decode(whole, scheme).codes, tensor.codes)
+    again = layout.decode(whole, scheme, tensor.shape)
+    assert torch.equal(again.codes, tensor.codes)
 
 
 @pytest.mark.parametrize("scheme_of", [linears("int4-g32"), linears("int5"), mixed])
@@ -213,8 +216,8 @@ def test_the_card_says_what_and_how(tmp_path: Path) -> None:
     artifact = make_artifact(linears("int3-g32-asym"))
     artifact = replace(artifact, provenance={"compress": "1.2.3"})
     text = (written(artifact, tmp_path) / "README.md").read_text()
-    assert "| `int3-g32-asym` | float32 | 14 |" in text
-    assert "compressed-tensors 0.20" in text
+    assert "| `int3-g32-asym` | pack-quantized | float32 | 14 |" in text
+    assert "compressed-tensors>=0.20" in text
     assert "CompressedTensorsConfig(dequantize=True)" in text
     assert "vllm serve" in text
     assert "licence | unknown" in text

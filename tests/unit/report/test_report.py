@@ -118,6 +118,20 @@ def test_a_failed_verification_cannot_be_overlooked(
     assert 'class="failed"' in files[".html"] and "0 of 2" in files[".html"]
 
 
+def test_a_consumer_that_crashed_is_a_failed_verification(
+    tmp_path: Path, make_report: Make
+) -> None:
+    report = make_report(1)
+    report["exports"]["gguf"]["verify"] = {
+        "consumer": "llama.cpp",
+        "failed": "llama.cpp crashed (SIGSEGV)",
+        "passed": False,
+    }
+    files = written(report, tmp_path)
+    assert "FAILED" in summary_table(report) and "FAILED" in files[".md"]
+    assert 'class="failed"' in files[".html"] and "1 of 2" in files[".html"]
+
+
 @pytest.mark.parametrize(
     ("kl", "name"),
     [(0.0, "green"), (0.0099, "green"), (0.01, "amber"), (0.05, "red"), (3.0, "red")],

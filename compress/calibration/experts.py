@@ -1,0 +1,101 @@
+"""Calibration of experts: few tokens, and what the dense model would have fed them.
+
+An expert sees only the tokens that the router sends to it, so its statistics run over
+those alone; gate and up of one expert share an input, down has its own. Where too few
+tokens came to say anything about a matrix of C columns, ``max(64, C / 16)`` being the
+least, the expert is rounded to nearest instead, with scales of least squared error, and
+the report says so.
+
+For the correction of drift an expert's inputs are compared with those of the dense
+model *for the same tokens*: the router of the compressed model decides which, and the
+dense expert is run on the dense hidden states of just those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from compress.core import grids, low_rank
+from compress.core.families import Experts, Linear
+from compress.core.scheme import Scheme
+from compress.core.statistics import LayerStatistics
+from compress.core.tensors import QuantizedTensor
+from compress.model.experts import SplitExperts
+
+FEW_TOKENS = "rounded to nearest: too few tokens reached this expert"
+"""How the note of an expert begins that calibration could say nothing about."""
+
+
+def tokens_needed(columns: int) -> int:
+    """Return the fewest tokens that statistics of ``columns`` inputs are used from."""
+    return max(64, -(-columns // 16))
+
+
+def few_tokens(linear: Linear, statistics: LayerStatistics) -> str | None:
+    """Return a note if an expert's layer has to be rounded; ``None`` if it need not."""
+    needed = tokens_needed(statistics.columns)
+    if linear.expert is None or statistics.tokens >= needed:
+        return None
+    return f"{FEW_TOKENS} ({statistics.tokens}; {needed} are needed)"
+
+
+def round_to_nearest(weight: Tensor, scheme: Scheme, note: str) -> QuantizedTensor:
+    """Return the nearest codes of ``weight`` ``[R, C]``, with scales of least error."""
+    groups = grids.as_groups(weight.float(), scheme)
+    parameters = grids.search_parameters(groups, scheme)
+    codes = grids.encode(groups, parameters, scheme).view(weight.shape)
+    coded = grids.assemble(codes, parameters, scheme, notes=(note,))
+    return low_rank.correct(weight, coded)
+
+
+class DenseExperts:
+    """Inputs that the experts of one block get from the dense model.
+
+    Args:
+        experts: The block's experts, with dense weights until they are quantized.
+        states: ``[T, H]``, what the dense model hands to its experts.
+    """
+
+    def __init__(self, experts: SplitExperts, states: Tensor) -> None:
+        self._experts, self._states = experts, states
+        self._inner: dict[int, Tensor] = {}
+
+    def inputs(self, linear: Linear) -> Tensor:
+        """Return the dense input ``[n, C]`` of a layer of the expert that now runs.
+
+        To be asked for gate or up before either is replaced: what down gets follows
+        from their dense weights.
+        """
+        assert linear.expert is not None
+        if linear.role == "down" and linear.expert in self._inner:
+            return self._inner.pop(linear.expert)
+        tokens = self._experts.tokens
+        states = self._states[tokens.to(self._states.device)].to(tokens.device)
+        inner: Tensor = self._experts.expert(linear.expert).inner(states)
+        if linear.role == "down":
+            return inner
+        self._inner[linear.expert] = inner
+        return states
+
+
+def keep_states(
+    linears: Sequence[Linear], names: Experts | None, kept: list[Tensor]
+) -> dict[str, Callable[[Tensor], None]]:
+    """Return hooks that keep what a block hands to its experts, if it has any."""
+    if names is None or all(linear.expert is None for linear in linears):
+        return {}
+    return {names.container: kept.append}
+
+
+def dense_experts(
+    block: nn.Module, names: Experts | None, kept: Sequence[Tensor]
+) -> DenseExperts | None:
+    """Return the dense inputs of a block's experts, if :func:`keep_states` kept any."""
+    if names is None or not kept:
+        return None
+    experts = block.get_submodule(names.container)
+    assert isinstance(experts, SplitExperts)
+    return DenseExperts(experts, torch.cat(list(kept)))

@@ -1,0 +1,1 @@
+"""The key-value cache in few bits: static scales, and what each type costs."""

@@ -1,0 +1,61 @@
+"""Scale folding: channels that are fed large values get larger weights.
+
+``s = sqrt(max|x|) / mean(sqrt(max|x|))`` over the channels of an input: a norm's gain
+is divided by ``s`` and the columns behind it are multiplied, which evens out what the
+weights of a group matter.
+
+Source: RAMP, "Scale Folding". Differs: nothing at norms; ``places`` may add the pairs
+``v -> o`` and ``up -> down``, which are as exact. Limits: looks at inputs only, never
+at what rounding does; ``awq`` does.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from compress.core.contracts import Options
+from compress.transforms.contract import Choice, Inputs, Reader, Scaling
+from compress.transforms.places import Place
+
+_LEAST = 1e-2
+"""Smallest scale, beside a mean of 1: a channel that is hardly fed stays bounded."""
+
+
+class ScaleFoldingOptions(Options):
+    """Options of ``scale_folding``.
+
+    Attributes:
+        places: Where scales are moved: behind norms (``norm``), from v to o
+            (``value``), from up to down (``neuron``).
+    """
+
+    places: tuple[Literal["norm", "value", "neuron"], ...] = Field(
+        default=("norm",), min_length=1
+    )
+
+
+class ScaleFolding(Scaling):
+    """Scales from the largest inputs alone."""
+
+    name = "scale_folding"
+    summary = "channel scales from the largest inputs (RAMP)"
+    source = "RAMP, Scale Folding"
+    Options: ClassVar[type[Options]] = ScaleFoldingOptions
+    options: ScaleFoldingOptions
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of places that it treats."""
+        return self.options.places
+
+    def choose(self, place: Place, inputs: Inputs, readers: list[Reader]) -> Choice:
+        """Return the scales of one place."""
+        root = place.gather(inputs.largest, torch.amax).sqrt()
+        if not bool(root.any()):
+            return Choice(None, {"skipped": "its inputs are all zero"})
+        scale = (root / root.mean()).clamp(min=_LEAST)
+        spread = float(scale.max() / scale.min())
+        return Choice(scale, {"spread": spread})

@@ -1,0 +1,157 @@
+"""llama.cpp in a process of its own, which may crash without taking a run with it.
+
+:mod:`compress.export.gguf_runtime` starts it as ``COMMAND FILE ARGUMENTS``, with tokens
+or text on stdin. Answers go to stdout: a line of JSON each, and behind one that says
+``logits`` the float32 numbers. No torch here: it would take most of the start.
+
+Settings take away what is llama.cpp's choice rather than the file's: float32 instead of
+float16 keys and values, no flash attention, one batch a window, no token added.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import sys
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, TypeAlias
+
+from compress.core.errors import ExportError
+
+Answer: TypeAlias = tuple[dict[str, Any], bytes | memoryview]
+"""What is said, and the bytes behind it."""
+
+_F32 = 0  # ggml_type
+_FILE_TYPE_F32 = 0  # llama_ftype
+_NO_FLASH_ATTENTION = 0  # llama_flash_attn_type
+
+
+def main() -> None:
+    """Answer the request on the command line."""
+    command, path, *numbers = sys.argv[1:]
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what llama.cpp itself prints is no answer
+    try:
+        for about, data in _COMMANDS[command](_import_llama(), path, *numbers):
+            answers.write(json.dumps(about).encode() + b"\n")
+            answers.write(data)
+            answers.flush()
+    except ExportError as error:
+        answers.write(json.dumps({"error": str(error)}).encode() + b"\n")
+    answers.close()
+
+
+def _logits(
+    llama: Any, path: str, threads: str, count: str, length: str
+) -> Iterator[Answer]:
+    tokens = array("i", sys.stdin.buffer.read())
+    size = int(length)
+    with ExitStack() as cleanup:
+        model = _load(llama, path)
+        cleanup.callback(llama.llama_model_free, model)
+        context = _open_context(llama, model, size, threads=int(threads))
+        if not context:
+            raise ExportError(
+                f"llama.cpp cannot make a context of {size} tokens; use shorter windows"
+            )
+        cleanup.callback(llama.llama_free, context)
+        vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+        largest = max(tokens, default=0)
+        if largest >= vocabulary:
+            raise ExportError(
+                f"token {largest} is beyond its vocabulary of {vocabulary}"
+            )
+        batch = llama.llama_batch_init(size, 0, 1)
+        cleanup.callback(llama.llama_batch_free, batch)
+        for index in range(int(count)):
+            _fill_(batch, tokens[index * size : (index + 1) * size])
+            llama.llama_memory_clear(llama.llama_get_memory(context), True)
+            if llama.llama_decode(context, batch) != 0:
+                raise ExportError(f"llama.cpp failed on window {index}")
+            kind = ctypes.POINTER(ctypes.c_float * (size * vocabulary))
+            values = ctypes.cast(llama.llama_get_logits(context), kind).contents
+            yield {"logits": [size, vocabulary]}, memoryview(values).cast("B")
+
+
+def _decode(llama: Any, path: str, threads: str, copy: str) -> Iterator[Answer]:
+    params = llama.llama_model_quantize_default_params()
+    params.ftype = _FILE_TYPE_F32
+    params.allow_requantize = True
+    params.nthread = int(threads)
+    status = llama.llama_model_quantize(
+        os.fsencode(path), os.fsencode(copy), ctypes.byref(params)
+    )
+    if status != 0:
+        raise ExportError(
+            "llama.cpp cannot decode the file to float32; check that "
+            f"{os.path.dirname(path)} has space for a copy with 4 bytes a weight, then "
+            "run llama-quantize to see llama.cpp's own message"
+        )
+    yield {}, b""
+
+
+def _tokens(llama: Any, path: str) -> Iterator[Answer]:
+    data = sys.stdin.buffer.read()
+    model = _load(llama, path, vocabulary_only=True)
+    tokens = (ctypes.c_int32 * (len(data) + 8))()
+    vocabulary = llama.llama_model_get_vocab(model)
+    count = llama.llama_tokenize(
+        vocabulary, data, len(data), tokens, len(tokens), False, True
+    )
+    llama.llama_model_free(model)
+    yield {"tokens": list(tokens[:count])}, b""
+
+
+_COMMANDS: dict[str, Callable[..., Iterator[Answer]]]
+_COMMANDS = {"logits": _logits, "decode": _decode, "tokens": _tokens}
+
+
+def _import_llama() -> Any:
+    import llama_cpp
+
+    # llama-cpp-python's own log callback prints what is at or above its logger's level;
+    # failures come back as answers from here.
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+def _load(llama: Any, path: str, *, vocabulary_only: bool = False) -> Any:
+    params = llama.llama_model_default_params()
+    params.n_gpu_layers = 0
+    params.vocab_only = vocabulary_only
+    # No weights repacked for one processor: the same numbers on every machine, and on
+    # AMX the repacked product of llama-cpp-python 0.3.36 crashes (at ldtilecfg).
+    params.use_extra_bufts = False
+    model = llama.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise ExportError(
+            "llama.cpp cannot load the file; "
+            "run it in llama-cli to see llama.cpp's own message"
+        )
+    return model
+
+
+def _open_context(llama: Any, model: Any, length: int, *, threads: int) -> Any:
+    params = llama.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = length
+    params.n_seq_max = 1
+    params.n_threads = params.n_threads_batch = threads
+    params.type_k = params.type_v = _F32
+    params.flash_attn_type = _NO_FLASH_ATTENTION
+    params.no_perf = True
+    return llama.llama_init_from_model(model, params)
+
+
+def _fill_(batch: Any, tokens: array[int]) -> None:
+    batch.n_tokens = len(tokens)
+    for position, token in enumerate(tokens):
+        batch.token[position] = token
+        batch.pos[position] = position
+        batch.n_seq_id[position] = 1
+        batch.seq_id[position][0] = 0
+        batch.logits[position] = True
