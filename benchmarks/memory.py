@@ -74,7 +74,9 @@ CASES = {
 }
 
 
-def write_checkpoint(folder: Path, shape: dict[str, int]) -> int:
+def write_checkpoint(
+    folder: Path, shape: dict[str, int], *, device: str = "cpu"
+) -> int:
     """Write a random bf16 Llama in shards of 5 GB; return its number of parameters."""
     config = LlamaConfig(vocab_size=32000, tie_word_embeddings=False, **shape)
     config.dtype = torch.bfloat16
@@ -85,15 +87,15 @@ def write_checkpoint(folder: Path, shape: dict[str, int]) -> int:
         Entry(name, TensorInfo(tuple(tensor.shape), "bfloat16"))
         for name, tensor in model.state_dict().items()
     ]
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator(device).manual_seed(SEED)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for entry in entries:
             if len(entry.info.shape) == 1:
                 yield entry.name, torch.ones(entry.info.shape, dtype=torch.bfloat16)
                 continue
-            values = torch.randn(entry.info.shape, generator=generator)
-            yield entry.name, values.mul_(0.02).bfloat16()
+            values = torch.randn(entry.info.shape, generator=generator, device=device)
+            yield entry.name, values.mul_(0.02).bfloat16().cpu()
 
     write_shards(folder, plan_shards(entries, 5_000_000_000), tensors())
     config.architectures = ["LlamaForCausalLM"]

@@ -22,6 +22,7 @@ from compress.core.families import Family, family_of
 from compress.core.plan import Plan
 from compress.core.tensors import QuantizedTensor
 from compress.exporting import check_exports
+from compress.model.devices import choose_dtype
 from compress.model.experts import unstacked, weight_of
 from compress.model.sources import ModuleSource, SnapshotSource, in_model_order
 from compress.model.streaming import StreamedModel
@@ -136,7 +137,15 @@ def quantize(
     )
     folder = tempfile.TemporaryDirectory(prefix="compress-")
     workdir = WorkDir(Path(folder.name))
-    runner = PlanRunner(description, original, plan, quantizers, workdir, device=device)
+    runner = PlanRunner(
+        description,
+        original,
+        plan,
+        quantizers,
+        workdir,
+        device=device,
+        dtype=choose_dtype("auto", description.dtype, device),
+    )
     windows = None
     static = static_inputs(plan)
     if runner.needs_calibration or chain.needs_inputs or static:

@@ -28,8 +28,8 @@ from compress.core.contracts import Exporter, Quantizer
 from compress.core.errors import ConfigError
 from compress.core.plan import Plan
 from compress.evaluation.texts import check_evaluation_text
+from compress.model.devices import choose_device, choose_dtype
 from compress.model.loading import ModelHandle, check_tensors, open_model
-from compress.model.streaming import choose_device
 from compress.planning.planner import make_plan, resolve_scale_dtype
 from compress.planning.rerun import config_of_export
 from compress.report import summary_table, write_report
@@ -108,6 +108,7 @@ class Run:
             self.workdir,
             device=self.device,
             propagate=config.quantize.propagate if config.quantize else "quantized",
+            dtype=choose_dtype(config.calibration.dtype, self.model.dtype, self.device),
         )
         self.artifact = CompressedModel(
             self.model,

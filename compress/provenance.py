@@ -102,6 +102,7 @@ def fingerprint(run: Run, tokens: CalibrationTokens | None) -> dict[str, str]:
     return {
         "model": model_digest(run.base, locate(run.config.model.path)),
         "calibration": tokens.digest if tokens else "none",
+        "calibration.dtype": str(run.runner.dtype) if tokens else "none",
         "transforms": digest_of(run.chain.identity()),
         "quantize": digest_of(methods),
         "plan": digest_of(run.plan.to_json()),

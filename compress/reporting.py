@@ -102,6 +102,7 @@ def _calibration(run: Run, tokens: CalibrationTokens | None) -> dict[str, Any] |
         "samples": section.samples,
         "sequence_length": section.sequence_length,
         "tokens": tokens.tokens.numel(),
+        "dtype": str(run.runner.dtype).removeprefix("torch."),
     }
 
 

@@ -8,25 +8,27 @@ is ever run.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from compress.calibration import experts
-from compress.calibration.collect import first_arrivals, measure
+from compress.calibration.collect import Moments
+from compress.calibration.walk import BlockWalk
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.contracts import Quantizer
 from compress.core.families import Linear
 from compress.core.plan import LayerPlan, Plan
-from compress.core.statistics import LayerStatistics
+from compress.core.scales import TORCH_DTYPES
 from compress.core.tensors import QuantizedTensor
+from compress.model.prefetch import ReadAhead
 from compress.model.sources import check_finite
-from compress.model.streaming import Activations, StreamedModel
-from compress.workdir import LayerRecord, WorkDir
+from compress.model.streaming import StreamedModel
+from compress.parts import Part, PartWriter, stacks
+from compress.workdir import WorkDir
 
 EMBEDDINGS = "embeddings"
 """Name of the part that holds codes of embedding and head."""
@@ -38,25 +40,6 @@ def part_of_layer(layer: str, model: ModelDescription) -> str:
     if not layer.startswith(prefix):
         return EMBEDDINGS
     return f"{int(layer.removeprefix(prefix).partition('.')[0]):04d}"
-
-
-def error_of(
-    weight: Tensor, values: Tensor, statistics: LayerStatistics | None
-) -> tuple[float | None, float]:
-    """Return the relative squared error in the inputs' metric, and plain.
-
-    Args:
-        weight: float32 ``[R, C]``.
-        values: What it became.
-        statistics: Of its input, for ``tr(E H E^T) / tr(W H W^T)``.
-    """
-    error = weight - values
-    plain = float(error.square().sum()) / max(float(weight.square().sum()), 1e-30)
-    if statistics is None:
-        return None, plain
-    hessian = statistics.hessian
-    lost = float(((error @ hessian) * error).sum())
-    return lost / max(float(((weight @ hessian) * weight).sum()), 1e-30), plain
 
 
 class CompressedSource(TensorSource):
@@ -95,6 +78,7 @@ class PlanRunner:
         device: Where blocks run and layers are solved.
         propagate: Whether later blocks see compressed outputs (``quantized``) or those
             of the dense model (``fp``).
+        dtype: Arithmetic of the blocks. Layers are solved in float32 always.
     """
 
     description: ModelDescription
@@ -104,6 +88,7 @@ class PlanRunner:
     workdir: WorkDir
     device: str = "cpu"
     propagate: str = "quantized"
+    dtype: torch.dtype = torch.float32
 
     @property
     def needs_calibration(self) -> bool:
@@ -131,24 +116,19 @@ class PlanRunner:
             windows: int64 ``[N, T]`` calibration tokens, if :attr:`needs_calibration`.
         """
         outside = [
-            layer
+            [layer]
             for layer in self.plan.layers.values()
             if part_of_layer(layer.name, self.description) == EMBEDDINGS
         ]
-        if outside and not self.workdir.has_part(EMBEDDINGS):
-            part = _Part(self, outside)
-            for layer in outside:
-                part.add(layer, self._read(layer), None)
-            part.save(EMBEDDINGS)
-        if windows is None:
-            self._run_without_data()
-        else:
-            self._run_with_data(windows)
-
-    def _read(self, layer: LayerPlan) -> Tensor:
-        weight = self.source.read(f"{layer.name}.weight")
-        check_finite(weight, f"{layer.name}.weight")
-        return weight.to(self.device, torch.float32)
+        with PartWriter(self.workdir) as writer:
+            if outside and not self.workdir.has_part(EMBEDDINGS):
+                self._run_without_data({EMBEDDINGS: outside}, writer)
+            if windows is None:
+                indices = range(self.description.block_count)
+                parts = {_part(i): self._stacks(i) for i in indices}
+                self._run_without_data(parts, writer)
+            else:
+                self._run_with_data(windows, writer)
 
     def _layers(self, index: int) -> dict[str, LayerPlan]:
         """Return the plan of one block by path inside the block."""
@@ -159,130 +139,95 @@ class PlanRunner:
             if prefix + linear.path in self.plan.layers
         }
 
-    def _blocks(self) -> tqdm[int]:
-        count = self.description.block_count
-        return tqdm(range(count), desc="blocks", unit="block", disable=None)
+    def _linears(self, index: int) -> list[Linear]:
+        layers = self._layers(index)
+        return [x for x in self.description.block_linears(index) if x.path in layers]
 
-    def _run_without_data(self) -> None:
-        for index in self._blocks():
-            layers = self._layers(index)
-            if not layers or self.workdir.has_part(f"{index:04d}"):
-                continue
-            part = _Part(self, list(layers.values()))
-            for layer in layers.values():
-                part.add(layer, self._read(layer), None)
-            part.save(f"{index:04d}")
+    def _stacks(self, index: int) -> list[list[LayerPlan]]:
+        return stacks(self._linears(index), self._layers(index))
 
-    def _run_with_data(self, windows: Tensor) -> None:
-        model = StreamedModel(self.description, self.source, device=self.device)
-        states = model.embed(windows)
-        dense = None
-        if self.needs_drift:
-            dense = Activations(states.hidden.clone(), states.calls)
-        for index in self._blocks():
-            with model.block(index) as block:
-                self._run_block(model, index, block, states, dense)
-
-    def _run_block(
-        self,
-        model: StreamedModel,
-        index: int,
-        block: nn.Module,
-        states: Activations,
-        dense: Activations | None,
+    def _run_without_data(
+        self, parts: Mapping[str, list[list[LayerPlan]]], writer: PartWriter
     ) -> None:
-        layers, name = self._layers(index), f"{index:04d}"
-        linears = [x for x in self.description.block_linears(index) if x.path in layers]
-        names = self.description.family.experts
-        done = self.workdir.has_part(name) or not layers
-        kept: dict[str, list[Tensor]] = {}
-        routed: list[Tensor] = []
-        if dense is not None:
-            keep = {} if done else _keep_inputs(linears, kept)
-            keep |= {} if done else experts.keep_states(linears, names, routed)
-            dense.hidden = model.run_block(index, dense, watch=keep)
-        if done:
-            if self.propagate == "quantized":
-                for path, layer in layers.items():
-                    codes = self.workdir.read_layer(name, layer.name)
-                    _replace(block, path, codes.dequantize())
-            states.hidden = model.run_block(index, states, at_once=True)
-            return
-        part = _Part(self, list(layers.values()))
-        dense_experts = experts.dense_experts(block, names, routed)
+        reader = ReadAhead(self.source, torch.device(self.device))
+        todo = [n for n, s in parts.items() if s and not self.workdir.has_part(n)]
+        following = iter(todo[1:])
+        for name in tqdm(todo, desc="parts", unit="part", disable=None):
+            reader.expect(
+                _weight(layer)
+                for stack in parts.get(next(following, ""), [])
+                for layer in stack
+            )
+            part = Part(self.quantizers, parts[name])
+            for stack in parts[name]:
+                part.add(stack, [_read(reader, layer) for layer in stack], None)
+            writer.save(name, part)
 
-        def arrive(shared: str, inputs: Tensor) -> None:
+    def _run_with_data(self, windows: Tensor, writer: PartWriter) -> None:
+        model = StreamedModel(
+            self.description, self.source, device=self.device, dtype=self.dtype
+        )
+        states = model.embed(windows)
+        dense = model.copy(states) if self.needs_drift else None
+        indices = range(self.description.block_count)
+        for index in tqdm(indices, desc="blocks", unit="block", disable=None):
+            with model.block(index) as block:
+                walk = BlockWalk(model, index, block, states, dense)
+                if self.workdir.has_part(_part(index)) or not self._layers(index):
+                    self._pass_on(index, walk)
+                else:
+                    writer.save(_part(index), self._code(index, walk))
+
+    def _pass_on(self, index: int, walk: BlockWalk) -> None:
+        """Send all states through a block whose codes are there."""
+        codes = {}
+        if self.propagate == "quantized":
+            codes = {
+                path: self.workdir.read_layer(_part(index), layer.name)
+                for path, layer in self._layers(index).items()
+            }
+        walk.pass_on({path: tensor.dequantize() for path, tensor in codes.items()})
+
+    def _code(self, index: int, walk: BlockWalk) -> Part:
+        """Send all states through a block, and quantize its layers on the way."""
+        layers, linears = self._layers(index), self._linears(index)
+        paths = {layer.name: path for path, layer in layers.items()}
+        part = Part(self.quantizers, self._stacks(index))
+
+        def settle(shared: str, moments: Moments) -> None:
             readers = [linear for linear in linears if linear.input == shared]
-            before = torch.cat(kept.pop(shared)) if shared in kept else None
-            if dense_experts is not None and readers[0].expert is not None:
-                before = dense_experts.inputs(readers[0])
-            first = layers[readers[0].path].name
-            statistics = measure(inputs, before, first)
+            statistics = moments.statistics(layers[readers[0].path].name)
             few = experts.few_tokens(readers[0], statistics)
-            for linear in readers:
-                layer = layers[linear.path]
-                weight = block.get_submodule(linear.path).get_parameter("weight")
-                values = part.add(layer, weight.detach(), statistics, few)
+            for stack in stacks(readers, layers):
+                weights = [
+                    self._exact(layer, walk.weight(paths[layer.name]))
+                    for layer in stack
+                ]
+                found = part.add(stack, weights, statistics, few)
                 if self.propagate == "quantized":
-                    _replace(block, linear.path, values)
+                    for layer, values in zip(stack, found, strict=True):
+                        walk.replace(paths[layer.name], values)
 
-        watch = first_arrivals(linears, arrive)
-        states.hidden = model.run_block(index, states, watch=watch, at_once=True)
-        part.save(name)
+        walk.run(linears, settle)
+        return part
 
-
-def _keep_inputs(
-    linears: list[Linear], kept: dict[str, list[Tensor]]
-) -> dict[str, Callable[[Tensor], None]]:
-    """Return hooks that keep the dense inputs, once for each shared one."""
-    shared = [linear for linear in linears if linear.expert is None]
-    first = {linear.input: linear.path for linear in reversed(shared)}
-    return {path: kept.setdefault(shared, []).append for shared, path in first.items()}
+    def _exact(self, layer: LayerPlan, weight: Tensor) -> Tensor:
+        """Return a weight as stored; ``weight`` is in the arithmetic of the blocks."""
+        stored = self.description.tensors[_weight(layer)].dtype
+        if self.dtype in (torch.float32, TORCH_DTYPES.get(stored)):
+            return weight
+        return self.source.read(_weight(layer)).to(weight.device)
 
 
-def _replace(block: nn.Module, path: str, values: Tensor) -> None:
-    weight = block.get_submodule(path).get_parameter("weight")
-    weight.data = values.to(weight)
+def _part(index: int) -> str:
+    return f"{index:04d}"
 
 
-class _Part:
-    """Codes and records of one part while they are made."""
+def _weight(layer: LayerPlan) -> str:
+    return f"{layer.name}.weight"
 
-    def __init__(self, runner: PlanRunner, layers: list[LayerPlan]) -> None:
-        self._runner = runner
-        self._tensors: dict[str, QuantizedTensor] = {}
-        self._records: dict[str, LayerRecord] = {}
-        self._bar = tqdm(total=len(layers), leave=False, unit="layer", disable=None)
 
-    def add(
-        self,
-        layer: LayerPlan,
-        weight: Tensor,
-        statistics: LayerStatistics | None,
-        few: str | None = None,
-    ) -> Tensor:
-        """Quantize one layer; returns its values in float32.
-
-        ``few`` says why its statistics cannot be used, if so.
-        """
-        self._bar.set_description(layer.name)
-        quantizer = self._runner.quantizers[layer.method]
-        started = time.perf_counter()
-        used = statistics if quantizer.needs_statistics else None
-        if used is not None and few is not None:
-            result = experts.round_to_nearest(weight, layer.scheme, few)
-        else:
-            result = quantizer.quantize(weight, layer.scheme, used)
-        seconds = time.perf_counter() - started
-        values = result.dequantize()
-        tokens = None if statistics is None else statistics.tokens
-        error, plain = error_of(weight.float(), values, statistics if tokens else None)
-        self._tensors[layer.name] = result
-        self._records[layer.name] = LayerRecord(error, plain, seconds, tokens)
-        self._bar.update()
-        return values
-
-    def save(self, name: str) -> None:
-        """Write the checkpoint of this part."""
-        self._bar.close()
-        self._runner.workdir.save_part(name, self._tensors, self._records)
+def _read(reader: ReadAhead, layer: LayerPlan) -> Tensor:
+    weight = reader.read(_weight(layer))
+    check_finite(weight, _weight(layer))
+    return weight

@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 from compress.core.inputs import fake_quantize_inputs
 from compress.core.scheme import InputScheme
-from compress.model.streaming import Activations, StreamedModel
+from compress.model.states import Activations
+from compress.model.streaming import StreamedModel
 
 _STORED_BYTES = 1 << 30
 """Block inputs that are held at once; more windows are taken in turn."""

@@ -150,6 +150,12 @@ class CalibrationSection(Section):
     samples: int = Field(default=128, ge=1, description="Number of sequences.")
     sequence_length: int = Field(default=512, ge=2, description="Tokens in a sequence.")
     seed: int = Field(default=0, ge=0, description="Which sequences are drawn.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Arithmetic of the forward passes; auto is bfloat16 for 16-bit "
+        "checkpoints where the device has matrix units for it (a GPU; a CPU with AMX). "
+        "Layers are solved, and results evaluated, in float32 always.",
+    )
 
 
 class TransformEntry(BaseModel):

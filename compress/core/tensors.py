@@ -116,8 +116,8 @@ class QuantizedTensor:
                 slice(0, 1) if shared else slice(start // block, -(-rows.stop // block))
             )
             outer = self.outer
-            if outer is not None and outer.dim() == 2:
-                outer = outer[rows].contiguous()
+            if outer is not None:  # a copy, since files hold no tensor twice
+                outer = (outer[rows] if outer.dim() == 2 else outer).clone()
             low = self.low_rank
             if low is not None:
                 left = low.left[rows].contiguous()
@@ -125,8 +125,8 @@ class QuantizedTensor:
             parts.append(
                 QuantizedTensor(
                     self.codes[rows].contiguous(),
-                    self.scale[kept].contiguous(),
-                    None if self.zero is None else self.zero[kept].contiguous(),
+                    self.scale[kept].clone(),
+                    None if self.zero is None else self.zero[kept].clone(),
                     self.scheme,
                     self.notes,
                     outer,

@@ -10,9 +10,8 @@ recorders: so every architecture keeps its own rules, and none is copied here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -21,13 +20,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from compress.core.artifact import ModelDescription, TensorSource
-from compress.core.errors import CheckpointError, ConfigError
+from compress.core.errors import CheckpointError
 from compress.core.families import family_of
 from compress.model.experts import split_experts_
+from compress.model.prefetch import ReadAhead
 from compress.model.sources import check_finite
-
-BlockCall = dict[str, Any]
-"""Keyword arguments of a block besides the hidden states; tensors have batch size 1."""
+from compress.model.states import Activations, BlockCall, Mover, allocate, batches
 
 Rewrite = Callable[[Tensor], Tensor]
 """Returns what stands in for a tensor, of the same shape."""
@@ -36,27 +34,14 @@ Rewrite = Callable[[Tensor], Tensor]
 _TOKENS_A_CALL = 4096
 
 
-@dataclass
-class Activations:
-    """Hidden states between two blocks, and what the next blocks must be called with.
-
-    Attributes:
-        hidden: float32 ``[N, T, C]`` on the CPU.
-        calls: For each block, its other arguments; the same for all windows.
-    """
-
-    hidden: Tensor
-    calls: list[BlockCall]
-
-
 class StreamedModel:
     """A causal language model whose weights come and go.
 
     Args:
         description: The model; its config builds the module tree.
         source: Where weights are read.
-        device: Where blocks run. Hidden states stay on the CPU.
-        dtype: Arithmetic of the blocks; float32 unless a device is short of memory.
+        device: Where blocks run.
+        dtype: Arithmetic of the blocks, and type of the states between them.
         rounding: By full name of a linear layer, what its inputs are replaced with; how
             a runtime that rounds activations is simulated.
         new_cache: Returns the key-value cache (``transformers.Cache``) that blocks
@@ -81,6 +66,8 @@ class StreamedModel:
         self._heads: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
         self._device = torch.device(device)
         self._dtype = dtype
+        self._reader = ReadAhead(source, self._device)
+        self._mover = Mover(self._device)
         self.model = build_skeleton(description.config)
         family = description.family
         self._blocks = self.model.get_submodule(family.blocks)
@@ -113,15 +100,52 @@ class StreamedModel:
     @torch.no_grad()
     def embed(self, windows: Tensor) -> Activations:
         """Return the inputs of block 0 for token windows int64 ``[N, T]``."""
-        family, hidden = self.description.family, []
+        family = self.description.family
         calls: list[BlockCall] = [{} for _ in self._blocks]
+        width = int(self.description.config["hidden_size"])
+        hidden = allocate((*windows.shape, width), self._dtype, self._device)
         with self._loaded(family.embedding), self._loaded(family.final_norm):
             with _recorded(self._blocks, calls) as first:
-                for window in windows:
+                for number, window in enumerate(windows):
                     ids = window.unsqueeze(0).to(self._device)
                     self._body(input_ids=ids, use_cache=False)
-                    hidden.append(first.pop().cpu())
-        return Activations(torch.cat(hidden), calls)
+                    hidden[number] = first.pop()[0]
+        return Activations(hidden, calls)
+
+    def copy(self, activations: Activations) -> Activations:
+        """Return the same states once more, to go another way."""
+        hidden = activations.hidden
+        twin = allocate(hidden.shape, hidden.dtype, self._device).copy_(hidden)
+        return Activations(twin, activations.calls)
+
+    def batches(self, activations: Activations) -> list[slice]:
+        """Return which windows go through a block together.
+
+        With experts it is all of them: which tokens an expert gets is known for the
+        batch that is run, not for the one that is run again.
+        """
+        if self.description.family.experts is not None:
+            return [slice(0, len(activations.hidden))]
+        config, device = self.description.config, self._device.type
+        return batches(activations.hidden, config, device)
+
+    def feed(
+        self, rows: Sequence[slice], *streams: Activations
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Yield batches of each of the streams on the device."""
+        return self._mover.feed(rows, *(stream.hidden for stream in streams))
+
+    def store(self, activations: Activations, rows: slice, values: Tensor) -> None:
+        """Replace the states of some windows by ``values`` from the device."""
+        self._mover.store(activations.hidden, rows, values)
+
+    def advance(self, index: int, activations: Activations) -> None:
+        """Replace the states of all windows by the outputs of a loaded block."""
+        rows = self.batches(activations)
+        batches = self.feed(rows, activations)
+        for part, (hidden,) in zip(rows, batches, strict=True):
+            output = self.call_block(index, hidden, activations.calls[index])
+            self.store(activations, part, output)
 
     @torch.no_grad()
     def run_block(
@@ -130,17 +154,16 @@ class StreamedModel:
         activations: Activations,
         *,
         watch: Mapping[str, Callable[[Tensor], None]] | None = None,
-        at_once: bool = False,
     ) -> Tensor:
         """Return the outputs ``[N, T, C]`` of a loaded block for all windows.
+
+        Inputs and cache are rounded if this model rounds them.
 
         Args:
             index: A block inside :meth:`block`.
             activations: Its inputs.
             watch: For paths of linears inside the block, a function that is handed the
                 layer's input ``[B, T, C]`` of each call.
-            at_once: Run all windows in one call, so that a watcher sees the inputs of
-                all of them; otherwise in batches that bound the memory.
         """
         block = self._blocks[index]
         hooks = [
@@ -150,17 +173,14 @@ class StreamedModel:
             for path, handle in (watch or {}).items()
         ]
         hooks += self._rounding_hooks(index)  # after the watchers, which see the inputs
-        call = _moved(activations.calls[index], self._device)
+        batch = max(1, _TOKENS_A_CALL // activations.hidden.shape[1])
         outputs = []
         try:
-            count, length, _ = activations.hidden.shape
-            batch = count if at_once else max(1, _TOKENS_A_CALL // length)
             for hidden in torch.split(activations.hidden, batch):
+                call = activations.calls[index]
                 if self._new_cache is not None:
-                    call["past_key_values"] = self._new_cache()
-                output = block(hidden.to(self._device, self._dtype), **call)
-                output = output[0] if isinstance(output, tuple) else output
-                outputs.append(output.to("cpu", torch.float32))
+                    call = {**call, "past_key_values": self._new_cache()}
+                outputs.append(self.call_block(index, hidden, call).cpu())
         finally:
             for hook in hooks:
                 hook.remove()
@@ -198,7 +218,12 @@ class StreamedModel:
         """Fill decoder block ``index`` with weights; empty it on leaving."""
         path = self.description.family.block(index)
         with self._loaded(path) as block:
+            if index + 1 < len(self._blocks):
+                following = self.description.family.block(index + 1)
+                names = self._blocks[index + 1].state_dict()
+                self._reader.expect(f"{following}.{name}" for name in names)
             yield block
+            self._mover.wait()
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -242,14 +267,14 @@ class StreamedModel:
                 yield head(hidden)
 
     def _tensor(self, name: str) -> Tensor:
-        tensor = self.source.read(name)
+        tensor = self._reader.read(name)
         if not tensor.is_floating_point():
             raise CheckpointError(
                 f"{name} is stored as {tensor.dtype}; expected a float type. "
                 "Quantized checkpoints of other tools have to be dequantized first"
             )
         check_finite(tensor, name)
-        return tensor.to(self._device, self._dtype)
+        return tensor.to(self._dtype)
 
     @contextmanager
     def _loaded(self, path: str) -> Iterator[nn.Module]:
@@ -273,19 +298,6 @@ class StreamedModel:
             for name, buffer in buffers.items():
                 owner, _, leaf = name.rpartition(".")
                 module.get_submodule(owner)._buffers[leaf] = buffer
-
-
-def choose_device(wanted: str) -> str:
-    """Return the device for ``auto``, or ``wanted`` if it is there.
-
-    Raises:
-        ConfigError: There is no CUDA device.
-    """
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"run.device: {wanted} is not available; use cpu or auto")
-    return wanted
 
 
 def build_skeleton(config: Mapping[str, Any]) -> Any:

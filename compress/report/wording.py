@@ -192,7 +192,11 @@ def calibration_note(report: Mapping[str, Any]) -> str:
         count(number_at(calibration, key))
         for key in ("samples", "sequence_length", "tokens")
     )
-    used = f"Calibrated on {data}: {samples} samples of {length}, {tokens} tokens."
+    arithmetic = calibration.get("dtype", "float32")
+    used = (
+        f"Calibrated on {data}: {samples} samples of {length}, {tokens} tokens, in "
+        f"{arithmetic}."
+    )
     return f"{used}{_experts_note(report)}"
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from compress.calibration.collect import gram
+from compress.calibration.collect import Moments
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import CalibrationError
 from compress.core.plan import Plan
@@ -129,11 +129,10 @@ class _Sums:
     """Sums over the tokens that a layer is fed."""
 
     def __init__(self, with_hessian: bool) -> None:
-        self._with_hessian = with_hessian
         self._tokens = 0
         self._total: Tensor | None = None
         self._largest: Tensor | None = None
-        self._hessian: Tensor | None = None
+        self._moments = Moments() if with_hessian else None
 
     def add(self, inputs: Tensor) -> None:
         """Take the inputs ``[B, T, C]`` of one call into account."""
@@ -146,11 +145,8 @@ class _Sums:
         else:
             self._total += total
             self._largest = torch.maximum(self._largest, largest)
-        if self._with_hessian:
-            hessian = gram(flat)
-            self._hessian = (
-                hessian if self._hessian is None else self._hessian + hessian
-            )
+        if self._moments is not None:
+            self._moments.add(flat)
 
     def result(self, layer: str) -> Inputs:
         """Return what was measured.
@@ -165,4 +161,7 @@ class _Sums:
                 "its activations do not fit the arithmetic"
             )
         mean = (self._total / self._tokens).float()
-        return Inputs(mean, self._largest, self._hessian)
+        hessian = None
+        if self._moments is not None:
+            hessian = self._moments.statistics(layer).hessian
+        return Inputs(mean, self._largest, hessian)

@@ -21,6 +21,7 @@ from pipeline_fixtures import (
 
 import compress
 from compress.export.gguf_reader import open_gguf
+from compress.model.devices import choose_dtype
 
 REPORT_KEYS = {
     *("version", "model", "config", "config_text", "command", "seed", "date"),
@@ -48,6 +49,8 @@ def test_the_report_has_all_its_keys(full: Path) -> None:
     assert report["command"].split()[0] == "compress"
     assert {"model", "calibration", "quantize", "plan"} <= set(report["hashes"])
     assert report["calibration"]["tokens"] == 8 * 32
+    dtype = choose_dtype("auto", report["model"]["dtype"], "cpu")
+    assert f"torch.{report['calibration']['dtype']}" == str(dtype)
     stages = {"load", "quantize", "evaluate", "export safetensors", "export gguf"}
     assert stages <= set(report["seconds"])
 

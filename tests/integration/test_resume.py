@@ -157,7 +157,8 @@ def test_overwriting_starts_again(folder: Path) -> None:
         ({"quantize": {"propagate": "fp"}}, "quantize"),
         ({"calibration": {"samples": 9}}, "calibration"),
         ({"calibration": {"seed": 1}}, "calibration"),
-        ({"model": {"dtype": "float16"}}, "model"),
+        ({"calibration": {"dtype": "bfloat16"}}, r"calibration\.dtype"),
+        ({"model": {"dtype": "float16"}, "calibration": {"dtype": "float32"}}, "model"),
         ({"run": {"seed": 5}}, "run.seed"),
     ],
 )

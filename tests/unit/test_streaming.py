@@ -9,6 +9,9 @@ import torch
 from streaming_fixtures import FAMILIES, WINDOWS, model_of
 
 from compress.core.errors import CheckpointError
+from compress.model import devices
+from compress.model import states as states_module
+from compress.model.devices import choose_dtype
 from compress.model.streaming import StreamedModel, build_skeleton
 
 
@@ -89,15 +92,64 @@ def test_all_windows_at_once_give_the_same_states() -> None:
     _, description, source = model_of("gemma2")
     streamed = StreamedModel(description, source)
     states = streamed.embed(WINDOWS)
-    seen: list[int] = []
+    twin = streamed.copy(states)
     with streamed.block(0):
         parts = streamed.run_block(0, states)
-        watch = {"self_attn.q_proj": lambda x: seen.append(len(x))}
-        whole = streamed.run_block(0, states, watch=watch, at_once=True)
         again = streamed.run_block(0, states)
-    assert seen == [len(WINDOWS)]  # and the hook is gone afterwards
-    assert torch.allclose(parts, whole, atol=1e-5)
+        streamed.advance(0, twin)
     assert torch.equal(parts, again)
+    assert torch.allclose(parts, twin.hidden, atol=1e-5)
+
+
+def test_windows_are_batched_by_what_a_block_makes_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, description, source = model_of("llama")
+    streamed = StreamedModel(description, source)
+    states = streamed.embed(WINDOWS)
+    assert streamed.batches(states) == [slice(0, 3)]
+    a_window = 24 * (12 * 64 + 4 * 96) * 4
+    monkeypatch.setitem(states_module._BATCH_BYTES, "cpu", 2 * a_window)
+    assert streamed.batches(states) == [slice(0, 2), slice(2, 3)]
+    whole = streamed.copy(states)
+    with streamed.block(0):
+        streamed.advance(0, states)
+        expected = streamed.run_block(0, whole)
+    assert torch.allclose(states.hidden, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "stored", "amx", "expected"),
+    [
+        ("auto", "bfloat16", True, torch.bfloat16),
+        ("auto", "float16", True, torch.bfloat16),
+        ("auto", "float32", True, torch.float32),
+        ("auto", "bfloat16", False, torch.float32),
+        ("float32", "bfloat16", True, torch.float32),
+        ("bfloat16", "float32", False, torch.bfloat16),
+    ],
+)
+def test_bfloat16_is_chosen_where_it_is_fast_and_loses_nothing(
+    wanted: str,
+    stored: str,
+    amx: bool,
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(devices, "_multiplies_bfloat16", lambda _device: amx)
+    assert choose_dtype(wanted, stored, "cpu") is expected
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_cpu_is_asked_for_its_matrix_units(
+    has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"amx_bf16": has, "amx_tile": has}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert devices._multiplies_bfloat16("cpu") is has
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as before torch 2.12
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has)
+    assert devices._multiplies_bfloat16("cpu") is has
 
 
 def test_a_misshapen_weight_is_refused() -> None:

@@ -199,6 +199,7 @@ def sample_report(blocks: int = 30) -> dict[str, Any]:
             "samples": 128,
             "sequence_length": 512,
             "tokens": 65536,
+            "dtype": "bfloat16",
         },
         **sample_costs(),
         "metrics": sample_metrics(),

@@ -93,7 +93,7 @@ def test_summary_says_what_a_run_must_end_with(make_report: Make) -> None:
     for said in (
         "gptq int4-g32 (210 layers)",
         "protocol: llamacpp512; tokens: 10,200",
-        "Calibrated on mix: 128 samples of 512, 65,536 tokens.",
+        "Calibrated on mix: 128 samples of 512, 65,536 tokens, in bfloat16.",
         "5.34",
         "0.0874 +- 0.0017",
         "llama.cpp",

@@ -1,0 +1,167 @@
+"""Time and memory of quantizing a 7B checkpoint on one GPU, read from disk.
+
+    python benchmarks/gpu_quantize.py [--work runs/benchmarks] [--tiny]
+
+A random checkpoint of the shape of Llama 2 7B (bf16, 13 GB) is written in shards, then
+quantized by round to nearest to FP8 and by GPTQ to INT4 in groups of 128, on
+128 x 2048 tokens, drift correction on. Each run is a process of its own, export
+included, without evaluation and without reopening the files. ``--tiny`` is a model of
+two small blocks on whatever device is there, to try the script.
+
+Peak GPU memory is what torch reserved; peak host memory is the largest resident size
+that the operating system saw. The operations counted are those of the matrix products
+that the method cannot do without: one pass of each of the two models, the Gram and
+drift products, and the factorizations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory import CASES, write_checkpoint
+from results import write_result
+
+SHAPE = CASES["rtn-7b"].shape
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+RUNS = {
+    "FP8 (rtn)": ({"method": "rtn", "scheme": "fp8"}, 40),
+    "INT4 g128 (gptq)": ({"method": "gptq", "scheme": "int4-g128"}, 240),
+}
+SAMPLES, LENGTH = 128, 2048
+
+
+def run_here(config: dict[str, Any]) -> None:
+    """Run one config in this process and leave what it took beside the report."""
+    import resource
+
+    import compress
+
+    started = time.perf_counter()
+    compress.run(config)
+    taken = time.perf_counter() - started
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    cuda = torch.cuda.is_available()
+    figures = {
+        "seconds": round(taken, 1),
+        "peak GPU bytes": torch.cuda.max_memory_reserved() if cuda else 0,
+        "peak host bytes": host,
+    }
+    (Path(config["run"]["workdir"]) / "cost.json").write_text(json.dumps(figures))
+
+
+def operations(shape: dict[str, int], tokens: int) -> dict[str, float]:
+    """Return floating-point operations of GPTQ with drift, by kind."""
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    blocks = shape["num_hidden_layers"]
+    weights = 4 * hidden**2 + 3 * hidden * inner
+    squares = 3 * hidden**2 + inner**2
+    cubes = 3 * hidden**3 + inner**3
+    return {
+        "two forward passes": 2 * 2 * tokens * weights * blocks,
+        "Gram and drift": 2 * tokens * squares * (0.625 + 1) * blocks,
+        # Two factorizations of n^3 / 3, an inverse of 2 n^3 / 3, the drift's solve.
+        "Cholesky": cubes * 4 / 3 * blocks,
+        "error feedback": 2 * blocks * (4 * hidden**3 + 3 * hidden**2 * inner),
+    }
+
+
+def measure(
+    label: str, quantize: dict[str, str], model: Path, work: Path, tiny: bool
+) -> dict[str, Any]:
+    """Return what one run took."""
+    workdir = work / "run"
+    shutil.rmtree(workdir, ignore_errors=True)
+    samples, length = (4, 64) if tiny else (SAMPLES, LENGTH)
+    config = {
+        "model": {"path": str(model)},
+        "calibration": {"data": "mix", "samples": samples, "sequence_length": length},
+        "quantize": quantize,
+        "export": [{"format": "safetensors"}],
+        "run": {"workdir": str(workdir), "verify": False},
+    }
+    command = [sys.executable, __file__, "--config", json.dumps(config)]
+    started = time.perf_counter()
+    subprocess.run(command, check=True)
+    wall = time.perf_counter() - started
+    report = json.loads((workdir / "report.json").read_text())
+    cost = json.loads((workdir / "cost.json").read_text())
+    stages = {f"{stage} s": round(s, 1) for stage, s in report["seconds"].items()}
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    return {
+        "run": label,
+        "wall s": round(wall, 1),
+        **cost,
+        **stages,
+        "checkpoint bytes": size,
+        "export bytes": report["size_bytes"]["safetensors"],
+        "read and written GB/s": round(
+            (size + report["size_bytes"]["safetensors"]) / wall / 1e9, 2
+        ),
+    }
+
+
+def main() -> None:
+    """Write the checkpoint, run both cases, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--config", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.config:
+        run_here(json.loads(arguments.config))
+        return
+    work = arguments.work / "gpu_quantize"
+    shutil.rmtree(work, ignore_errors=True)
+    case = replace(CASES["rtn-7b"], shape=TINY if arguments.tiny else SHAPE)
+    started = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    write_checkpoint(work / "model", case.shape, device=device)
+    print(f"checkpoint: {time.perf_counter() - started:.0f} s", flush=True)
+    rows = []
+    for label, (quantize, limit) in RUNS.items():
+        row = measure(label, quantize, work / "model", work, arguments.tiny)
+        rows.append({**row, "limit s": limit})
+        print(json.dumps(rows[-1]), flush=True)
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    counted = operations(case.shape, SAMPLES * LENGTH)
+    taken = rows[-1].get("quantize s") or 1.0
+    path = write_result(
+        "gpu_quantize_tiny" if arguments.tiny else "gpu_quantize",
+        claim="Llama 2 7B shape, random weights, one GPU, from disk to disk: FP8 "
+        "within 40 s, GPTQ INT4 on 128 x 2048 tokens within 240 s, at most 10 GB on the "
+        "GPU and 8 GB in the host.",
+        figures={
+            "GPU": card,
+            "processors": os.cpu_count(),
+            "Runs": rows,
+            "Operations of GPTQ": [
+                {
+                    "what": what,
+                    "TFLOP": count / 1e12,
+                    "TFLOP/s if it took all the time": count / 1e12 / taken,
+                }
+                for what, count in counted.items()
+            ],
+        },
+    )
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

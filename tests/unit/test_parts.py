@@ -1,0 +1,101 @@
+"""Which layers are coded together, and what is recorded of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress.core.families import family_of
+from compress.core.plan import LayerPlan
+from compress.core.scheme import Scheme
+from compress.core.statistics import LayerStatistics
+from compress.parts import Part, PartWriter, error_of, stacks
+from compress.quantizers.rtn import RoundToNearest
+from compress.workdir import WorkDir
+
+LINEARS = family_of("llama").linears
+
+
+def planned(scheme: str, rows: int = 64, **others: str) -> dict[str, LayerPlan]:
+    """Return plans by path; keywords give another scheme to a role."""
+    return {
+        x.path: LayerPlan(
+            x.path, (rows, 128), "rtn", Scheme.parse(others.get(x.role, scheme))
+        )
+        for x in LINEARS
+    }
+
+
+def roles(groups: list[list[LayerPlan]]) -> list[list[str]]:
+    return [[layer.name.split(".")[1][0] for layer in group] for group in groups]
+
+
+def test_layers_with_one_input_method_and_scheme_are_coded_together() -> None:
+    assert roles(stacks(LINEARS, planned("int4-g32"))) == [
+        ["q", "k", "v"],
+        ["o"],
+        ["g", "u"],
+        ["d"],
+    ]
+
+
+def test_another_scheme_stands_alone() -> None:
+    found = stacks(LINEARS, planned("int4-g32", k="int8-g32"))
+    assert roles(found)[:2] == [["q", "v"], ["k"]]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rows", "together"),
+    [
+        ("int4-g32", 60, True),
+        ("nvfp4", 60, True),  # one scale for the matrix, as in the fused layer
+        ("fp8-block", 256, True),
+        ("fp8-block", 60, False),  # a block of rows would straddle two layers
+        ("fp4-g64-lorc8", 64, False),  # a correction is that of one layer
+    ],
+)
+def test_stacks_do_not_mix_what_layers_must_not_share(
+    scheme: str, rows: int, together: bool
+) -> None:
+    assert (len(stacks(LINEARS, planned(scheme, rows))) == 4) == together
+
+
+def test_time_is_shared_by_rows(tmp_path: Path) -> None:
+    layers = [
+        LayerPlan(name, (rows, 32), "rtn", Scheme.parse("int4-g32"))
+        for name, rows in (("a", 6), ("b", 2))
+    ]
+    part = Part({"rtn": RoundToNearest()}, [layers])
+    weights = [torch.randn(6, 32), torch.randn(2, 32)]
+    values = part.add(layers, weights, None)
+    assert [tuple(v.shape) for v in values] == [(6, 32), (2, 32)]
+    assert part.records["a"].seconds == pytest.approx(3 * part.records["b"].seconds)
+    with PartWriter(WorkDir(tmp_path)) as writer:
+        writer.save("0000", part)
+    stored = WorkDir(tmp_path).read_layer("0000", "b")
+    assert torch.equal(stored.dequantize(), values[1])
+
+
+def test_a_part_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
+    (tmp_path / "blocks").write_text("no folder")
+    part = Part({}, [])
+    with pytest.raises(OSError), PartWriter(WorkDir(tmp_path)) as writer:
+        writer.save("0000", part)
+
+
+@pytest.mark.parametrize("make", [torch.zeros, torch.ones])
+def test_errors_are_relative(make: Callable[..., Tensor]) -> None:
+    weight = make(2, 3)
+    hessian = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+    changed = weight.clone()
+    changed[0, 1] += 1
+    error, plain = error_of(weight, changed, LayerStatistics(hessian, 1))
+    size = float(weight.sum()) or 1e-30
+    weighted = 12.0 if float(weight.sum()) else 1e-30
+    assert plain == pytest.approx(1 / size)
+    assert error == pytest.approx(2 / weighted)
+    assert error_of(weight, changed, None)[0] is None
