@@ -69,33 +69,33 @@ def rows() -> list[Row]:
     """Return all rows of the table."""
     found = [
         Row(f"int{bits}-g64", method)
-        for bits in (8, 6, 5, 4, 3, 2)
+        for bits in (4, 3, 8, 6, 5, 2)
         for method in ("rtn", "gptq")
     ]
-    found += [Row(s, "hqq") for s in ("int4-g64-asym", "int3-g64-asym")]
-    found += [Row(s, m) for s in ("int4-g64-asym",) for m in ("rtn", "gptq")]
     found += [Row("int4-g64", "awq"), Row("int4-g64", "gptq", ("awq",))]
-    found += [Row("int3-g64", "gptq", ("awq",)), Row("int4-g64", "gptq", ("rotation",))]
-    found += [Row("int4-g64", "rtn", ("rotation",))]
-    for scheme in ("nvfp4", "mxfp4"):
-        found += [Row(scheme, "rtn"), Row(scheme, "gptq")]
-        found += [Row(scheme, "gptq", ("awq",))]
-    for scheme in ("fp4-g64", "fp4-g64-pow2", "fp4-g64-ratio", "e3m0-g64"):
-        found += [Row(scheme, m, dense=True) for m in ("rtn", "zeroquant_fp")]
-    found += [
-        Row(scheme, "zeroquant_fp", dense=True, options={"scale_rounding": "ceil"})
-        for scheme in ("fp4-g64-pow2", "fp4-g64-ratio")
-    ]
-    for scheme in ("fp4-g64-lorc8", "fp4-g64-ratio-lorc8", "int3-g64-lorc8"):
-        found += [Row(scheme, "zeroquant_fp", dense=True)]
-    found += [Row("fp6-g64", "rtn", dense=True), Row("fp6-g64", "gptq", dense=True)]
-    found += [Row("fp8", "rtn"), Row("fp8", "gptq")]
+    found += [Row(scheme, m) for scheme in ("nvfp4", "mxfp4") for m in ("rtn", "gptq")]
     found += [Row("fp8-w8a8", "rtn", rounding="e4m3")]
-    found += [Row("w8a8", "rtn", rounding="int8")]
     found += [Row("w8a8", m, ("smoothquant",), "int8") for m in ("rtn", "gptq")]
     found += [Row("w6a8-g64", m, rounding="int8") for m in ("rtn", "gptq")]
     found += [Row("w6a8-g64-group", "gptq", rounding="int8-g64")]
-    found += [Row("w4a8-fp-g64-ratio", "zeroquant_fp", rounding="e4m3", dense=True)]
+    found += [Row(f"int{bits}-g64-asym", "hqq") for bits in (4, 3)]
+    found += [Row("int4-g64-asym", m) for m in ("rtn", "gptq")]
+    found += [Row("int4-g64", "rtn", ("rotation",))]
+    found += [Row("fp4-g64", m) for m in ("rtn", "gptq")]
+    for scheme in ("fp4-g64-pow2", "fp4-g64-ratio"):
+        found += [Row(scheme, m, dense=True) for m in ("rtn", "zeroquant_fp")]
+        paper = {"scale_rounding": "ceil"}
+        found += [Row(scheme, "zeroquant_fp", dense=True, options=paper)]
+        found += [Row(f"{scheme}-lorc8", "zeroquant_fp", dense=True)]
+    found += [Row("int3-g64-lorc8", "gptq", dense=True)]
+    found += [
+        Row("w4a8-fp-g64-ratio", "zeroquant_fp", rounding="e4m3", dense=True),
+        Row("int4-g64", "gptq", ("rotation",)),
+        *(Row(s, "gptq", ("awq",)) for s in ("nvfp4", "mxfp4", "int3-g64")),
+        *(Row("e3m0-g64", m, dense=True) for m in ("rtn", "gptq")),
+        *(Row("fp6-g64", m, dense=True) for m in ("rtn", "gptq")),
+        *(Row("fp8", m) for m in ("rtn", "gptq")),
+    ]
     return found
 
 
