@@ -144,8 +144,8 @@ def main() -> None:
     path = write_result(
         "gpu_quantize_tiny" if arguments.tiny else "gpu_quantize",
         claim="Llama 2 7B shape, random weights, one GPU, from disk to disk: FP8 "
-        "within 40 s, GPTQ INT4 on 128 x 2048 tokens within 240 s, at most 10 GB on the "
-        "GPU and 8 GB in the host.",
+        "within 40 s, GPTQ INT4 on 128 x 2048 tokens within 240 s, at most 10 GB on "
+        "the GPU and 8 GB in the host.",
         figures={
             "GPU": card,
             "processors": os.cpu_count(),
