@@ -31,7 +31,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.core import grids
+from compress.core import grids, low_rank
 from compress.core.contracts import Options, Quantizer
 from compress.core.scheme import Scheme
 from compress.core.statistics import LayerStatistics
@@ -65,6 +65,10 @@ class AWQ(Quantizer):
         """Names of schemes an allocator may choose, most bits first."""
         return tuple(f"int{bits}-g32" for bits in range(8, 1, -1))
 
+    def supports(self, scheme: Scheme) -> bool:
+        """Whether this quantizer can produce ``scheme``: any."""
+        return True
+
     def quantize(
         self, weight: Tensor, scheme: Scheme, statistics: LayerStatistics | None
     ) -> QuantizedTensor:
@@ -74,7 +78,18 @@ class AWQ(Quantizer):
         blocks = group_blocks(statistics.hessian, groups.shape[1], self.options.shrink)
         parameters = grids.search_parameters(groups, scheme, importance=blocks)
         levels = grids.encode(groups, parameters, scheme)
-        return grids.assemble(levels.view(weight.shape), parameters, scheme)
+        coded = grids.assemble(levels.view(weight.shape), parameters, scheme)
+        if not scheme.rank:
+            return coded
+        shrunk = _shrunk(statistics.hessian, self.options.shrink)
+        return low_rank.correct(weight, coded, hessian=shrunk)
+
+
+def _shrunk(hessian: Tensor, shrink: float) -> Tensor:
+    """Return H, or its blocks, with the off-diagonal reduced."""
+    result = hessian * (1 - shrink)
+    result.diagonal(dim1=-2, dim2=-1).copy_(hessian.diagonal(dim1=-2, dim2=-1))
+    return result
 
 
 def group_blocks(hessian: Tensor, count: int, shrink: float) -> Tensor:
@@ -87,7 +102,4 @@ def group_blocks(hessian: Tensor, count: int, shrink: float) -> Tensor:
         return hessian.diagonal().view(count, size)
     index = torch.arange(count, device=hessian.device)
     blocks = hessian.view(count, size, count, size)[index, :, index]
-    diagonal = blocks.diagonal(dim1=1, dim2=2).clone()
-    blocks = blocks * (1 - shrink)
-    blocks.diagonal(dim1=1, dim2=2).copy_(diagonal)
-    return blocks
+    return _shrunk(blocks, shrink)

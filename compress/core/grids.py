@@ -206,7 +206,6 @@ def search_parameters(
     importance: Tensor | None = None,
     factors: Sequence[float] | None = None,
     outer: Tensor | None = None,
-    bias: float = 0.0,
 ) -> GridParameters:
     """Return, for each group, the parameters of least weighted squared error.
 
@@ -218,8 +217,6 @@ def search_parameters(
             alike.
         factors: Multiples of the full range to try; :func:`search_factors` by default.
         outer: What scales have in common, if it is settled already.
-        bias: Weight of the squared sum of a group's errors against the sum of their
-            squares; inputs have means, which such a sum is multiplied with.
     """
     if factors is None:
         factors = search_factors(scheme)
@@ -236,7 +233,7 @@ def search_parameters(
     for start in range(0, groups.shape[0], rows):
         run = slice(start, start + rows)
         shared = [o if o is None or len(o) == 1 else o[run] for o in outers]
-        loss = _Loss(scheme, importance, bias)
+        loss = _Loss(scheme, importance)
         parts.append(_search_rows(groups[run], loss, factors, shared))
     zeros = [part.zero for part in parts if part.zero is not None]
     if scheme.scales is Scales.RATIO:
@@ -254,7 +251,6 @@ class _Loss:
 
     scheme: Scheme
     importance: Tensor | None
-    bias: float
 
     def of(self, groups: Tensor, parameters: GridParameters) -> Tensor:
         """Return ``[R, G]``, the same for rows that share a scale."""
@@ -267,8 +263,7 @@ class _Loss:
         )
         # Errors in steps of the grid: a pass over the weights less than in their units.
         error = self.scheme.levels.round_(steps.clone()).sub_(steps)
-        total = error.sum(-1).square_().mul_(self.bias) if self.bias else 0.0
-        loss = (_squared(error, self.importance) + total) * parameters.scale.square()
+        loss = _squared(error, self.importance) * parameters.scale.square()
         block = self.scheme.rows_of_scale(loss.shape[0])
         if block == 1:
             return loss

@@ -12,6 +12,7 @@ from compress.core.errors import SchemeError
 from compress.core.scheme import Scheme
 from compress.core.statistics import LayerStatistics
 from compress.core.tensors import QuantizedTensor
+from compress.quantizers.awq import AWQ
 from compress.quantizers.gptq import GPTQ
 from compress.quantizers.hqq import HQQ
 from compress.quantizers.rtn import RoundToNearest
@@ -140,11 +141,13 @@ def test_a_rank_above_the_matrix_is_refused() -> None:
         low_rank.correct(weight, coded(weight, "int4-g32-lorc49"))
 
 
-@pytest.mark.parametrize("quantizer", [RoundToNearest, GPTQ, HQQ, ZeroQuantFP])
+@pytest.mark.parametrize("quantizer", [RoundToNearest, AWQ, GPTQ, HQQ, ZeroQuantFP])
 @pytest.mark.parametrize("name", ["int3-g32", "fp4-g32-ratio", "int3-g32-offset"])
 def test_every_method_gains_by_it(quantizer: type[Quantizer], name: str) -> None:
     """In the metric that the method works in; codes and scales stay the same."""
     weight, method = random(ROWS, COLUMNS), quantizer()
+    if not method.supports(Scheme.parse(name)):
+        pytest.skip(f"{method.name} does not do {name}")
     statistics, hessian = None, None
     if method.needs_statistics:
         hessian = skewed_hessian()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from compress import registry
 from compress.core.artifact import CompressedModel
 from compress.core.contracts import Exporter, Plugin, Quantizer
-from compress.core.scheme import Scheme, Zero
+from compress.core.scheme import Scales, Scheme, Zero
 from compress.core.statistics import LayerStatistics
 from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
 
@@ -32,6 +33,19 @@ SCHEMES = (
     "int5-g32-offset",
     "int6-asym",
     "int8",
+    "fp4-g32",
+    "fp4-g32-pow2",
+    "fp4-g32-ratio",
+    "e3m0-g64-ratio",
+    "fp6-g32",
+    "fp8",
+    "fp8-tensor",
+    "fp8-b32",
+    "nvfp4",
+    "mxfp4",
+    "int3-g64-lorc4",
+    "int3-g32-offset-lorc4",
+    "fp4-g32-ratio-lorc4",
 )
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -94,6 +108,13 @@ def supported(quantizer: Quantizer, name: str, dtype: str = "float16") -> Scheme
     return scheme
 
 
+def any_zero(quantizer: Quantizer, name: str, dtype: str = "float16") -> Scheme:
+    """Return ``name``, or the same with a float minimum where a method needs one."""
+    symmetric = Scheme.parse(name)
+    suffix = "" if quantizer.supports(symmetric) else "-offset"
+    return supported(quantizer, name + suffix, dtype)
+
+
 def assert_same(left: QuantizedTensor, right: QuantizedTensor) -> None:
     assert left.state().keys() == right.state().keys()
     for key, tensor in left.state().items():
@@ -128,6 +149,18 @@ def test_offered_schemes_exist_and_are_supported(quantizer: Quantizer) -> None:
     assert bits == sorted(bits, reverse=True)
 
 
+def stored_scale(scheme: Scheme) -> tuple[torch.dtype, tuple[int, int]]:
+    """Return the type and shape that a scheme's scales are stored in."""
+    dtypes = {
+        Scales.FREE: TORCH_DTYPES[scheme.scale_dtype],
+        Scales.POWER: torch.uint8,
+        Scales.RATIO: torch.uint8,
+        Scales.TWO_LEVEL: torch.float8_e4m3fn,
+    }
+    blocks = -(-ROWS // scheme.rows_of_scale(ROWS))
+    return dtypes[scheme.scales], (blocks, COLUMNS // scheme.group_of(COLUMNS))
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_codes_and_scales_have_the_types_of_the_scheme(
     quantizer: Quantizer, name: str
@@ -136,11 +169,14 @@ def test_codes_and_scales_have_the_types_of_the_scheme(
     coded = quantizer.quantize(make_weight(), scheme, statistics_for(quantizer))
     groups = (ROWS, COLUMNS // scheme.group_of(COLUMNS))
     assert coded.scheme == scheme
-    assert (coded.codes.dtype, coded.codes.shape) == (torch.int8, (ROWS, COLUMNS))
-    assert (coded.scale.dtype, coded.scale.shape) == (torch.float16, groups)
-    assert int(coded.codes.min()) >= scheme.lowest
-    assert int(coded.codes.max()) <= scheme.highest
-    assert coded.scale.isfinite().all()
+    assert coded.codes.shape == (ROWS, COLUMNS)
+    assert coded.codes.dtype == scheme.levels.code_dtype
+    assert (coded.scale.dtype, coded.scale.shape) == stored_scale(scheme)
+    levels = scheme.levels.to_levels(coded.codes)
+    assert float(levels.min()) >= scheme.levels.lowest
+    assert float(levels.max()) <= scheme.levels.highest
+    assert coded.scales().isfinite().all() and coded.dequantize().isfinite().all()
+    assert (coded.outer is None) == (scheme.scales in (Scales.FREE, Scales.POWER))
     if scheme.zero is Zero.NONE:
         assert coded.zero is None
         return
@@ -153,9 +189,55 @@ def test_codes_and_scales_have_the_types_of_the_scheme(
         assert int(coded.zero.max()) <= scheme.highest
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+def test_corrections_have_the_rank_of_the_scheme(
+    quantizer: Quantizer, name: str
+) -> None:
+    scheme = supported(quantizer, name)
+    coded = quantizer.quantize(make_weight(), scheme, statistics_for(quantizer))
+    keys = {key for key in coded.state() if key.startswith("low_rank.")}
+    if coded.low_rank is None:
+        assert not keys
+        assert not scheme.rank or any("left out" in note for note in coded.notes)
+        return
+    assert len(keys) == 4
+    low, rank = coded.low_rank, scheme.rank
+    assert (low.left.dtype, low.left.shape) == (torch.int8, (ROWS, rank))
+    assert (low.right.dtype, low.right.shape) == (torch.int8, (rank, COLUMNS))
+    assert low.left_scale.dtype == low.right_scale.dtype == torch.float16
+    assert (low.left_scale.shape, low.right_scale.shape) == ((1, rank), (rank, 1))
+
+
+def stored_bits(coded: QuantizedTensor) -> int:
+    """Return the bits of all stored tensors, each packed without gaps."""
+    packed = {"codes": coded.scheme.bits}
+    if coded.scheme.zero is Zero.INTEGER:
+        packed["zero"] = coded.scheme.bits
+    if coded.scheme.scales is Scales.RATIO:
+        packed["scale"] = 4  # shifts of 0 to 15
+        assert int(coded.scale.max()) <= 15
+    return sum(
+        tensor.numel() * packed.get(key, 8 * tensor.element_size())
+        for key, tensor in coded.state().items()
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_bits_per_weight_are_those_of_the_stored_tensors(
+    quantizer: Quantizer, name: str, dtype: str
+) -> None:
+    scheme = supported(quantizer, name, dtype)
+    coded = quantizer.quantize(make_weight(), scheme, statistics_for(quantizer))
+    if coded.low_rank is None:
+        scheme = replace(scheme, rank=0)
+    expected = scheme.bits_per_weight(COLUMNS, ROWS) * ROWS * COLUMNS
+    assert stored_bits(coded) == pytest.approx(expected, abs=0.01)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scales_are_stored_as_asked(quantizer: Quantizer, dtype: str) -> None:
-    scheme = supported(quantizer, "int4-g32", dtype)
+    scheme = any_zero(quantizer, "int4-g32", dtype)
     coded = quantizer.quantize(make_weight(dtype), scheme, statistics_for(quantizer))
     assert coded.scale.dtype == TORCH_DTYPES[dtype]
     assert coded.dequantize().dtype == torch.float32
@@ -165,7 +247,7 @@ def test_scales_are_stored_as_asked(quantizer: Quantizer, dtype: str) -> None:
 def test_inputs_are_not_changed(quantizer: Quantizer, dtype: str) -> None:
     weight, before = make_weight(dtype), make_weight(dtype)
     statistics, same = make_statistics(), make_statistics()
-    scheme = supported(quantizer, "int4-g32")
+    scheme = any_zero(quantizer, "int4-g32")
     quantizer.quantize(
         weight, scheme, statistics if quantizer.needs_statistics else None
     )
@@ -177,7 +259,7 @@ def test_inputs_are_not_changed(quantizer: Quantizer, dtype: str) -> None:
 
 
 def test_quantizing_is_deterministic(quantizer: Quantizer) -> None:
-    scheme = supported(quantizer, "int4-g32")
+    scheme = any_zero(quantizer, "int4-g32")
     first = quantizer.quantize(make_weight(), scheme, statistics_for(quantizer))
     torch.manual_seed(99)  # no use of the global generator
     again = type(quantizer)(quantizer.options)
@@ -190,8 +272,8 @@ def test_more_bits_never_increase_the_error(quantizer: Quantizer) -> None:
     without_drift = make_statistics(with_drift=False)
     statistics = without_drift if quantizer.needs_statistics else None
     errors = []
-    for name in ("int2-g32", "int4-g32", "int8-g32"):
-        scheme = supported(quantizer, name)
+    for name in ("int2-g32", "int4-g32", "int7-g32"):
+        scheme = any_zero(quantizer, name)
         gap = weight - quantizer.quantize(weight, scheme, statistics).dequantize()
         loss = gap**2 if statistics is None else (gap @ statistics.hessian) * gap
         errors.append(float(loss.sum()))

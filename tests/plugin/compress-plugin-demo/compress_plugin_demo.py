@@ -40,8 +40,8 @@ class PowerOfTwo(Quantizer):
         return ("int8-g32", "int4-g32")
 
     def supports(self, scheme: Scheme) -> bool:
-        """Whether the grid is symmetric."""
-        return scheme.zero is Zero.NONE
+        """Whether the grid is a symmetric integer one."""
+        return scheme.is_integer and scheme.zero is Zero.NONE and not scheme.rank
 
     def quantize(
         self, weight: Tensor, scheme: Scheme, statistics: LayerStatistics | None

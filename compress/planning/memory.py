@@ -1,0 +1,112 @@
+"""Peak resident memory of a run on the CPU, from the tensors that live at once.
+
+Each stage is a sum over what its busiest moment holds, in elements and bytes; the peak
+is the process itself plus the largest stage. Where a number is no obvious count, its
+origin is beside it. llama.cpp runs in a process of its own and is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from compress.core.plan import LayerPlan
+from compress.planning.shapes import Shapes, Work, stacked_shape, weights_of
+
+# Interpreter, torch and transformers: measured 375 MiB, 440 MiB with a tokenizer.
+_PROCESS_BYTES = 400 << 20
+_FLOAT = 4
+# Hidden states of one model that an evaluation holds (evaluation/measure.py).
+_EVALUATION_STATES_BYTES = 1 << 29
+# Verification compares on 4 windows of 256 tokens (exporting.py).
+_VERIFY = (4, 256)
+# Distributions are compared 256 positions at a time, with five such tensors.
+_COMPARED_AT_ONCE = 5 * 256
+# Matrices [C, C] while GPTQ solves: H and drift; H shrunk, damped and factored; and in
+# the solver H permuted, its factor and the inverse's.
+_SQUARES = 8
+# Matrices [R, C] then: layers stacked, target, that in the solver's order, scales
+# spread out, codes.
+_SOLVER_ROWS = 5
+
+
+def peak_bytes(shapes: Shapes, work: Work, *, dtype: torch.dtype) -> int:
+    """Return the prediction for the whole process.
+
+    Args:
+        shapes: Of model and plan.
+        work: What the run does.
+        dtype: Arithmetic of the blocks while statistics are taken.
+    """
+    stages = [_rounding(shapes), _export(shapes)]
+    if work.calibration:
+        stages.append(_calibrated(shapes, work.calibration, work.drift, dtype.itemsize))
+    if work.evaluation[0]:
+        stages.append(_comparison(shapes, work.evaluation))
+    if work.verified:
+        whole = _FLOAT * shapes.parameters if work.loads_whole else 0
+        stages.append(whole + _comparison(shapes, _VERIFY))
+    return _PROCESS_BYTES + max(stages)
+
+
+def _rounding(shapes: Shapes) -> int:
+    """Layers without data, and the codes of a block."""
+    inside = max((_stack(shapes, stack) for stack in shapes.inside), default=0)
+    outside = max((_stack(shapes, [layer]) for layer in shapes.outside), default=0)
+    return max(inside + _codes(shapes), outside)
+
+
+def _stack(shapes: Shapes, layers: Sequence[LayerPlan]) -> int:
+    """The stored weights of a stack, and what is made of them.
+
+    First the stack as floats, its levels and codes. Then the codes once more, split by
+    layer, all values, and one layer as floats, its error and the square of that.
+    """
+    weights, largest = weights_of(*layers), max(map(weights_of, layers))
+    coding = (2 * _FLOAT + 1) * weights
+    comparing = (_FLOAT + 2) * weights + 3 * _FLOAT * largest
+    return shapes.stored_bytes * weights + max(coding, comparing)
+
+
+def _codes(shapes: Shapes) -> int:
+    return sum(weights_of(*stack) for stack in shapes.inside)
+
+
+def _calibrated(
+    shapes: Shapes, calibration: tuple[int, int], drift: bool, width: int
+) -> int:
+    """A block, the states of all windows, and its busiest input or product."""
+    tokens = calibration[0] * calibration[1]
+    streams = 2 if drift else 1
+    # Of each model, and inside the block the residual, a normed copy and a sum.
+    states = width * tokens * shapes.hidden * (streams + 3)
+    # gate, up and their product; beside them the dense input of the next layer.
+    forward = width * tokens * shapes.inner * (streams + 2)
+    share = dict(shapes.inputs)
+    solve = max(
+        width * tokens * share.get(columns, 1.0) * columns * streams
+        + _FLOAT * (_SQUARES * columns**2 + _SOLVER_ROWS * rows * columns)
+        for rows, columns in map(stacked_shape, shapes.inside)
+    )
+    block = width * shapes.block + 2 * _codes(shapes)
+    return int(block + states + max(forward, solve))
+
+
+def _comparison(shapes: Shapes, windows: tuple[int, int]) -> int:
+    """Two models side by side: a block of one, or the heads of both and logits."""
+    count, length = windows
+    states = _FLOAT * count * length * shapes.hidden
+    states = 3 * min(states, _EVALUATION_STATES_BYTES)
+    layers = [layer for stack in shapes.inside for layer in stack]
+    largest = max(map(weights_of, layers), default=0)
+    block = _FLOAT * (shapes.block + 2 * largest)  # a layer is decoded
+    head = shapes.vocabulary * shapes.hidden
+    heads = (2 * _FLOAT + shapes.stored_bytes) * head  # the second is being read
+    logits = _FLOAT * shapes.vocabulary * (2 * length + _COMPARED_AT_ONCE)
+    return states + max(block, heads, 2 * _FLOAT * head + logits)
+
+
+def _export(shapes: Shapes) -> int:
+    """The largest tensor, in the mapped file and copied."""
+    return 2 * shapes.stored_bytes * shapes.largest
