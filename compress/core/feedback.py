@@ -48,7 +48,7 @@ def inverse_factor(hessian: Tensor, order: Tensor) -> Tensor | None:
         return None
     one = torch.eye(len(order), device=hessian.device)
     upper: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True)
-    return upper
+    return upper.contiguous()  # it is read by rows
 
 
 def solve(
