@@ -30,12 +30,12 @@ def _rounded(steps, lowest, highest, least, unit, is_integer: tl.constexpr):  # 
     """Return the nearest levels; as ``IntegerGrid.round_`` and ``FloatGrid.round_``."""
     clamped = tl.minimum(tl.maximum(steps, lowest), highest)
     if is_integer:
-        return (clamped + _ROUNDER) - _ROUNDER
-    binade = (clamped.to(tl.int32, bitcast=True) & _EXPONENT_BITS).to(
-        tl.float32, bitcast=True
-    )
-    step = tl.maximum(binade, least) * unit
-    return ((tl.div_rn(clamped, step) + _ROUNDER) - _ROUNDER) * step
+        level = (clamped + _ROUNDER) - _ROUNDER
+    else:
+        bits = clamped.to(tl.int32, bitcast=True) & _EXPONENT_BITS
+        step = tl.maximum(bits.to(tl.float32, bitcast=True), least) * unit
+        level = ((tl.div_rn(clamped, step) + _ROUNDER) - _ROUNDER) * step
+    return level
 
 
 @triton.jit  # type: ignore[untyped-decorator]
