@@ -11,9 +11,6 @@ Source: Frantar et al. (2022), "GPTQ", algorithm 1, for :func:`solve`; Behdin et
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -85,11 +82,10 @@ def solve(
     zeros = parameters.zero
     zero = None if zeros is None else _spread(zeros, columns, order)
     levels, errors = torch.empty_like(work), torch.empty_like(work[:_COLUMNS_AT_ONCE])
-    rounds_ = _fastest(work, scheme)
     for start in range(0, columns, _COLUMNS_AT_ONCE):
         stop = min(start + _COLUMNS_AT_ONCE, columns)
         run, lost = slice(start, stop), errors[: stop - start]
-        rounds_(
+        round_columns_(
             work[run],
             upper[run, run],
             scale[run],
@@ -102,16 +98,6 @@ def solve(
     result = torch.empty_like(weight, dtype=torch.float32)
     result[:, order] = levels.T
     return result
-
-
-def _fastest(work: Tensor, scheme: Scheme) -> Callable[..., None]:
-    """Return :func:`round_columns_`, or the kernel that does the same on a GPU."""
-    if work.is_cuda and importlib.util.find_spec("triton") is not None:
-        from compress.core import feedback_kernel
-
-        if feedback_kernel.has_kernel(work, scheme):
-            return feedback_kernel.round_columns_
-    return round_columns_
 
 
 def round_columns_(

@@ -23,12 +23,12 @@ _EVALUATION_STATES_BYTES = 1 << 29
 _VERIFY = (4, 256)
 # Distributions are compared 256 positions at a time, with five such tensors.
 _COMPARED_AT_ONCE = 5 * 256
-# Matrices [C, C] while GPTQ solves: H and drift; H shrunk, damped and factored; and in
-# the solver H permuted, its factor and the inverse's.
-_SQUARES = 8
-# Matrices [R, C] then: layers stacked, target, that in the solver's order, scales
-# spread out, codes.
-_SOLVER_ROWS = 5
+# Matrices [C, C] and [R, C] while GPTQ factors: H, drift, H shrunk, its factor, that
+# turned, a unit matrix and the inverse; the layers stacked, and the target.
+_FACTORING = (7, 2)
+# And while it rounds: H, drift, H shrunk, the inverse factor; beside those of the
+# layers the columns as rows, their scales, levels, errors, and levels turned back.
+_SOLVING = (4, 7)
 
 
 def peak_bytes(shapes: Shapes, work: Work, *, dtype: torch.dtype) -> int:
@@ -86,8 +86,9 @@ def _calibrated(
     share = dict(shapes.inputs)
     solve = max(
         width * tokens * share.get(columns, 1.0) * columns * streams
-        + _FLOAT * (_SQUARES * columns**2 + _SOLVER_ROWS * rows * columns)
+        + _FLOAT * (squares * columns**2 + matrices * rows * columns)
         for rows, columns in map(stacked_shape, shapes.inside)
+        for squares, matrices in (_FACTORING, _SOLVING)
     )
     block = width * shapes.block + 2 * _codes(shapes)
     return int(block + states + max(forward, solve))
