@@ -1,6 +1,6 @@
 """What rounding activations costs on top of 6-bit weights: the order of FlexQ.
 
-    python benchmarks/activations.py MODEL [--group-size 64] [--windows 4]
+    python benchmarks/activations.py MODEL [--group-size 64] [--windows 4] [--only a16]
 
 Weights are rounded to nearest in 6 bits, as FlexQ's are, and measured with inputs of
 8, 6 and 4 bits, with a scale a token or a scale for each group of a token. ``flexq`` is
@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--text", action="append", help="default: wikitext2 and code")
+    parser.add_argument("--only", action="append", help="choices, such as 'a8 token'")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
@@ -76,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         handle = open_model(str(arguments.model), cache=Path(cache))
         texts = prepare_texts(
-            ["wikitext2", "code"],
+            arguments.text or ["wikitext2", "code"],
             handle.tokenizer(),
             protocol="windows",
             count=arguments.windows,
@@ -88,6 +90,7 @@ def main() -> None:
         models = {
             label: base.with_source(source, rounding=rounding_of(inputs, {}))
             for label, inputs in choices(names, arguments.group_size).items()
+            if arguments.only is None or label in arguments.only
         }
         _, found = evaluate_candidates(
             texts,

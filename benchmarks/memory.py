@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import write_result
+from results import hardware, write_result
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -138,6 +138,9 @@ def measure(case: Case, work: Path) -> dict[str, Any]:
         "predicted bytes": report["predicted"]["peak_memory_bytes"],
         "seconds": round(seconds, 1),
         "predicted seconds": round(report["predicted"]["seconds"], 1),
+        "threads": torch.get_num_threads(),
+        "hardware": hardware(),
+        "date": report["date"][:10],
     }
     shutil.rmtree(work)
     return figures
@@ -152,8 +155,7 @@ def main() -> None:
     result = Path(__file__).parent / "results" / "memory.json"
     rows: dict[str, dict[str, Any]] = {}
     if result.is_file():
-        earlier = json.loads(result.read_text())["figures"]["runs"]
-        rows = {row["case"]: row for row in earlier}
+        rows = {r["case"]: r for r in json.loads(result.read_text())["figures"]["runs"]}
     for name in [arguments.case] if arguments.case else CASES:
         case = CASES[name]
         rows[case.label] = measure(case, arguments.work / f"memory-{name}")

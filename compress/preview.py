@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.core.plan import Plan
+from compress.evaluation.texts import evaluation_text
 from compress.planning.budget import breakdown, dense_bytes, linear_bits_per_weight
+from compress.planning.duration import method_seconds
 from compress.planning.estimate import Work, estimate
 
 if TYPE_CHECKING:
+    from compress.config.schema import EvaluateSection
     from compress.pipeline import Run
+
+_WINDOW = {"hf2048": 2048, "llamacpp512": 512}  # protocols that take the whole text
+_CHARACTERS_A_TOKEN = 4
 
 
 @dataclass(frozen=True)
@@ -85,19 +91,27 @@ def predict(run: Run) -> PlanPreview:
     for name, exporter in run.exporters.items():
         sizes[name] = dict(exporter.tensor_bytes(run.plan, run.model))
     calibration, section = run.config.calibration, run.config.evaluate
-    tokens = windows = 0
-    if section is not None:
-        windows = section.windows * len(section.perplexity)
-        tokens = windows * section.sequence_length
+    verified = len(run.exporters) if run.config.run.verify else 0
     work = Work(
         calibration=(calibration.samples, calibration.sequence_length)
         if run.runner.needs_calibration
         else None,
         drift=run.runner.needs_drift,
-        evaluation_tokens=tokens,
-        evaluation_windows=windows,
+        evaluation=_evaluation(section) if section is not None else (0, 0),
+        exports=len(run.exporters),
+        verified=verified,
+        loads_whole=verified > 0
+        and any(e.consumer == "transformers" for e in run.exporters.values()),
     )
-    predicted = estimate(run.model, run.plan, work)
+    predicted = estimate(
+        run.model,
+        run.plan,
+        work,
+        method_seconds=lambda layer: method_seconds(
+            run.quantizers[layer.method], layer.scheme, layer.shape[0]
+        ),
+        dtype=run.runner.dtype,
+    )
     return PlanPreview(
         run.plan,
         {name: sum(table.values()) for name, table in sizes.items()},
@@ -105,3 +119,12 @@ def predict(run: Run) -> PlanPreview:
         predicted.peak_memory_bytes,
         predicted.seconds,
     )
+
+
+def _evaluation(section: EvaluateSection) -> tuple[int, int]:
+    """Return windows over all texts, and tokens a window."""
+    if section.protocol == "windows":
+        return section.windows * len(section.perplexity), section.sequence_length
+    length = _WINDOW[section.protocol]
+    texts = [evaluation_text(name).raw for name in section.perplexity]
+    return sum(len(t) // _CHARACTERS_A_TOKEN // length for t in texts), length

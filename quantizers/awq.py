@@ -15,8 +15,8 @@ Compression and Acceleration", arXiv 2306.00978, and its ``auto_clip``. Differs:
 * candidates are those of every search here (``core/grids.py``): 0.55 to 1.15 of the
   range, in both signs, not 0.5 to 1;
 * the off-diagonal of ``H_g`` is shrunk, against fitting the calibration text;
-* q and k are clipped too; the paper leaves them out because its error ignores what
-  follows. Measured on SmolLM2-135M it makes no difference worth a rule.
+* q and k are clipped too, where the paper leaves them out: a layer's role is unknown
+  here. ``overrides: {"re:.*[qk]_proj": {method: rtn}}`` is the paper's rule.
 
 Limits: in groups wider than 512 columns the diagonal stands for ``H_g``, whose product
 would cost more than error feedback. There is none of that; ``method: gptq`` with

@@ -95,24 +95,26 @@ class GPTQ(Quantizer):
         hessian = _regularized(statistics.hessian, options.shrink)
         target = weight.float().clone()
         target[:, statistics.hessian.diagonal() == 0] = 0  # never fed: cannot matter
-        damped, factor, notes = _factor(hessian, options)
+        order = _column_order(statistics.hessian, act_order=options.act_order)
+        factor, notes = _damp_(hessian, order, options)
         if factor is None:
             return low_rank.correct(target, _round(target, scheme, notes))
         if statistics.drift is not None and options.drift:
-            pull = torch.cholesky_solve((target @ statistics.drift).T, factor).T
-            target += options.drift * pull
+            owed = (target @ statistics.drift)[:, order]
+            target[:, order] += options.drift * (owed @ factor.T @ factor)
         parameters = self.parameters(target, scheme, statistics)
-        order = _column_order(statistics.hessian, act_order=options.act_order)
-        codes = feedback.solve(target, damped, parameters, scheme, order=order)
+        codes = feedback.solve(
+            target, hessian, parameters, scheme, order=order, factor=factor
+        )
         for _ in range(options.refit):
             parameters = feedback.refit_scales(
-                target, damped, codes, parameters, scheme
+                target, hessian, codes, parameters, scheme
             )
             codes = feedback.descend(
-                target, damped, codes, parameters, scheme, order=order
+                target, hessian, codes, parameters, scheme, order=order
             )
         coded = grids.assemble(codes, parameters, scheme, notes=notes)
-        return low_rank.correct(target, coded, hessian=damped)
+        return low_rank.correct(target, coded, hessian=hessian)
 
     def parameters(
         self, target: Tensor, scheme: Scheme, statistics: LayerStatistics
@@ -135,23 +137,21 @@ def _regularized(hessian: Tensor, shrink: float) -> Tensor:
     return shrunk
 
 
-def _factor(
-    hessian: Tensor, options: GPTQOptions
-) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
-    """Return damped H, its Cholesky factor (``None`` if it has none), and notes."""
-    mean = float(hessian.diagonal().mean())
+def _damp_(
+    hessian: Tensor, order: Tensor, options: GPTQOptions
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Damp H until its inverse has a factor; return that, or ``None``, and notes."""
+    diagonal = hessian.diagonal().clone()
     damp = options.damp
     while damp <= _LARGEST_DAMP:
-        damped = hessian.clone()
-        damped.diagonal().add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed) and bool(torch.isfinite(lower).all()):
-            raised = damp > options.damp
+        hessian.diagonal().copy_(diagonal + damp * diagonal.mean())
+        factor = feedback.inverse_factor(hessian, order)
+        if factor is not None:
             note = (f"damp raised to {damp:g}: the Hessian is near singular",)
-            return damped, lower, note if raised else ()
+            return factor, note if damp > options.damp else ()
         damp *= 10
     note = ("rounded to nearest: the Hessian cannot be factored even with damp 1",)
-    return hessian, None, note
+    return None, note
 
 
 def _column_order(hessian: Tensor, *, act_order: bool) -> Tensor:

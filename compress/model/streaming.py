@@ -214,14 +214,21 @@ class StreamedModel:
         ]
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
-        """Fill decoder block ``index`` with weights; empty it on leaving."""
+    def block(self, index: int, *, following: int | None = None) -> Iterator[nn.Module]:
+        """Fill decoder block ``index`` with weights; empty it on leaving.
+
+        Args:
+            index: Number of the block.
+            following: The one that comes after it, to be read ahead; ``index + 1`` if
+                not given, and none if there is no such block.
+        """
         path = self.description.family.block(index)
+        after = index + 1 if following is None else following
         with self._loaded(path) as block:
-            if index + 1 < len(self._blocks):
-                following = self.description.family.block(index + 1)
-                names = self._blocks[index + 1].state_dict()
-                self._reader.expect(f"{following}.{name}" for name in names)
+            if 0 <= after < len(self._blocks):
+                prefix = self.description.family.block(after)
+                names = self._blocks[after].state_dict()
+                self._reader.expect(f"{prefix}.{name}" for name in names)
             yield block
             self._mover.wait()
 

@@ -6,6 +6,7 @@ from pipeline_fixtures import config_of, save_checkpoint, write_text
 from safetensors.torch import load_file
 
 import compress
+from compress.model import states
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,3 +48,26 @@ def test_gptq_is_as_close_as_on_the_cpu(folder):
     _, cuda = run_on("cuda", folder, "cuda", "gptq")
     errors = [sum(row["error"] for row in r["layers"]) for r in (cpu, cuda)]
     assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_bfloat16_runs_and_read_ahead_give_the_same_twice(folder, method):
+    save_checkpoint(folder / "half", dtype=torch.bfloat16)
+    (folder / "model").rename(folder / "single")
+    (folder / "half").rename(folder / "model")
+    first, report = run_on("cuda", folder, "first", method)
+    second, _ = run_on("cuda", folder, "second", method)
+    if method == "gptq":
+        assert report["calibration"]["dtype"] == "bfloat16"
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_states_in_host_memory_and_small_batches_change_nothing(folder, monkeypatch):
+    _, held = run_on("cuda", folder, "held", "gptq")
+    monkeypatch.setattr(states, "_HELD_BYTES", 0)
+    monkeypatch.setitem(states._BATCH_BYTES, "cuda", 1)  # a window a batch
+    first, streamed = run_on("cuda", folder, "streamed", "gptq")
+    again, _ = run_on("cuda", folder, "again", "gptq")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    errors = [sum(row["error"] for row in r["layers"]) for r in (held, streamed)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
