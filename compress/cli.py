@@ -227,7 +227,8 @@ def export(
 @app.command("list")
 def list_plugins(
     kind: Annotated[
-        str | None, typer.Argument(help="quantizers or exporters.", show_default=False)
+        str | None,
+        typer.Argument(help="quantizers, allocators or exporters.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

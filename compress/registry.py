@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from compress.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from compress.core.contracts import Exporter, Plugin, Quantizer
+    from compress.core.contracts import Allocator, Exporter, Plugin, Quantizer
 
-KINDS = ("quantizers", "exporters")
+KINDS = ("quantizers", "allocators", "exporters")
 
 
 class PluginError(ConfigError):
@@ -26,7 +26,7 @@ class PluginEntry:
 
     Attributes:
         name: The word a config uses.
-        kind: ``quantizers`` or ``exporters``.
+        kind: One of :data:`KINDS`.
         origin: Distribution that registers it, with its version.
         target: ``module:Class``.
     """
@@ -46,6 +46,7 @@ class PluginEntry:
 
         contract = {
             "quantizers": contracts.Quantizer,
+            "allocators": contracts.Allocator,
             "exporters": contracts.Exporter,
         }[self.kind]
         label = f"{self.kind.removesuffix('s')} {self.name!r} of {self.origin}"
@@ -127,6 +128,15 @@ def get_quantizer(name: str) -> type[Quantizer]:
 
     plugin = _find(name, _entries("quantizers"), "quantizer").load()
     assert issubclass(plugin, Quantizer)
+    return plugin
+
+
+def get_allocator(name: str) -> type[Allocator]:
+    """Return the class of an allocator; see :func:`get_quantizer`."""
+    from compress.core.contracts import Allocator
+
+    plugin = _find(name, _entries("allocators"), "allocator").load()
+    assert issubclass(plugin, Allocator)
     return plugin
 
 

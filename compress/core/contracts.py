@@ -1,8 +1,8 @@
 """The plug-in contracts. Built-ins and outside plug-ins register the same way.
 
-A plug-in is a class named by an entry point in ``compress.quantizers`` or
-``compress.exporters``. Its options are a frozen pydantic model, checked with the same
-messages as the rest of the config.
+A plug-in is a class named by an entry point in ``compress.quantizers``,
+``compress.allocators`` or ``compress.exporters``. Its options are a frozen pydantic
+model, checked with the same messages as the rest of the config.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from compress.core.allocation import Allocation, AllocationProblem
 from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.plan import Plan
 from compress.core.scheme import Scheme
@@ -103,6 +104,24 @@ class Quantizer(Plugin):
             weight: ``[R, C]``, any float type; not changed.
             scheme: Its group size divides ``C``.
             statistics: Of the inputs of this layer, if the method needs them.
+        """
+
+
+class Allocator(Plugin):
+    """Chooses a scheme for each unit of the model, under a budget of bytes.
+
+    It never sees a module or a file: only the problem, which knows the choices with
+    their bytes and predicted losses, and measures an assignment when asked.
+    """
+
+    @abstractmethod
+    def allocate(self, problem: AllocationProblem) -> Allocation:
+        """Return an assignment that keeps the budget.
+
+        The same problem with the same seed gives the same assignment.
+
+        Raises:
+            AllocationError: The allocator cannot work on this problem.
         """
 
 

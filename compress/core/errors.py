@@ -27,6 +27,10 @@ class PlanError(ConfigError):
     """The plan asks for something that a plug-in or a format cannot hold."""
 
 
+class AllocationError(ConfigError):
+    """The budget cannot be kept, or an allocator cannot work on the problem."""
+
+
 class CheckpointError(CompressError):
     """A checkpoint is missing, damaged, or of a kind that is not supported."""
 

@@ -1,0 +1,1 @@
+"""Choices of mixed precision: which scheme each layer takes. Plug-ins."""
