@@ -1,6 +1,7 @@
 """Every scheme with every method that suits it: quality, size and time, one model.
 
     python benchmarks/quality_suite.py [--device cuda] [--peers FOLDER] [--only REGEX]
+                                       [--part 0/4]
 
 The model is ``permuted`` of ``offgrid.py`` (SmolLM2-135M, off the 4-bit grid it ships
 on); all linears of the decoder; calibration 16 x 512 tokens of the bundled mix for all.
@@ -10,7 +11,9 @@ calibration has seen. Where the scheme rounds activations, so does the measureme
 
 ``--peers FOLDER`` measures what ``peers/llmcompressor_oneshot.py`` made of the same
 tokens, ``FOLDER/RECIPE`` each, and adds our figure over theirs; ``--tokens FILE``
-writes these tokens. Rows that are in ``--work`` already are not made again.
+writes these tokens. Rows that are in ``--work`` already are not made again, so that
+``--part I/N`` in N processes side by side shares the rows out; a last call without it
+collects them. Seconds are those of the whole run of a row, beside whatever else ran.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ from typing import Any
 
 import numpy
 import offgrid
+import torch
 from measure_models import Ruler
 from reference_kl import TEXTS, load
-from results import PACKAGES, write_result
+from results import PACKAGES, hardware, write_result
 from transformers import AutoTokenizer
 
 import compress
@@ -49,6 +53,9 @@ class Row:
         rounding: What the measurement does to the inputs of linears.
         dense: Whether no stock loader holds the codes.
         options: Of the quantizer.
+        alpha: Of SmoothQuant, where that is a transform.
+        scales: Storage type of scales. llm-compressor's are float32 here, since it is
+            handed a float32 model, so that rows beside it have float32 as well.
     """
 
     scheme: str
@@ -57,58 +64,85 @@ class Row:
     rounding: str | None = None
     dense: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    alpha: float | None = None
+    scales: str = "auto"
 
     @property
     def label(self) -> str:
         """Transforms and method, as one word."""
         extra = [f"{k}={v}" for k, v in self.options.items()]
+        if self.alpha is not None:
+            extra += [f"alpha={self.alpha}"]
+        if self.scales != "auto":
+            extra += [f"scales={self.scales}"]
         return "+".join([*self.transforms, self.method, *extra])
 
 
 def rows() -> list[Row]:
     """Return all rows of the table."""
+    bits = (8, 6, 5, 4, 3, 2)
     found = [
-        *(Row("int4-g64", m) for m in ("rtn", "gptq", "awq")),
-        *(Row(scheme, m) for scheme in ("nvfp4", "mxfp4") for m in ("rtn", "gptq")),
-        Row("fp8-w8a8", "rtn", rounding="e4m3"),
-        Row("w8a8", "gptq", ("smoothquant",), "int8"),
-        Row("w6a8-g64", "gptq", rounding="int8"),
-        *(Row(f"int{b}-g64", m) for b in (3, 8, 6) for m in ("rtn", "gptq")),
-        Row("int4-g64", "gptq", ("awq",)),
-        Row("w8a8", "rtn", rounding="int8"),
-        Row("w6a8-g64", "rtn", rounding="int8"),
-        *(Row("fp4-g64", m) for m in ("rtn", "gptq")),
+        *(Row(f"int{b}-g64", m) for b in bits for m in ("rtn", "gptq")),
+        Row("int4-g64", "awq"),
+        *(Row("int4-g64", "gptq", (t,)) for t in ("awq", "rotation", "scale_folding")),
+        Row("int4-g64", "rtn", ("rotation",)),
         *(Row("int4-g64-asym", m) for m in ("rtn", "hqq", "gptq")),
+        Row("int3-g64-asym", "hqq"),
+        *(
+            Row(scheme, m)
+            for scheme in ("fp8", "nvfp4", "mxfp4", "fp4-g64")
+            for m in ("rtn", "gptq")
+        ),
     ]
     for scheme in ("fp4-g64-pow2", "fp4-g64-ratio"):
         found += [Row(scheme, m, dense=True) for m in ("rtn", "zeroquant_fp")]
         found += [Row(f"{scheme}-lorc8", "zeroquant_fp", dense=True)]
-    found += [
-        *(Row(f"int{b}-g64", m) for b in (5, 2) for m in ("rtn", "gptq")),
-        Row("int3-g64-asym", "hqq"),
-        Row("int4-g64", "rtn", ("rotation",)),
-        Row("int4-g64", "gptq", ("rotation",)),
-        Row("w6a8-g64-group", "gptq", rounding="int8-g64"),
-        Row("w4a8-fp-g64-ratio", "zeroquant_fp", rounding="e4m3", dense=True),
-        *(Row("e3m0-g64", m, dense=True) for m in ("rtn", "gptq")),
-        *(Row("fp6-g64", m, dense=True) for m in ("rtn", "gptq")),
-        *(Row("fp8", m) for m in ("rtn", "gptq")),
-    ]
-    return found
+    for scheme in ("fp6-g64", "e3m0-g64"):
+        found += [Row(scheme, m, dense=True) for m in ("rtn", "gptq")]
+    return [*found, *_rows_that_round_inputs(), *_rows_beside_peers()]
 
+
+def _rows_that_round_inputs() -> list[Row]:
+    alphas = (0.5, 0.65, 0.8)
+    smooth = ("smoothquant",)
+    return [
+        *(Row("fp8-w8a8", m, rounding="e4m3") for m in ("rtn", "gptq")),
+        Row("w4a8-fp-g64-ratio", "zeroquant_fp", rounding="e4m3", dense=True),
+        *(Row(s, m, rounding="int8") for s in _INT8 for m in ("rtn", "gptq")),
+        Row("w8a8", "rtn", smooth, "int8", alpha=0.5),
+        *(Row(s, "gptq", smooth, "int8", alpha=a) for s in _INT8 for a in alphas),
+        Row("w6a8-g64-group", "gptq", rounding="int8-g64"),
+        Row("w6a8-g64-group", "gptq", smooth, "int8-g64", alpha=0.5),
+    ]
+
+
+def _rows_beside_peers() -> list[Row]:
+    f32 = "float32"
+    return [
+        *(Row("int4-g64", m, scales=f32) for m in ("rtn", "gptq", "awq")),
+        Row("int4-g64", "gptq", ("awq",), scales=f32),
+        Row("fp8-w8a8", "rtn", rounding="e4m3", scales=f32),
+        *(
+            Row("w8a8", "gptq", ("smoothquant",), "int8", alpha=a, scales=f32)
+            for a in (0.65, 0.8)
+        ),
+    ]
+
+
+_INT8 = ("w8a8", "w6a8-g64")
 
 # Recipe of the peer: our rows that do the same job.
 PEERS = {
-    "rtn-int4": ("int4-g64", "rtn"),
-    "gptq-int4": ("int4-g64", "gptq"),
-    "awq-int4": ("int4-g64", "awq"),
-    "awq-gptq-int4": ("int4-g64", "awq+gptq"),
+    "rtn-int4": ("int4-g64", "rtn+scales=float32"),
+    "gptq-int4": ("int4-g64", "gptq+scales=float32"),
+    "awq-int4": ("int4-g64", "awq+scales=float32"),
+    "awq-gptq-int4": ("int4-g64", "awq+gptq+scales=float32"),
     "rtn-nvfp4": ("nvfp4", "rtn"),
     "gptq-nvfp4": ("nvfp4", "gptq"),
     "rtn-mxfp4": ("mxfp4", "rtn"),
     "gptq-mxfp4": ("mxfp4", "gptq"),
-    "rtn-fp8": ("fp8-w8a8", "rtn"),
-    "gptq-w8a8": ("w8a8", "smoothquant+gptq"),
+    "rtn-fp8": ("fp8-w8a8", "rtn+scales=float32"),
+    "gptq-w8a8": ("w8a8", "smoothquant+gptq+alpha=0.8+scales=float32"),
 }
 PEER_ROUNDING = {"rtn-fp8": "e4m3", "gptq-w8a8": "int8"}
 
@@ -130,6 +164,7 @@ def config_of(row: Row, model: Path, workdir: Path, device: str) -> dict[str, An
             "method": row.method,
             "scheme": row.scheme,
             "options": row.options,
+            "scale_dtype": row.scales,
         },
         "export": [entry],
         "run": {
@@ -140,7 +175,11 @@ def config_of(row: Row, model: Path, workdir: Path, device: str) -> dict[str, An
         },
     }
     if row.transforms:
-        config["transforms"] = list(row.transforms)
+        settings = {} if row.alpha is None else {"alpha": row.alpha}
+        config["transforms"] = [
+            {"name": name, **(settings if name == "smoothquant" else {})}
+            for name in row.transforms
+        ]
     return config
 
 
@@ -150,7 +189,7 @@ def make(row: Row, model: Path, ruler: Ruler, work: Path) -> dict[str, Any]:
     stored = work / "rows" / f"{name}.json"
     if stored.is_file():
         return json.loads(stored.read_text())  # type: ignore[no-any-return]
-    workdir = work / "run"
+    workdir = work / f"run-{name}"
     shutil.rmtree(workdir, ignore_errors=True)
     start = time.perf_counter()
     report = compress.run(config_of(row, model, workdir, ruler.device)).report
@@ -163,11 +202,13 @@ def make(row: Row, model: Path, ruler: Ruler, work: Path) -> dict[str, Any]:
         "bits": report["bits_per_weight"]["linears"],
         "bytes": report["size_bytes"]["safetensors"],
         "seconds": round(seconds, 1),
+        "device": device_name(ruler.device),
         "file_kl": verify.get("kl"),
         "texts": ruler.measure(compress.load(folder), row.rounding),
     }
     stored.parent.mkdir(parents=True, exist_ok=True)
     stored.write_text(json.dumps(figures))
+    shutil.rmtree(workdir)
     return figures
 
 
@@ -197,7 +238,13 @@ def flat(figures: dict[str, Any]) -> dict[str, Any]:
         "top-1 wikitext2": texts["wikitext2"]["top1"],
         "KL of file": figures["file_kl"],
         "seconds": figures["seconds"],
+        "on": figures["device"],
     }
+
+
+def device_name(device: str) -> str:
+    """Return what a row was made on, in words."""
+    return torch.cuda.get_device_name() if device.startswith("cuda") else hardware()
 
 
 def against_peers(
@@ -227,6 +274,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--only", default="", help="regular expression of rows")
+    parser.add_argument("--part", default="0/1", help="I/N: every Nth row from I on")
     parser.add_argument("--tokens", type=Path, help="only write the calibration tokens")
     parser.add_argument("--name", default="quality_suite", help="of the result")
     arguments = parser.parse_args()
@@ -248,9 +296,9 @@ def main() -> None:
         device=arguments.device,
     )
     ours = []
-    for row in rows():
-        if not re.search(arguments.only, f"{row.scheme} {row.label}"):
-            continue
+    chosen = [r for r in rows() if re.search(arguments.only, f"{r.scheme} {r.label}")]
+    part, parts = map(int, arguments.part.split("/"))
+    for row in chosen[part::parts]:
         try:
             ours.append(make(row, model, ruler, arguments.work))
         except compress.CompressError as error:
@@ -259,6 +307,8 @@ def main() -> None:
         last = ours[-1]
         kl = " ".join(f"{last['texts'][t]['kl']:.5f}" for t in TEXTS)
         print(f"{row.scheme:22} {row.label:28} {kl} {last['seconds']}", flush=True)
+    if parts > 1:
+        return
     figures: dict[str, Any] = {"Schemes and methods": [flat(row) for row in ours]}
     if arguments.peers:
         folders = [arguments.peers / recipe for recipe in PEERS]

