@@ -64,10 +64,12 @@ from compress.export.gguf_template import (
 from compress.export.gguf_tokenizer import tokenizer_metadata
 from compress.export.gguf_writer import text, texts, wholes, write_gguf
 
+# fmt: off
 Type = Literal[
-    *("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
-    *("q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_nl", "iq4_xs"),
+    "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
+    "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_nl", "iq4_xs",
 ]
+# fmt: on
 
 
 class GGUFOptions(contracts.Options):

@@ -25,7 +25,7 @@ in the tests.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,7 @@ from compress.core.scheme import SUPER_COLUMNS, Scales, Scheme, Zero
 from compress.core.scheme_names import K_SCHEMES
 from compress.core.tensors import QuantizedTensor
 
-Bytes = npt.NDArray[np.uint8]
+Bytes = npt.NDArray[Any]  # of uint8; numpy types shifts of it as wider
 
 
 class Fields(NamedTuple):
@@ -86,7 +86,7 @@ def pack(tensor: QuantizedTensor, kind: str) -> Bytes:
     assert tensor.outer is not None
     outer = tensor.outer
     if scheme.zero is Zero.OFFSET:  # d and dmin of a block side by side
-        outer = outer.unflatten(1, (2, blocks)).transpose(1, 2)
+        outer = outer.reshape(rows, 2, blocks).transpose(1, 2)
     halves = _half_bytes(outer).reshape(count, -1)
     shift = 32 if _is_shifted(scheme) else 0
     scale = (tensor.scale.cpu().to(torch.int16) + shift).to(torch.uint8)
@@ -110,7 +110,7 @@ def unpack(data: Bytes, kind: str) -> QuantizedTensor:
         return QuantizedTensor(codes.to(torch.int8), halves, None, scheme)
     zero = None
     if scheme.zero is Zero.OFFSET:
-        halves = halves.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
+        halves = halves.reshape(rows, -1, 2).transpose(1, 2).flatten(1)
         zero = _tensor(fields.minima, rows).to(torch.int8)
     scale = _tensor(fields.scales, rows).view(torch.int8)
     if _is_shifted(scheme):

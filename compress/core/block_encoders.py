@@ -99,7 +99,8 @@ def _mean_square(x: Tensor, scheme: Scheme) -> Tensor:
     mean = x.square().mean(0)
     if scheme.scales is Scales.SUPER:
         count = SUPER_COLUMNS // x.shape[0]
-        mean = mean.unflatten(1, (-1, count)).mean(-1).repeat_interleave(count, 1)
+        mean = mean.reshape(mean.shape[0], -1, count).mean(-1)
+        mean = mean.repeat_interleave(count, 1)
     return mean if scheme.bits == 2 else 2 * mean
 
 

@@ -29,11 +29,6 @@ from compress.core.tensors import LowRank, QuantizedTensor, decode
 _CHUNK_WEIGHTS = {"cpu": 1 << 17}
 _CHUNK_WEIGHTS_ELSEWHERE = 1 << 24
 
-SEARCH_FACTORS = tuple(0.55 + 0.025 * i for i in range(25))
-_EXPONENT_FACTORS = (0.5, 1.0, 2.0)
-# Above 1.5 the largest weight of FP4 maps to 4, where the grid is finer.
-_FLOAT_FACTORS = tuple(0.6 + 0.04 * i for i in range(26))
-
 
 @dataclass(frozen=True)
 class GridParameters:
@@ -218,17 +213,6 @@ def decode_groups(levels: Tensor, parameters: GridParameters, scheme: Scheme) ->
     )
 
 
-def search_factors(scheme: Scheme) -> tuple[float, ...]:
-    """Return the multiples of the full range that a search tries."""
-    if scheme.scales in (Scales.POWER, Scales.RATIO):
-        return _EXPONENT_FACTORS
-    if not scheme.is_integer:
-        return _FLOAT_FACTORS
-    if scheme.zero is Zero.NONE:
-        return (*SEARCH_FACTORS, *(-factor for factor in SEARCH_FACTORS))
-    return SEARCH_FACTORS
-
-
 def search_parameters(
     groups: Tensor,
     scheme: Scheme,
@@ -249,7 +233,7 @@ def search_parameters(
         importance: float32 ``[G, g]`` weight of each column, normally the diagonal of
             the Hessian, or ``[G, g, g]``, its blocks; ``None`` weighs all columns
             alike.
-        factors: Multiples of the full range to try; :func:`search_factors` by default.
+        factors: Multiples of the full range to try; those of the scheme by default.
         outer: What scales have in common, if it is settled already.
         by_magnitude: On ggml's types, whether large weights count more than
             ``importance`` says, as in llama.cpp.
@@ -263,7 +247,7 @@ def search_parameters(
         ]
         return _joined(parts)
     if factors is None:
-        factors = search_factors(scheme)
+        factors = scales.search_factors(scheme)
     if outer is None:
         outer = range_parameters(groups, scheme).outer
         outers = scales.outer_candidates(outer, scheme)
@@ -288,9 +272,7 @@ def _block_parameters(
 ) -> GridParameters:
     if importance is not None and importance.dim() == 3:
         importance = importance.diagonal(dim1=1, dim2=2)
-    found = block_encoders.search(
-        groups, scheme, importance, by_magnitude=by_magnitude
-    )
+    found = block_encoders.search(groups, scheme, importance, by_magnitude=by_magnitude)
     if found.outer is None:
         return GridParameters(_usable(found.scale, scheme, None))
     return super_parameters(found.scale, found.minimum, scheme, found.outer)

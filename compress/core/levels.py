@@ -198,7 +198,9 @@ class TableGrid(Grid):
 
     def round_(self, values: Tensor) -> Tensor:
         """Round to the nearest level, ties upwards as ggml does, in place."""
-        nearest = self.to_levels(torch.bucketize(values, self._middles(values), right=True))
+        nearest = self.to_levels(
+            torch.bucketize(values, self._middles(values), right=True)
+        )
         return values.copy_(nearest)
 
     def to_codes(self, levels: Tensor) -> Tensor:

@@ -244,3 +244,20 @@ def zeros_from_stored(
     _, step = super_scales.parts_of(outer, scheme)
     assert step is not None
     return -(zero.float() * super_scales.spread(step, scheme))
+
+
+SEARCH_FACTORS = tuple(0.55 + 0.025 * i for i in range(25))
+_EXPONENT_FACTORS = (0.5, 1.0, 2.0)
+# Above 1.5 the largest weight of FP4 maps to 4, where the grid is finer.
+_FLOAT_FACTORS = tuple(0.6 + 0.04 * i for i in range(26))
+
+
+def search_factors(scheme: Scheme) -> tuple[float, ...]:
+    """Return the multiples of the full range that a search tries."""
+    if scheme.scales in (Scales.POWER, Scales.RATIO):
+        return _EXPONENT_FACTORS
+    if not scheme.is_integer:
+        return _FLOAT_FACTORS
+    if scheme.zero is Zero.NONE:
+        return (*SEARCH_FACTORS, *(-factor for factor in SEARCH_FACTORS))
+    return SEARCH_FACTORS

@@ -29,6 +29,7 @@ from compress.core.scheme import (
     FLOAT_FORMATS,
     INTEGER,
     IQ4,
+    SUPER_COLUMNS,
     WHOLE,
     InputScheme,
     Scales,
@@ -51,6 +52,14 @@ K_SCHEMES = {
     "q6_k": Scheme(6, 16, scales=Scales.SUPER),
     "iq4_nl": Scheme(4, 32, grid=IQ4),
     "iq4_xs": Scheme(4, 32, grid=IQ4, scales=Scales.SUPER),
+}
+_FOR_OTHER_COLUMNS = {
+    "q2_k": "q4_0",
+    "q3_k": "q4_0",
+    "q4_k": "q5_0",
+    "q5_k": "q5_1",
+    "q6_k": "q8_0",
+    "iq4_xs": "iq4_nl",
 }
 _FLOAT_NAMES = {"fp4": "e2m1", "fp6": "e2m3", "fp8": "e4m3"}
 _MICROSCALING = {"mxfp4": "e2m1", "mxfp6": "e2m3", "mxfp8": "e4m3"}
@@ -124,6 +133,17 @@ def _rewritten(name: str, table: tuple[tuple[str, str], ...]) -> str:
         if match := re.fullmatch(pattern, name):
             return match.expand(other)
     return name
+
+
+def for_columns(scheme: Scheme, columns: int) -> Scheme:
+    """Return ``scheme``, or what llama.cpp takes for rows that it cannot hold.
+
+    ggml's K types hold rows in runs of 256 columns; for a row of another length
+    llama-quantize takes a simple type with as many bits or more.
+    """
+    if scheme.scales is not Scales.SUPER or columns % SUPER_COLUMNS == 0:
+        return scheme
+    return parse(_FOR_OTHER_COLUMNS[name_of(scheme)])
 
 
 def _weights(key: str, name: str) -> Scheme | None:

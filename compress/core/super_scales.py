@@ -78,4 +78,4 @@ def by_super_block(values: Tensor, scheme: Scheme) -> Tensor:
     """Return ``[R, G]`` as ``[G / S, R, S]``: the groups of a super-block first."""
     assert scheme.group_size is not None
     count = SUPER_COLUMNS // scheme.group_size
-    return values.unflatten(1, (-1, count)).movedim(-1, 0)
+    return values.reshape(values.shape[0], -1, count).movedim(-1, 0)
