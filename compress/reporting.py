@@ -10,6 +10,7 @@ from compress import preview, provenance
 from compress.calibration.data import CalibrationTokens
 from compress.calibration.experts import FEW_TOKENS
 from compress.core.artifact import ModelDescription
+from compress.core.plan import LayerPlan
 from compress.evaluation.measure import headline
 from compress.exporting import failures
 from compress.planning.budget import linear_bits_per_weight, parameter_count
@@ -141,10 +142,19 @@ def _layers(run: Run) -> list[dict[str, Any]]:
                 "weight_error": record["weight_error"],
                 "seconds": record["seconds"],
                 "tokens": record["tokens"],
-                "notes": record["notes"],
+                "notes": [*record["notes"], *_stand_in(layer)],
             }
         )
     return rows
+
+
+def _stand_in(layer: LayerPlan) -> list[str]:
+    if layer.asked is None:
+        return []
+    return [
+        f"{layer.scheme.name} stands in for {layer.asked}, which cannot hold rows of "
+        f"{layer.shape[1]} columns"
+    ]
 
 
 def _has_few_tokens(row: Mapping[str, Any]) -> bool:

@@ -14,8 +14,9 @@ llama.cpp ignores these keys.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, cast
 
@@ -63,7 +64,12 @@ from compress.export.gguf_template import (
 from compress.export.gguf_tokenizer import tokenizer_metadata
 from compress.export.gguf_writer import text, texts, wholes, write_gguf
 
-Type = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+# fmt: off
+Type = Literal[
+    "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
+    "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_nl", "iq4_xs",
+]
+# fmt: on
 
 
 class GGUFOptions(contracts.Options):
@@ -170,13 +176,7 @@ class GGUFExporter(Exporter):
             packed = unpack_blocks(file.read(target, start=first, count=rows), kind)
         except (CheckpointError, ValueError, KeyError) as error:
             raise ExportError(f"{folder}: no codes of {layer}: {error}") from error
-        zero = None if packed.zero is None else from_gguf_rows(packed.zero, heads)
-        return replace(
-            packed,
-            codes=from_gguf_rows(packed.codes, heads),
-            scale=from_gguf_rows(packed.scale, heads),
-            zero=zero,
-        )
+        return _with_rows(packed, partial(from_gguf_rows, heads=heads))
 
     def replay(self, folder: Path, windows: Tensor) -> Iterator[Tensor]:
         """Run the file in llama.cpp, decoded by llama.cpp to float32 first.
@@ -343,17 +343,24 @@ def _stack_bytes(artifact: CompressedModel, placement: Placement) -> Bytes:
 
 
 def _layer_bytes(quantized: QuantizedTensor, placement: Placement) -> Bytes:
-    heads = placement.heads
-    zero = quantized.zero
-    moved = replace(
-        quantized,
-        codes=to_gguf_rows(quantized.codes, heads),
-        scale=to_gguf_rows(quantized.scale, heads),
-        zero=None if zero is None else to_gguf_rows(zero, heads),
-    )
+    moved = _with_rows(quantized, partial(to_gguf_rows, heads=placement.heads))
     if placement.is_exact:
         return pack_blocks(moved)
     return encode_dense(moved.dequantize(), placement.type, name=str(placement.layer))
+
+
+def _with_rows(
+    tensor: QuantizedTensor, order: Callable[[Tensor], Tensor]
+) -> QuantizedTensor:
+    """Return a coded matrix with its rows in another order."""
+    zero, outer = tensor.zero, tensor.outer
+    return replace(
+        tensor,
+        codes=order(tensor.codes),
+        scale=order(tensor.scale),
+        zero=None if zero is None else order(zero),
+        outer=None if outer is None else order(outer),
+    )
 
 
 def _only_file(folder: Path) -> Path:

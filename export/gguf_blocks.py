@@ -12,6 +12,8 @@ Q5_1   24 B   f16 d, f16 m, then as Q5_0
 Q8_0   34 B   f16 d, 32 signed bytes
 =====  =====  ====================================================
 
+The K and IQ4 types are in :mod:`compress.export.gguf_super_blocks`.
+
 Source: ggml's ``ggml-common.h``; checked against ``gguf.quants`` in the tests.
 """
 
@@ -24,15 +26,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from compress.core import grids
 from compress.core.errors import ExportError
 from compress.core.scheme import Scheme, Zero
-from compress.core.scheme_names import GGUF_SCHEMES
+from compress.core.scheme_names import GGUF_SCHEMES, K_SCHEMES
 from compress.core.tensors import QuantizedTensor
+from compress.export import gguf_super_blocks
 
 Bytes = npt.NDArray[np.uint8]
 
 BLOCK = 32
-CODED_TYPES = tuple(GGUF_SCHEMES)
+CODED_TYPES = (*GGUF_SCHEMES, *K_SCHEMES)
 DENSE_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 DENSE_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _LARGEST_HALF = 65504.0
@@ -41,6 +45,9 @@ _CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32 while a dense matrix is encoded
 
 def coded_type(scheme: Scheme) -> str | None:
     """Return the GGUF type that holds codes of ``scheme`` exactly, or ``None``."""
+    for name, known in K_SCHEMES.items():
+        if scheme == known:
+            return name
     if scheme.group_size != BLOCK or scheme.scale_dtype != "float16":
         return None
     for name, (bits, zero) in GGUF_SCHEMES.items():
@@ -49,8 +56,15 @@ def coded_type(scheme: Scheme) -> str | None:
     return None
 
 
+def block_columns(kind: str) -> int:
+    """Columns of one block of the coded type ``kind``."""
+    return gguf_super_blocks.block_columns(kind) if kind in K_SCHEMES else BLOCK
+
+
 def block_bytes(kind: str) -> int:
-    """Bytes of one block of 32 codes of the type ``kind``."""
+    """Bytes of one block of the coded type ``kind``."""
+    if kind in K_SCHEMES:
+        return gguf_super_blocks.block_bytes(kind)
     bits, zero = GGUF_SCHEMES[kind]
     return (2 if zero is Zero.NONE else 4) + BLOCK * bits // 8
 
@@ -59,12 +73,12 @@ def row_bytes(kind: str, columns: int) -> int:
     """Bytes of a row of ``columns`` values stored as ``kind``."""
     if kind in DENSE_BYTES:
         return columns * DENSE_BYTES[kind]
-    return columns // BLOCK * block_bytes(kind)
+    return columns // block_columns(kind) * block_bytes(kind)
 
 
 def holds_columns(kind: str, columns: int) -> bool:
     """Whether rows of ``columns`` values can be stored as ``kind``."""
-    return kind in DENSE_BYTES or columns % BLOCK == 0
+    return kind in DENSE_BYTES or columns % block_columns(kind) == 0
 
 
 def pack_blocks(tensor: QuantizedTensor) -> Bytes:
@@ -78,6 +92,8 @@ def pack_blocks(tensor: QuantizedTensor) -> Bytes:
     """
     kind = coded_type(tensor.scheme)
     assert kind is not None, f"{tensor.scheme} has no GGUF type; check() said so"
+    if kind in K_SCHEMES:
+        return gguf_super_blocks.pack(tensor, kind)
     rows, columns = tensor.shape
     codes = tensor.codes.cpu().numpy().reshape(rows * columns // BLOCK, BLOCK)
     parts = [_half_bytes(tensor.scale)]
@@ -103,6 +119,8 @@ def unpack_blocks(data: Bytes, kind: str) -> QuantizedTensor:
         data: uint8 ``[R, row_bytes]``.
         kind: One of :data:`CODED_TYPES`.
     """
+    if kind in K_SCHEMES:
+        return gguf_super_blocks.unpack(data, kind)
     scheme = Scheme.parse(kind)
     rows = data.shape[0]
     blocks = data.reshape(-1, block_bytes(kind))
@@ -165,10 +183,20 @@ def _encode_rows(chunk: Tensor, kind: str, name: str) -> Bytes:
         )
     if kind == "f16":
         return values.to(torch.float16).contiguous().view(torch.uint8).numpy()
+    if kind in K_SCHEMES:
+        return pack_blocks(_searched(values, K_SCHEMES[kind]))
     import gguf
 
     encoded: Bytes = gguf.quants.quantize(values.contiguous().numpy(), ggml_type(kind))
     return encoded
+
+
+def _searched(values: Tensor, scheme: Scheme) -> QuantizedTensor:
+    """Return codes as llama.cpp would choose them without an importance matrix."""
+    groups = grids.as_groups(values, scheme)
+    parameters = grids.search_parameters(groups, scheme)
+    levels = grids.encode(groups, parameters, scheme)
+    return grids.assemble(levels.view(values.shape), parameters, scheme)
 
 
 def ggml_type(kind: str) -> Any:

@@ -10,6 +10,7 @@ from compress.core.contracts import Problem
 from compress.core.plan import LayerPlan, Plan
 from compress.export.experts import expert_layers, routers
 from compress.export.gguf_blocks import (
+    CODED_TYPES,
     DENSE_TYPES,
     coded_type,
     holds_columns,
@@ -95,7 +96,7 @@ def unheld(layer: LayerPlan, reencode: str | None) -> Problem:
     """Return the message for a layer that GGUF cannot hold."""
     scheme = layer.scheme
     what = f"GGUF has no type for {scheme.name} with {scheme.scale_dtype} scales"
-    near = "q4_0, q4_1, q5_0, q5_1 or q8_0 (groups of 32, float16 scales)"
+    near = f"{', '.join(CODED_TYPES)} (with float16 scales)"
     if reencode is not None:
         return Problem(
             layer.name,

@@ -3,7 +3,8 @@
 The baseline that every calibrated method is measured against, and the fallback of those
 that cannot treat a layer. Needs no data. By default scales map the group's range to the
 grid, ``s = amax / ((2^b - 1) / 2)``, as other tools do, so that figures compare;
-``search: true`` picks the scale of least squared error instead.
+``search: true`` picks the scale of least squared error instead. ggml's K and IQ4 types
+are encoded as ggml encodes them, with its searches.
 
 Source: compressed-tensors conventions for symmetric scales; see ``core/grids.py``.
 """
@@ -14,7 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compress.core import grids, low_rank
+from compress.core import block_encoders, grids, low_rank
 from compress.core.contracts import Options, Quantizer
 from compress.core.scheme import Scheme
 from compress.core.statistics import LayerStatistics
@@ -51,10 +52,18 @@ class RoundToNearest(Quantizer):
     def quantize(
         self, weight: Tensor, scheme: Scheme, statistics: LayerStatistics | None
     ) -> QuantizedTensor:
-        """Return the nearest codes of ``weight`` ``[R, C]``; uses no statistics."""
+        """Return the nearest codes of ``weight`` ``[R, C]``.
+
+        Statistics are not needed; a search that is handed some weighs columns by them.
+        """
         groups = grids.as_groups(weight, scheme)
-        if self.options.search:
-            parameters = grids.search_parameters(groups, scheme)
+        if self.options.search or block_encoders.treats(scheme):
+            importance = None
+            if statistics is not None:
+                importance = statistics.hessian.diagonal().view(groups.shape[1], -1)
+            parameters = grids.search_parameters(
+                groups, scheme, importance=importance, by_magnitude=True
+            )
         else:
             parameters = grids.range_parameters(groups, scheme)
         codes = grids.encode(groups, parameters, scheme)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.core import grids
+from compress.core import grids, super_scales
 from compress.core.grids import GridParameters
 from compress.core.scheme import Scales, Scheme, Zero
 from compress.core.tensors import decode
@@ -201,11 +201,25 @@ def refit_scales(
         curvature = (moved[:, part] * grid[:, group]).sum(1)
         slope = (gradient[:, part] * grid[:, group]).sum(1)
         wanted = scale[:, group] + slope / curvature.clamp(min=1e-30)
-        stored = grids.round_to_storage(wanted, scheme, parameters.outer)
+        stored = _stored(wanted, group, parameters, scheme)
         change = stored - scale[:, group]
         falls = change * change * curvature < 2 * change * slope
-        usable = stored != 0 if scheme.scales is Scales.FREE else stored > 0
+        signed = scheme.scales in (Scales.FREE, Scales.SUPER)
+        usable = stored != 0 if signed else stored > 0
         change = torch.where(falls & usable, change, torch.zeros_like(change))
         scale[:, group] += change
         gradient -= change.unsqueeze(1) * moved
     return GridParameters(scale, parameters.zero, parameters.outer)
+
+
+def _stored(
+    wanted: Tensor, group: int, parameters: GridParameters, scheme: Scheme
+) -> Tensor:
+    """Return scales ``[R]`` of one group as they can be stored."""
+    if scheme.scales is not Scales.SUPER:
+        return grids.round_to_storage(wanted, scheme, parameters.outer)
+    assert parameters.outer is not None
+    step, _ = super_scales.parts_of(parameters.outer, scheme)
+    step = super_scales.spread(step, scheme)[:, group]
+    codes = wanted / torch.where(step == 0, torch.ones_like(step), step)
+    return codes.round().clamp(*scheme.scale_codes) * step

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.core import scales
+from compress.core import block_encoders, scales, super_scales
 from compress.core.errors import SchemeError
-from compress.core.scales import TORCH_DTYPES
 from compress.core.scheme import Scales, Scheme, Zero
 from compress.core.tensors import LowRank, QuantizedTensor, decode
 
@@ -29,11 +28,6 @@ from compress.core.tensors import LowRank, QuantizedTensor, decode
 # CPU they fit the cache, which makes the search 1.7 times as fast.
 _CHUNK_WEIGHTS = {"cpu": 1 << 17}
 _CHUNK_WEIGHTS_ELSEWHERE = 1 << 24
-
-SEARCH_FACTORS = tuple(0.55 + 0.025 * i for i in range(25))
-_EXPONENT_FACTORS = (0.5, 1.0, 2.0)
-# Above 1.5 the largest weight of FP4 maps to 4, where the grid is finer.
-_FLOAT_FACTORS = tuple(0.6 + 0.04 * i for i in range(26))
 
 
 @dataclass(frozen=True)
@@ -43,8 +37,8 @@ class GridParameters:
     Attributes:
         scale: float32 ``[R, G]``, holding numbers that can be stored.
         zero: As ``scale``; ``None`` on a symmetric grid.
-        outer: float32 ``[R, 1]`` or ``[1, 1]``, what scales have in common, if they do;
-            see ``core/scales.py``.
+        outer: float32 ``[R, 1]``, ``[1, 1]`` or a few numbers a row, what scales have
+            in common, if they do; see ``core/scales.py`` and ``core/super_scales.py``.
     """
 
     scale: Tensor
@@ -109,6 +103,12 @@ def _range_of(
     rounding: str | None,
 ) -> GridParameters:
     low, high = extent
+    if scheme.scales is Scales.SUPER:
+        if scheme.zero is Zero.NONE:
+            wanted = high / scheme.levels.reach * factor
+            return super_parameters(wanted, None, scheme)
+        wanted = (high - low) * factor / ((1 << scheme.bits) - 1)
+        return super_parameters(wanted, low * factor, scheme)
     if scheme.zero is Zero.NONE:
         if outer is None:
             outer = scales.outer_scale(high, scheme)
@@ -127,6 +127,31 @@ def _range_of(
         return GridParameters(scale, round_to_storage(low, scheme))
     zero = torch.round(-low / scale) + scheme.lowest
     return GridParameters(scale, zero.clamp(scheme.lowest, scheme.highest))
+
+
+def super_parameters(
+    scale: Tensor,
+    zero: Tensor | None,
+    scheme: Scheme,
+    outer: Tensor | None = None,
+) -> GridParameters:
+    """Return wanted scales and minima as they can be stored with ``SUPER`` scales.
+
+    Args:
+        scale: float32 ``[R, G]``.
+        zero: float32 ``[R, G]``, 0 or less, or ``None``.
+        scheme: Has ``SUPER`` scales.
+        outer: What they have in common; fitted to the largest if not given.
+    """
+    if outer is None:
+        outer = super_scales.fitted(scale, zero, scheme)
+    stored = round_to_storage(scale, scheme, outer)
+    _, step = super_scales.parts_of(outer, scheme)
+    if step is not None:
+        assert zero is not None
+        codes = super_scales.codes_of(-zero, step, scheme)
+        zero = -codes * super_scales.spread(step, scheme)
+    return GridParameters(_usable(stored, scheme, outer), zero, outer)
 
 
 def _shared(values: Tensor, scheme: Scheme) -> Tensor:
@@ -188,17 +213,6 @@ def decode_groups(levels: Tensor, parameters: GridParameters, scheme: Scheme) ->
     )
 
 
-def search_factors(scheme: Scheme) -> tuple[float, ...]:
-    """Return the multiples of the full range that a search tries."""
-    if scheme.scales in (Scales.POWER, Scales.RATIO):
-        return _EXPONENT_FACTORS
-    if not scheme.is_integer:
-        return _FLOAT_FACTORS
-    if scheme.zero is Zero.NONE:
-        return (*SEARCH_FACTORS, *(-factor for factor in SEARCH_FACTORS))
-    return SEARCH_FACTORS
-
-
 def search_parameters(
     groups: Tensor,
     scheme: Scheme,
@@ -206,8 +220,12 @@ def search_parameters(
     importance: Tensor | None = None,
     factors: Sequence[float] | None = None,
     outer: Tensor | None = None,
+    by_magnitude: bool = False,
 ) -> GridParameters:
     """Return, for each group, the parameters of least weighted squared error.
+
+    On ggml's K and IQ4 types they come from ggml's own searches, with factors of their
+    own (``core/block_encoders.py``).
 
     Args:
         groups: float32 ``[R, G, g]``.
@@ -215,18 +233,26 @@ def search_parameters(
         importance: float32 ``[G, g]`` weight of each column, normally the diagonal of
             the Hessian, or ``[G, g, g]``, its blocks; ``None`` weighs all columns
             alike.
-        factors: Multiples of the full range to try; :func:`search_factors` by default.
+        factors: Multiples of the full range to try; those of the scheme by default.
         outer: What scales have in common, if it is settled already.
+        by_magnitude: On ggml's types, whether large weights count more than
+            ``importance`` says, as in llama.cpp.
     """
+    most = _CHUNK_WEIGHTS.get(groups.device.type, _CHUNK_WEIGHTS_ELSEWHERE)
+    rows = max(1, most // max(1, groups[0].numel()))
+    if block_encoders.treats(scheme):
+        parts = [
+            _block_parameters(run, scheme, importance, by_magnitude)
+            for run in torch.split(groups, rows)
+        ]
+        return _joined(parts)
     if factors is None:
-        factors = search_factors(scheme)
+        factors = scales.search_factors(scheme)
     if outer is None:
         outer = range_parameters(groups, scheme).outer
         outers = scales.outer_candidates(outer, scheme)
     else:
         outers = (outer,)
-    most = _CHUNK_WEIGHTS.get(groups.device.type, _CHUNK_WEIGHTS_ELSEWHERE)
-    rows = max(1, most // max(1, groups[0].numel()))
     if scheme.row_block != 1:  # rows that share scales are searched together
         rows = groups.shape[0]
     parts = []
@@ -235,13 +261,31 @@ def search_parameters(
         shared = [o if o is None or len(o) == 1 else o[run] for o in outers]
         loss = _Loss(scheme, importance)
         parts.append(_search_rows(groups[run], loss, factors, shared))
-    zeros = [part.zero for part in parts if part.zero is not None]
+    found = _joined(parts)
     if scheme.scales is Scales.RATIO:
-        outer = torch.cat([part.outer for part in parts if part.outer is not None])
+        return found
+    return GridParameters(found.scale, found.zero, outer)
+
+
+def _block_parameters(
+    groups: Tensor, scheme: Scheme, importance: Tensor | None, by_magnitude: bool
+) -> GridParameters:
+    if importance is not None and importance.dim() == 3:
+        importance = importance.diagonal(dim1=1, dim2=2)
+    found = block_encoders.search(groups, scheme, importance, by_magnitude=by_magnitude)
+    if found.outer is None:
+        return GridParameters(_usable(found.scale, scheme, None))
+    return super_parameters(found.scale, found.minimum, scheme, found.outer)
+
+
+def _joined(parts: Sequence[GridParameters]) -> GridParameters:
+    """Return the parameters of runs of rows as those of all rows."""
+    zeros = [part.zero for part in parts if part.zero is not None]
+    outers = [part.outer for part in parts if part.outer is not None]
     return GridParameters(
         torch.cat([part.scale for part in parts]),
         torch.cat(zeros) if zeros else None,
-        outer,
+        torch.cat(outers) if outers else None,
     )
 
 
@@ -334,18 +378,13 @@ def assemble(
     Raises:
         SchemeError: A scale is not finite in its storage type.
     """
-    zero = parameters.zero
-    if zero is not None:
-        zero = zero.to(
-            torch.int8
-            if scheme.zero is Zero.INTEGER
-            else TORCH_DTYPES[scheme.scale_dtype]
-        ).contiguous()
     if not bool(torch.isfinite(parameters.scale).all()):
         raise SchemeError(
             f"scales overflow {scheme.scale_dtype}: they must be finite; "
             "set quantize.scale_dtype: bfloat16 or float32"
         )
     scale, outer = scales.to_stored(parameters.scale, scheme, parameters.outer)
+    zero = scales.zeros_to_stored(parameters.zero, scheme, parameters.outer)
+    zero = None if zero is None else zero.contiguous()
     codes = scheme.levels.to_codes(levels).contiguous()
     return QuantizedTensor(codes, scale, zero, scheme, notes, outer, low_rank)

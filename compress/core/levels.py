@@ -9,10 +9,11 @@ grid.
 * :class:`FloatGrid`: sign, exponent and mantissa of a few bits (``e2m1`` is FP4). A
   code is the bit pattern, sign first, as in the OCP microscaling and FP8
   specifications.
+* :class:`TableGrid`: levels from a list; a code is an index.
 
 Source: OCP Microscaling Formats v1.0 (2023) for E2M1, E2M3, E3M2; Micikevicius et al.
 (2022), "FP8 Formats for Deep Learning", for E4M3 and E5M2; Wu et al. (2023),
-"ZeroQuant-FP", for E3M0 (bias 3 here: 0 and +-2^-3 to 2^3).
+"ZeroQuant-FP", for E3M0 (bias 3 here: 0 and +-2^-3 to 2^3); ggml's ``kvalues_iq4nl``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from compress.core.scheme import FLOAT_FORMATS
+from compress.core.scheme import FLOAT_FORMATS, IQ4
 
 _EXPONENT_BITS_OF_FLOAT32 = 0x7F800000
 
@@ -164,5 +165,67 @@ def _table(grid: FloatGrid) -> Tensor:
     return torch.cat([positive, -positive])
 
 
+@dataclass(frozen=True)
+class TableGrid(Grid):
+    """Any levels.
+
+    Attributes:
+        values: The levels, smallest first; code ``i`` stands for ``values[i]``.
+    """
+
+    values: tuple[float, ...]
+    code_dtype = torch.int8
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        """Bits of a code."""
+        return (len(self.values) - 1).bit_length()
+
+    @property
+    def lowest(self) -> float:  # type: ignore[override]
+        """Smallest level."""
+        return self.values[0]
+
+    @property
+    def highest(self) -> float:  # type: ignore[override]
+        """Largest level."""
+        return self.values[-1]
+
+    @property
+    def reach(self) -> float:  # type: ignore[override]
+        """The largest magnitude that both signs have."""
+        return min(-self.values[0], self.values[-1])
+
+    def round_(self, values: Tensor) -> Tensor:
+        """Round to the nearest level, ties upwards as ggml does, in place."""
+        nearest = self.to_levels(
+            torch.bucketize(values, self._middles(values), right=True)
+        )
+        return values.copy_(nearest)
+
+    def to_codes(self, levels: Tensor) -> Tensor:
+        """Return int8 indices."""
+        return torch.bucketize(levels, self._middles(levels)).to(torch.int8)
+
+    def to_levels(self, codes: Tensor) -> Tensor:
+        """Return the float32 levels of indices."""
+        return torch.tensor(self.values, device=codes.device)[codes.int()]
+
+    def _middles(self, like: Tensor) -> Tensor:
+        table = torch.tensor(self.values, device=like.device)
+        return (table[1:] + table[:-1]) / 2
+
+
+_IQ4_LEVELS = (
+    *(-127, -104, -83, -65, -49, -35, -22, -10),
+    *(1, 13, 25, 38, 53, 69, 89, 113),
+)
+
 FLOAT_GRIDS = {name: FloatGrid(*numbers) for name, numbers in FLOAT_FORMATS.items()}
 """By name. FP4 is ``e2m1``, FP6 ``e2m3``, FP8 ``e4m3``."""
+
+NAMED_GRIDS: dict[str, Grid] = {
+    **FLOAT_GRIDS,
+    IQ4: TableGrid(tuple(map(float, _IQ4_LEVELS))),
+}
+"""Float grids, and that of ggml's IQ4 types."""

@@ -22,12 +22,15 @@ class LayerPlan:
         shape: Rows (outputs) and columns (inputs).
         method: Name of the quantizer.
         scheme: What it quantizes to.
+        asked: Name of the scheme that was asked for, where rows of this length cannot
+            be held in it and ``scheme`` stands in.
     """
 
     name: str
     shape: tuple[int, int]
     method: str
     scheme: Scheme
+    asked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Plan:
                 "shape": list(layer.shape),
                 "method": layer.method,
                 "scheme": layer.scheme.to_dict(),
+                **({"asked": layer.asked} if layer.asked else {}),
             }
             for name, layer in self.layers.items()
         }
@@ -72,6 +76,7 @@ class Plan:
                     (int(entry["shape"][0]), int(entry["shape"][1])),
                     str(entry["method"]),
                     Scheme.from_dict(entry["scheme"]),
+                    entry.get("asked"),
                 )
                 for name, entry in data["layers"].items()
             }

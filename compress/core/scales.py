@@ -18,7 +18,8 @@ import math
 import torch
 from torch import Tensor
 
-from compress.core.scheme import Scales, Scheme
+from compress.core import super_scales
+from compress.core.scheme import IQ4, Scales, Scheme, Zero
 
 TORCH_DTYPES = {
     "float16": torch.float16,
@@ -119,6 +120,11 @@ def round_to_storage(
         assert outer is not None
         steps = (values * outer).clamp(max=_E4M3_MOST).to(torch.float8_e4m3fn)
         return steps.float() / outer
+    if scheme.scales is Scales.SUPER:
+        assert outer is not None
+        step, _ = super_scales.parts_of(outer, scheme)
+        codes = super_scales.codes_of(values, step, scheme)
+        return codes * super_scales.spread(step, scheme)
     wanted = values.clamp(min=2.0**-126)
     if scheme.scales is Scales.POWER:
         exponent = ROUNDINGS[rounding](torch.log2(wanted))
@@ -135,6 +141,8 @@ def round_to_storage(
 
 def smallest_scale(scheme: Scheme, outer: Tensor | None) -> Tensor | float:
     """Return the scale that a group of zeros gets: any will do, it must be storable."""
+    if scheme.scales is Scales.SUPER or scheme.grid == IQ4:  # which has no level 0
+        return super_scales.EMPTY_SCALE
     if scheme.scales is Scales.TWO_LEVEL:
         assert outer is not None
         return _E4M3_LEAST / outer
@@ -156,8 +164,9 @@ def to_stored(
 
     Returns:
         ``[ceil(R / rows), G]``: of the storage type (``FREE``), uint8 exponents
-        (``POWER``), uint8 shifts (``RATIO``) or float8 E4M3 (``TWO_LEVEL``); and
-        ``None``, ``[R, 1]`` in the storage type, or float32 ``[1]``.
+        (``POWER``), uint8 shifts (``RATIO``), float8 E4M3 (``TWO_LEVEL``) or int8
+        (``SUPER``); and ``None``, ``[R, 1]`` in the storage type, float32 ``[1]``, or
+        float16 as in ``core/super_scales.py``.
     """
     scale = scale[:: scheme.rows_of_scale(scale.shape[0])]
     if scheme.scales is Scales.FREE:
@@ -166,6 +175,10 @@ def to_stored(
         exponent = torch.log2(scale).round() + _E8M0_BIAS
         return exponent.to(torch.uint8).contiguous(), None
     assert outer is not None
+    if scheme.scales is Scales.SUPER:
+        step, _ = super_scales.parts_of(outer, scheme)
+        codes = super_scales.codes_of(scale, step, scheme)
+        return codes.to(torch.int8), outer.half().contiguous()
     if scheme.scales is Scales.TWO_LEVEL:
         steps = (scale * outer).to(torch.float8_e4m3fn)
         return steps.contiguous(), outer.reshape(1).contiguous()
@@ -187,7 +200,10 @@ def from_stored(
         values = torch.exp2(scale.float() - _E8M0_BIAS)
     else:
         assert outer is not None
-        if scheme.scales is Scales.TWO_LEVEL:
+        if scheme.scales is Scales.SUPER:
+            step, _ = super_scales.parts_of(outer, scheme)
+            values = scale.float() * super_scales.spread(step, scheme)
+        elif scheme.scales is Scales.TWO_LEVEL:
             values = scale.float() / outer.float()
         else:
             values = outer.float() * torch.exp2(-scale.float())
@@ -195,3 +211,53 @@ def from_stored(
         return values
     repeats = scheme.rows_of_scale(rows)
     return values.repeat_interleave(repeats, 0)[:rows]
+
+
+def zeros_to_stored(
+    zero: Tensor | None, scheme: Scheme, outer: Tensor | None
+) -> Tensor | None:
+    """Return stored zero points: int8, or float minima in the storage type.
+
+    Args:
+        zero: float32 ``[R, G]``, holding numbers that can be stored.
+        scheme: How they are stored.
+        outer: Of the scales.
+    """
+    if zero is None:
+        return None
+    if scheme.scales is Scales.SUPER:
+        assert outer is not None
+        _, step = super_scales.parts_of(outer, scheme)
+        assert step is not None
+        return super_scales.codes_of(-zero, step, scheme).to(torch.int8)
+    whole = scheme.zero is Zero.INTEGER
+    return zero.to(torch.int8 if whole else TORCH_DTYPES[scheme.scale_dtype])
+
+
+def zeros_from_stored(
+    zero: Tensor | None, scheme: Scheme, outer: Tensor | None
+) -> Tensor | None:
+    """Return the float32 zero points ``[R, G]`` that a loader computes."""
+    if zero is None or scheme.scales is not Scales.SUPER:
+        return None if zero is None else zero.float()
+    assert outer is not None
+    _, step = super_scales.parts_of(outer, scheme)
+    assert step is not None
+    return -(zero.float() * super_scales.spread(step, scheme))
+
+
+SEARCH_FACTORS = tuple(0.55 + 0.025 * i for i in range(25))
+_EXPONENT_FACTORS = (0.5, 1.0, 2.0)
+# Above 1.5 the largest weight of FP4 maps to 4, where the grid is finer.
+_FLOAT_FACTORS = tuple(0.6 + 0.04 * i for i in range(26))
+
+
+def search_factors(scheme: Scheme) -> tuple[float, ...]:
+    """Return the multiples of the full range that a search tries."""
+    if scheme.scales in (Scales.POWER, Scales.RATIO):
+        return _EXPONENT_FACTORS
+    if not scheme.is_integer:
+        return _FLOAT_FACTORS
+    if scheme.zero is Zero.NONE:
+        return (*SEARCH_FACTORS, *(-factor for factor in SEARCH_FACTORS))
+    return SEARCH_FACTORS

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 SCALE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 INTEGER = "int"
+IQ4 = "iq4"
+"""The grid of ggml's IQ4 types: sixteen levels, denser near zero."""
+SUPER_COLUMNS = 256
+"""Columns that share the float16 of ``SUPER`` scales."""
 WHOLE = -1
 """As ``row_block``: all rows share one scale."""
 
@@ -71,15 +75,19 @@ class Scales(str, Enum):
     ``FREE`` scales have any value of a float type. ``POWER`` scales are powers of two,
     stored as their exponent in 8 bits (E8M0). ``RATIO`` scales are a float for each row
     over two to the power of a 4-bit shift (ZeroQuant-FP's M2). ``TWO_LEVEL`` scales are
-    E4M3 numbers under one float32 for the matrix (NVFP4).
+    E4M3 numbers under one float32 for the matrix (NVFP4). ``SUPER`` scales are whole
+    numbers under a float16 for each 256 columns, and so are minima, under another
+    (ggml's K types).
     """
 
     FREE = "free"
     POWER = "pow2"
     RATIO = "ratio"
     TWO_LEVEL = "two_level"
+    SUPER = "super"
 
 
+_SUPER_BITS = {2: 4, 3: 6, 4: 6, 5: 6, 6: 8}  # of a scale, by bits of a code
 _EXTRA_BITS = {Scales.POWER: 8, Scales.RATIO: 4, Scales.TWO_LEVEL: 8}
 
 
@@ -114,7 +122,7 @@ class Scheme:
         group_size: Columns that share a scale; ``None`` means the whole row.
         zero: Kind of zero point; integers only.
         scale_dtype: Storage type of ``FREE`` scales, float minima and ``RATIO`` rows.
-        grid: ``int``, or the name of a float grid.
+        grid: ``int``, ``iq4``, or the name of a float grid.
         scales: How scales are stored.
         row_block: Rows that share a scale; :data:`WHOLE` means all of them.
         rank: Columns of a low-rank correction in 8 bits (LoRC); 0 means none.
@@ -157,10 +165,10 @@ class Scheme:
     @cached_property
     def levels(self) -> Grid:
         """The number grid."""
-        from compress.core.levels import FLOAT_GRIDS, IntegerGrid
+        from compress.core.levels import NAMED_GRIDS, IntegerGrid
 
         if not self.is_integer:
-            return FLOAT_GRIDS[self.grid]
+            return NAMED_GRIDS[self.grid]
         return IntegerGrid(self.bits, self.lowest)
 
     @property
@@ -175,8 +183,25 @@ class Scheme:
         return self.lowest + (1 << self.bits) - 1
 
     def with_scales(self, dtype: str) -> Scheme:
-        """Return the same scheme with float scales stored as ``dtype``."""
+        """Return the same scheme with float scales stored as ``dtype``.
+
+        ``SUPER`` scales are defined with float16 and keep it.
+        """
+        if self.scales is Scales.SUPER:
+            return self
         return replace(self, scale_dtype=dtype)
+
+    @property
+    def scale_codes(self) -> tuple[int, int]:
+        """Smallest and largest whole number that a ``SUPER`` scale can be.
+
+        Grids around zero have signed scales, which decide on which side their one more
+        level lies.
+        """
+        count = 1 << _SUPER_BITS[self.bits]
+        if self.zero is Zero.NONE:
+            return -count // 2, count // 2 - 1
+        return 0, count - 1
 
     @property
     def weights(self) -> Scheme:
@@ -197,6 +222,12 @@ class Scheme:
         Raises:
             SchemeError: With the layer's name and the group sizes that do divide.
         """
+        if self.scales is Scales.SUPER and columns % SUPER_COLUMNS:
+            raise SchemeError(
+                f"{self.name} holds rows in runs of {SUPER_COLUMNS} columns, which do "
+                f"not divide the {columns} columns of {layer}; use a scheme with "
+                "groups of 32"
+            )
         if columns % self.group_of(columns):
             fitting = [g for g in (16, 32, 64, 96, 128, 192, 256) if columns % g == 0]
             remedy = f"use {' or '.join(map(str, fitting))}" if fitting else "use none"
@@ -226,6 +257,11 @@ class Scheme:
             columns: Of a row.
             rows: Of the matrix; needed where rows share something.
         """
+        if self.scales is Scales.SUPER:
+            shared = 1 if self.zero is Zero.NONE else 2  # scales, or minima as well
+            inner = _SUPER_BITS[self.bits] / self.group_of(columns)
+            total = self.bits + shared * (inner + 16 / SUPER_COLUMNS)
+            return total + self._rank_bits(columns, rows)
         free = SCALE_BITS[self.scale_dtype]
         scale = float(_EXTRA_BITS.get(self.scales, free))
         scale += {Zero.NONE: 0, Zero.INTEGER: self.bits, Zero.OFFSET: free}[self.zero]
@@ -239,10 +275,12 @@ class Scheme:
             total = self.bits + blocks * scale / self.group_of(columns)
         if self.scales is Scales.TWO_LEVEL:
             total += 32 / (rows * columns)
-        if self.rank:
-            codes = 8 * self.rank * (rows + columns) + 2 * 16 * self.rank
-            total += codes / (rows * columns)
-        return total
+        return total + self._rank_bits(columns, rows)
+
+    def _rank_bits(self, columns: int, rows: int | None) -> float:
+        if not self.rank or rows is None:
+            return 0.0
+        return self.rank * (8 * (rows + columns) + 2 * 16) / (rows * columns)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that :meth:`from_dict` reads back."""

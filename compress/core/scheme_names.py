@@ -9,7 +9,8 @@ A name is ``WEIGHTS[+INPUTS][-lorcR]``. Weights are
 * ``fp4``, ``fp6``, ``fp8`` or a grid such as ``e3m0``, with ``-g<columns>``,
   ``-tensor`` (one scale) or ``-b<size>`` (square blocks), and ``-pow2`` or ``-ratio``
   for scales that are powers of two, alone or within a row;
-* ``nvfp4``, ``mxfp4``, ``mxfp6``, ``mxfp8``.
+* ``nvfp4``, ``mxfp4``, ``mxfp6``, ``mxfp8``;
+* ggml's ``q2_k`` to ``q6_k``, ``iq4_nl`` and ``iq4_xs``.
 
 Inputs are a grid with an optional group, ``int8`` or ``e4m3-g128``; the usual pairs
 have names of their own: ``w8a8``, ``w6a8-g128``, ``w6a8-g128-group``, ``fp8-w8a8``,
@@ -27,6 +28,8 @@ from compress.core.errors import SchemeError
 from compress.core.scheme import (
     FLOAT_FORMATS,
     INTEGER,
+    IQ4,
+    SUPER_COLUMNS,
     WHOLE,
     InputScheme,
     Scales,
@@ -40,6 +43,23 @@ GGUF_SCHEMES: dict[str, tuple[int, Zero]] = {
     "q8_0": (8, Zero.NONE),
     "q4_1": (4, Zero.OFFSET),
     "q5_1": (5, Zero.OFFSET),
+}
+K_SCHEMES = {
+    "q2_k": Scheme(2, 16, Zero.OFFSET, scales=Scales.SUPER),
+    "q3_k": Scheme(3, 16, scales=Scales.SUPER),
+    "q4_k": Scheme(4, 32, Zero.OFFSET, scales=Scales.SUPER),
+    "q5_k": Scheme(5, 32, Zero.OFFSET, scales=Scales.SUPER),
+    "q6_k": Scheme(6, 16, scales=Scales.SUPER),
+    "iq4_nl": Scheme(4, 32, grid=IQ4),
+    "iq4_xs": Scheme(4, 32, grid=IQ4, scales=Scales.SUPER),
+}
+_FOR_OTHER_COLUMNS = {
+    "q2_k": "q4_0",
+    "q3_k": "q4_0",
+    "q4_k": "q5_0",
+    "q5_k": "q5_1",
+    "q6_k": "q8_0",
+    "iq4_xs": "iq4_nl",
 }
 _FLOAT_NAMES = {"fp4": "e2m1", "fp6": "e2m3", "fp8": "e4m3"}
 _MICROSCALING = {"mxfp4": "e2m1", "mxfp6": "e2m3", "mxfp8": "e4m3"}
@@ -79,6 +99,7 @@ _EXAMPLES = (
     *("nvfp4", "nvfp4-w4a4", "w4a8-fp-g128", "w4afp8-g128", "fp6-g32"),
     *_MICROSCALING,
     *GGUF_SCHEMES,
+    *K_SCHEMES,
 )
 
 
@@ -114,10 +135,23 @@ def _rewritten(name: str, table: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
+def for_columns(scheme: Scheme, columns: int) -> Scheme:
+    """Return ``scheme``, or what llama.cpp takes for rows that it cannot hold.
+
+    ggml's K types hold rows in runs of 256 columns; for a row of another length
+    llama-quantize takes a simple type with as many bits or more.
+    """
+    if scheme.scales is not Scales.SUPER or columns % SUPER_COLUMNS == 0:
+        return scheme
+    return parse(_FOR_OTHER_COLUMNS[name_of(scheme)])
+
+
 def _weights(key: str, name: str) -> Scheme | None:
     if key in GGUF_SCHEMES:
         bits, zero = GGUF_SCHEMES[key]
         return Scheme(bits, 32, zero)
+    if key in K_SCHEMES:
+        return K_SCHEMES[key]
     if key in _MICROSCALING:
         grid = _MICROSCALING[key]
         return Scheme(FLOAT_FORMATS[grid].bits, 32, grid=grid, scales=Scales.POWER)
@@ -157,6 +191,9 @@ def _inputs(key: str) -> InputScheme | None:
 
 def _weights_name(scheme: Scheme) -> str:
     group = f"-g{scheme.group_size}" if scheme.group_size else ""
+    if scheme.scales is Scales.SUPER or scheme.grid == IQ4:
+        alike = replace(scheme, scale_dtype="float16", rank=0, inputs=None)
+        return next(name for name, known in K_SCHEMES.items() if known == alike)
     if scheme.grid == INTEGER:
         zero = "" if scheme.zero is Zero.NONE else f"-{scheme.zero.value}"
         return f"int{scheme.bits}{group}{zero}"
@@ -192,5 +229,5 @@ def _unknown(name: str) -> SchemeError:
         f"unknown scheme {name!r}{hint} Schemes are int2..int8 with an optional -gN "
         "and -asym or -offset, fp4, fp6, fp8 with -gN and -pow2 or -ratio, nvfp4, "
         "mxfp4, w8a8, w6a8-gN, fp8-w8a8, fp8-block, w4a8-fp-gN and "
-        f"{', '.join(GGUF_SCHEMES)}; 'dense' keeps a layer as it is"
+        f"{', '.join([*GGUF_SCHEMES, *K_SCHEMES])}; 'dense' keeps a layer as it is"
     )

@@ -57,11 +57,12 @@ class QuantizedTensor:
     """A weight matrix as codes.
 
     Attributes:
-        codes: ``[R, C]``: int8 in ``[scheme.lowest, scheme.highest]``, or uint8 bit
-            patterns of a float grid.
+        codes: ``[R, C]``: int8 in ``[scheme.lowest, scheme.highest]``, uint8 bit
+            patterns of a float grid, or int8 indices of a table.
         scale: ``[R, C / group]`` as stored; see ``core/scales.py``. One row for each
             block of rows where these share scales.
-        zero: ``None``, int8 codes, or float minima in the storage type; as ``scale``.
+        zero: ``None``, int8 codes, or float minima in the storage type (int8 under
+            ``outer`` with ``SUPER`` scales); as ``scale``.
         scheme: What the numbers mean.
         notes: What a report should say about this layer, such as a fallback.
         outer: What the scales have in common, if anything; see ``core/scales.py``.
@@ -87,13 +88,18 @@ class QuantizedTensor:
         rows = self.codes.shape[0]
         return scales.from_stored(self.scale, self.scheme, self.outer, rows=rows)
 
+    def zeros(self) -> Tensor | None:
+        """Return the float32 zero points or minima ``[R, C / group]``, if any."""
+        return scales.zeros_from_stored(self.zero, self.scheme, self.outer)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return ``[R, C]`` values, computed in float32 and rounded to ``dtype``."""
         rows, columns = self.shape
         scale = self.scales()
         levels = self.scheme.levels.to_levels(self.codes)
         groups = levels.view(rows, scale.shape[1], -1)
-        zero = None if self.zero is None else self.zero.unsqueeze(-1)
+        zeros = self.zeros()
+        zero = None if zeros is None else zeros.unsqueeze(-1)
         values = decode(groups, scale.unsqueeze(-1), zero, self.scheme.zero)
         values = values.view(rows, columns)
         if self.low_rank is not None:

@@ -11,6 +11,7 @@ from compress.core.contracts import Quantizer
 from compress.core.errors import CheckpointError, ConfigError, PlanError, SchemeError
 from compress.core.plan import LayerPlan, Plan
 from compress.core.scheme import Scheme
+from compress.core.scheme_names import for_columns
 
 
 def make_plan(
@@ -49,9 +50,12 @@ def make_plan(
                 break
         if scheme_name == DENSE:
             continue
-        scheme = Scheme.parse(scheme_name).with_scales(scale_dtype)
         rows, columns = _shape(model, name)
-        layers[name] = LayerPlan(name, (rows, columns), method, scheme)
+        wanted = Scheme.parse(scheme_name)
+        scheme = for_columns(wanted, columns)
+        asked = None if scheme == wanted else scheme_name
+        scheme = scheme.with_scales(scale_dtype)
+        layers[name] = LayerPlan(name, (rows, columns), method, scheme, asked)
         problems += _problems(layers[name], quantizer(method))
         if quantizer(method).needs_statistics and name in outside:
             problems.append(

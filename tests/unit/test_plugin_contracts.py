@@ -46,6 +46,7 @@ SCHEMES = (
     "int3-g64-lorc4",
     "int3-g32-offset-lorc4",
     "fp4-g32-ratio-lorc4",
+    "iq4_nl",
 )
 DTYPES = ("float32", "float16", "bfloat16")
 

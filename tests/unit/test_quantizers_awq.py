@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.core import grids
+from compress.core import grids, scales
 from compress.core.scheme import Scheme
 from compress.core.statistics import LayerStatistics
 from compress.quantizers.awq import AWQ, AWQOptions, group_blocks
@@ -41,7 +41,7 @@ def test_each_group_has_the_clipping_of_least_output_error(name: str) -> None:
         part = slice(group * size, (group + 1) * size)
         own, fed = weight[:, part].unsqueeze(1), x[:, part]
         least = torch.full((20,), torch.inf)
-        for factor in (1.0, *grids.search_factors(scheme)):
+        for factor in (1.0, *scales.search_factors(scheme)):
             parameters = grids.range_parameters(own, scheme, factor)
             levels = grids.encode(own, parameters, scheme)
             rounded = grids.decode_groups(levels, parameters, scheme)
