@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from compress import provenance
 from compress.core.artifact import CompressedModel
 from compress.core.contracts import Exporter
 from compress.core.errors import ExportError, MissingDependencyError, PlanError
@@ -19,6 +21,9 @@ from compress.evaluation.divergence import compare, mean_and_error
 from compress.evaluation.perplexity import TokenWindows, cut_windows
 from compress.evaluation.texts import evaluation_text
 from compress.workdir import WorkDir
+
+if TYPE_CHECKING:
+    from compress.pipeline import Run
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +45,47 @@ def check_exports(exporters: Mapping[str, Exporter], plan: Plan, model: Any) -> 
             lines.append(f"export.{name}: and {len(problems) - 5} more layers")
     if lines:
         raise PlanError("\n".join(lines))
+
+
+def export_once(run: Run, name: str) -> dict[str, Any]:
+    """Write and verify one export of a run, unless that was done; return its entry."""
+    exporter = run.exporters[name]
+    section, folder = run.config.run, run.workdir.root / "export" / name
+    cache = run.config.kv_cache
+    made_with = {
+        "options": exporter.options.model_dump(mode="json"),
+        "verify": [section.verify, section.max_kl],
+        "plan": provenance.digest_of(run.plan.to_json()),
+        "kv_cache": cache.model_dump(mode="json") if cache else None,
+    }
+    # One result a format: the folder holds what was written last.
+    stored = run.workdir.stored(f"export-{name}")
+    if stored is not None and stored["with"] == made_with and folder.is_dir():
+        return dict(stored["entry"])
+    with run.timed(f"export {name}"):
+        _log.info("writing %s", folder)
+        entry = write_export(name, exporter, run.artifact, run.workdir)
+    with run.timed(f"verify {name}"):
+        entry["verify"] = _verified(run, exporter, folder)
+    if "failed" not in entry["verify"]:  # a crash may not happen next time
+        run.workdir.write_json(
+            f"results/export-{name}.json", {"with": made_with, "entry": entry}
+        )
+    return entry
+
+
+def _verified(run: Run, exporter: Exporter, folder: Path) -> dict[str, Any]:
+    if not run.config.run.verify:
+        return {"skipped": "run.verify is false"}
+    windows = verification_windows(run.handle.tokenizer())
+    coded = run.serving.build()
+    return verify_export(
+        exporter,
+        folder,
+        windows=windows,
+        in_memory=partial(coded.logits, name=f"verify {exporter.name}"),
+        limit=run.config.run.max_kl,
+    )
 
 
 def write_export(

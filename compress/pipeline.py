@@ -14,17 +14,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import exporting, preview, provenance, serving
+from compress.allocation.candidates import OUTSIDE_METHOD
+from compress.allocation.search import Search
 from compress.calibration.data import CalibrationTokens, load_tokens
 from compress.calibration.sources import check_sources
 from compress.config import Config, load_config
 from compress.config.plugins import create_chain, create_exporter, create_quantizer
 from compress.core.artifact import CompressedModel, ModelDescription
-from compress.core.contracts import Exporter, Quantizer
+from compress.core.contracts import Quantizer
 from compress.core.errors import ConfigError
 from compress.core.plan import Plan
 from compress.evaluation.texts import check_evaluation_text
@@ -97,6 +98,11 @@ class Run:
             )
             for index, entry in enumerate(config.export)
         }
+        self.scale_dtype = resolve_scale_dtype(
+            config.quantize, self.model, list(self.exporters)
+        )
+        self.allocation: Mapping[str, Any] | None = None
+        self.search = Search(self, config.budget) if config.budget else None
         self.plan = self._plan()
         exporting.check_exports(self.exporters, self.plan, self.model)
         serving.check(self)
@@ -139,12 +145,17 @@ class Run:
         quantize = self.config.quantize
         if quantize is None:
             return set()
-        return {
+        methods = {
             quantize.method,
             *(o.method for o in quantize.overrides.values() if o.method),
         }
+        if self.config.budget is not None:
+            methods.add(OUTSIDE_METHOD)
+        return methods
 
     def _uses_data(self) -> bool:
+        if self.config.budget is not None:
+            return True
         methods = [create_quantizer(method) for method in self._methods()]
         return create_chain(self.config.transform_entries, methods).needs_inputs or any(
             method.needs_statistics for method in methods
@@ -172,13 +183,12 @@ class Run:
         )
 
     def _plan(self) -> Plan:
-        scale_dtype = resolve_scale_dtype(
-            self.config.quantize, self.model, list(self.exporters)
-        )
+        if self.search is not None:
+            return self.search.provisional
         return make_plan(
             self.config.quantize,
             self.model,
-            scale_dtype=scale_dtype,
+            scale_dtype=self.scale_dtype,
             quantizer=self.quantizers.__getitem__,
         )
 
@@ -195,6 +205,9 @@ class Run:
         write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
         windows = tokens.tokens if tokens else None
         self._transform(windows)
+        if self.search is not None:
+            assert tokens is not None
+            self._allocate(self.search, tokens)
         with self.timed("quantize"):
             self.runner.run(windows if self.runner.needs_calibration else None)
         self.serving = serving.Serving(self, windows)
@@ -203,7 +216,7 @@ class Run:
         write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
         metrics = self._measured("evaluation", self.serving.evaluate)
         self.cache = self._measured("kv-cache", self.serving.measure_cache)
-        exports = {name: self._export(name) for name in self.exporters}
+        exports = {name: exporting.export_once(self, name) for name in self.exporters}
         shared = self._compare_codes(exports)
         return self._report(tokens, fingerprint, metrics, exports, shared)
 
@@ -224,6 +237,22 @@ class Run:
         self.runner.source = source
         self.artifact = replace(self.artifact, source=source)
 
+    def _allocate(self, search: Search, tokens: CalibrationTokens) -> None:
+        """Put the plan that an allocator chooses in the place of the first one."""
+
+        def compute() -> dict[str, Any]:
+            outcome = search.choose(tokens)
+            return {"plan": outcome.plan.to_json(), "record": dict(outcome.record)}
+
+        with self.timed("allocate"):
+            stored = self.workdir.stage("allocation", compute)
+        self.allocation = stored["record"]
+        self.plan = Plan.from_json(stored["plan"])
+        exporting.check_exports(self.exporters, self.plan, self.model)
+        self.runner.plan = self.plan
+        self.artifact = replace(self.artifact, plan=self.plan)
+        write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
+
     def _measured(self, name: str, measure: Callable[[], Any]) -> Any:
         """Return the stored result of a measurement, or make it."""
         sections = self.config.evaluate, self.config.kv_cache
@@ -237,7 +266,8 @@ class Run:
 
     def _calibration_tokens(self) -> CalibrationTokens | None:
         if not (
-            self.runner.needs_calibration
+            self.search is not None
+            or self.runner.needs_calibration
             or self.chain.needs_inputs
             or serving.needs_tokens(self)
         ):
@@ -256,44 +286,6 @@ class Run:
     def compressed_source(self) -> CompressedSource:
         """Return the dense view of the compressed model."""
         return CompressedSource(self.transformed.source, self.plan, self._codes)
-
-    def _export(self, name: str) -> dict[str, Any]:
-        exporter = self.exporters[name]
-        section, folder = self.config.run, self.workdir.root / "export" / name
-        cache = self.config.kv_cache
-        made_with = {
-            "options": exporter.options.model_dump(mode="json"),
-            "verify": [section.verify, section.max_kl],
-            "plan": provenance.digest_of(self.plan.to_json()),
-            "kv_cache": cache.model_dump(mode="json") if cache else None,
-        }
-        # One result a format: the folder holds what was written last.
-        stored = self.workdir.stored(f"export-{name}")
-        if stored is not None and stored["with"] == made_with and folder.is_dir():
-            return dict(stored["entry"])
-        with self.timed(f"export {name}"):
-            _log.info("writing %s", folder)
-            entry = exporting.write_export(name, exporter, self.artifact, self.workdir)
-        with self.timed(f"verify {name}"):
-            entry["verify"] = self._verify(exporter, folder)
-        if "failed" not in entry["verify"]:  # a crash may not happen next time
-            self.workdir.write_json(
-                f"results/export-{name}.json", {"with": made_with, "entry": entry}
-            )
-        return entry
-
-    def _verify(self, exporter: Exporter, folder: Path) -> dict[str, Any]:
-        if not self.config.run.verify:
-            return {"skipped": "run.verify is false"}
-        windows = exporting.verification_windows(self.handle.tokenizer())
-        coded = self.serving.build()
-        return exporting.verify_export(
-            exporter,
-            folder,
-            windows=windows,
-            in_memory=partial(coded.logits, name=f"verify {exporter.name}"),
-            limit=self.config.run.max_kl,
-        )
 
     def _compare_codes(self, exports: dict[str, Any]) -> dict[str, Any] | None:
         if not (self.config.run.verify and self.exporters and self.plan.layers):

@@ -99,13 +99,14 @@ def fingerprint(run: Run, tokens: CalibrationTokens | None) -> dict[str, str]:
     methods = quantize.model_dump(mode="json") if quantize else {}
     methods.pop("scale_dtype", None)  # the plan has the one that was resolved
     methods.pop("upgrade_inputs", None)  # comes after the codes
+    plan: Any = run.plan.to_json() if run.search is None else run.search.identity
     return {
         "model": model_digest(run.base, locate(run.config.model.path)),
         "calibration": tokens.digest if tokens else "none",
         "calibration.dtype": str(run.runner.dtype) if tokens else "none",
         "transforms": digest_of(run.chain.identity()),
         "quantize": digest_of(methods),
-        "plan": digest_of(run.plan.to_json()),
+        "plan": digest_of(plan),
         "run.seed": str(run.config.run.seed),
         "compress version": versions()["compress"],
     }

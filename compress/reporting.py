@@ -74,6 +74,7 @@ def build_report(
         "transforms": run.transformed.reports,
         "inputs": run.serving.upgrades,
         "kv_cache": run.cache,
+        "allocation": run.allocation,
         "layers": layers,
         "experts": _experts(model, layers),
         "exports": dict(exports),

@@ -14,7 +14,7 @@ llama.cpp ignores these keys.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from compress.export.gguf_blocks import (
     pack_blocks,
     unpack_blocks,
 )
-from compress.export.gguf_experts import mixture_problems
+from compress.export.gguf_experts import expert_stacks, mixture_problems
 from compress.export.gguf_layout import (
     Layout,
     Placement,
@@ -52,7 +52,7 @@ from compress.export.gguf_metadata import (
     rope_divisors,
     stamp,
 )
-from compress.export.gguf_names import from_gguf_rows, to_gguf_rows
+from compress.export.gguf_names import from_gguf_rows, name_finder, to_gguf_rows
 from compress.export.gguf_reader import GGUFFile, MetadataValue, open_gguf
 from compress.export.gguf_runtime import decoded_logits, llamacpp_logits
 from compress.export.gguf_template import (
@@ -62,7 +62,7 @@ from compress.export.gguf_template import (
     template_metadata,
 )
 from compress.export.gguf_tokenizer import tokenizer_metadata
-from compress.export.gguf_writer import text, texts, wholes, write_gguf
+from compress.export.gguf_writer import file_bytes, text, texts, wholes, write_gguf
 
 # fmt: off
 Type = Literal[
@@ -126,6 +126,21 @@ class GGUFExporter(Exporter):
         """Return the exact bytes of each stored tensor, by module or tensor name."""
         return sizes(self._layout(plan, model).placements)
 
+    def file_bytes(self, plan: Plan, model: ModelDescription) -> int:
+        """Return the bytes of the file: header, metadata, tokenizer and tensors."""
+        placements = self._layout(plan, model).placements
+        metadata = self._metadata(plan, model, placements)
+        rows = [placement.row for placement in placements]
+        return file_bytes(metadata, rows=rows)
+
+    def bound_layers(self, model: ModelDescription) -> Sequence[tuple[str, ...]]:
+        """Return the experts of each block that are stored as one tensor."""
+        architecture = model.family.gguf_architecture
+        if architecture is None:
+            return ()
+        find = name_finder(architecture, model.block_count)
+        return [stack.members for stack in expert_stacks(model, find)]
+
     def write(self, artifact: CompressedModel, folder: Path) -> ExportResult:
         """Write one ``.gguf`` file, one tensor in memory at a time.
 
@@ -141,15 +156,10 @@ class GGUFExporter(Exporter):
         layout = self._layout(plan, model)
         template = self._template()
         placements = layout.placements
-        if template is None:
-            metadata = architecture_metadata(model) | _tokenizer(model)
-        else:
-            metadata = template_metadata(template)
+        if template is not None:
             placements = _with_rotary_heads(placements, artifact, template)
-        stem = self._options.name or _stem(model.label, plan)
-        metadata |= stamp(name=stem, main_type=main_type(placements))
-        metadata |= _layer_table(placements)
-        path = folder / f"{stem}.gguf"
+        metadata = self._metadata(plan, model, placements)
+        path = folder / f"{self._stem(plan, model)}.gguf"
         data = _data(artifact, placements, template)
         rows = [placement.row for placement in placements]
         write_gguf(path, metadata, rows=rows, data=data)
@@ -196,6 +206,24 @@ class GGUFExporter(Exporter):
     def _template(self) -> GGUFFile | None:
         path = self._options.template
         return None if path is None else open_template(path)
+
+    def _stem(self, plan: Plan, model: ModelDescription) -> str:
+        return self._options.name or _stem(model.label, plan)
+
+    def _metadata(
+        self,
+        plan: Plan,
+        model: ModelDescription,
+        placements: tuple[Placement, ...],
+    ) -> dict[str, MetadataValue]:
+        template = self._template()
+        if template is None:
+            metadata = architecture_metadata(model) | _tokenizer(model)
+        else:
+            metadata = template_metadata(template)
+        name = self._stem(plan, model)
+        metadata |= stamp(name=name, main_type=main_type(placements))
+        return metadata | _layer_table(placements)
 
     def _layout(self, plan: Plan, model: ModelDescription) -> Layout:
         options = self._options

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from compress.core.errors import ExportError
 from compress.export.gguf_blocks import Bytes
@@ -78,6 +80,44 @@ def write_gguf(
     Raises:
         ExportError: The file cannot be written, for instance because the disk is full.
     """
+    writer = _writer(metadata, rows)
+    try:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for row, part in zip(rows, data, strict=True):
+            assert part.nbytes == row.size_bytes, f"{row.name}: {part.nbytes} bytes"
+            writer.write_tensor_data(part.reshape(math.prod(part.shape)))
+    except OSError as error:
+        raise ExportError(
+            f"{path}: cannot write: {error.strerror or error}; "
+            "free some space and continue with --resume, or choose another folder"
+        ) from error
+    finally:
+        writer.close()
+
+
+def file_bytes(
+    metadata: Mapping[str, MetadataValue], *, rows: Sequence[TensorRow]
+) -> int:
+    """Return the size of the file that :func:`write_gguf` would write."""
+    import gguf
+
+    writer = _writer(metadata, rows)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header.gguf"
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        header = path.stat().st_size
+    sizes = [header, *(row.size_bytes for row in rows)]
+    pad = gguf.GGUFWriter.ggml_pad
+    return sum(int(pad(size, gguf.GGUF_DEFAULT_ALIGNMENT)) for size in sizes)
+
+
+def _writer(metadata: Mapping[str, MetadataValue], rows: Sequence[TensorRow]) -> Any:
+    """Return a writer that knows metadata and tensor table."""
     import gguf
     import numpy as np
 
@@ -95,17 +135,4 @@ def write_gguf(
         writer.add_tensor_info(
             row.name, row.shape, np.dtype(np.float32), row.size_bytes, raw_dtype=kind
         )
-    try:
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for row, part in zip(rows, data, strict=True):
-            assert part.nbytes == row.size_bytes, f"{row.name}: {part.nbytes} bytes"
-            writer.write_tensor_data(part.reshape(math.prod(part.shape)))
-    except OSError as error:
-        raise ExportError(
-            f"{path}: cannot write: {error.strerror or error}; "
-            "free some space and continue with --resume, or choose another folder"
-        ) from error
-    finally:
-        writer.close()
+    return writer

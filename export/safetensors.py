@@ -13,7 +13,7 @@ that a config group never covers a layer that has no codes, and files are stream
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +27,8 @@ from compress.core.contracts import Exporter, ExportResult, Options, Problem
 from compress.core.errors import CheckpointError, ExportError
 from compress.core.plan import Plan
 from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
-from compress.export import safetensors_checks, stock_transformers
-from compress.export.experts import is_target
+from compress.export import safetensors_checks, stock_transformers, vllm_rules
+from compress.export.experts import expert_layers, is_target
 from compress.export.hf_files import (
     as_json,
     copy_assets,
@@ -104,6 +104,22 @@ class SafetensorsExporter(Exporter):
             name: sum(entry.size_bytes for entry in entries)
             for name, entries in self._layout(plan, model).items()
         }
+
+    def file_bytes(self, plan: Plan, model: ModelDescription) -> int:
+        """Return the bytes of the weight files, without static scales of a cache."""
+        entries = [e for part in self._layout(plan, model).values() for e in part]
+        shards = plan_shards(entries, parse_size(self._options.max_shard_size))
+        return sum(shard.data_bytes + len(shard.header()) for shard in shards)
+
+    def bound_layers(self, model: ModelDescription) -> Sequence[tuple[str, ...]]:
+        """Return the experts as one, and what vLLM fuses if it is the runtime."""
+        if self._options.dense:
+            return ()
+        experts = expert_layers(model)
+        found = [tuple(experts)] if experts else []
+        if self._options.runtime == "vllm":
+            found += vllm_rules.fused_layers(model)
+        return found
 
     def write(self, artifact: CompressedModel, folder: Path) -> ExportResult:
         """Write weights one layer at a time, then config, tokenizer and card.

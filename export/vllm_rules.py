@@ -81,6 +81,15 @@ def notes(
     return found
 
 
+def fused_layers(model: ModelDescription) -> list[tuple[str, ...]]:
+    """Return the layers that vLLM fuses, as sets of module names."""
+    return [
+        tuple(f"{block}.{path}" for path in members)
+        for block, members in _fused(Plan(model.label, {}), model)
+        if len(members) > 1
+    ]
+
+
 def obstacle(scheme: Scheme) -> str | None:
     """Return why vLLM does not load a scheme that transformers loads."""
     if _known(scheme):

@@ -92,8 +92,8 @@ def sensitivities(
     count = model.description.block_count
     each = windows.shape[1] * width * 4 * (count + 1 + draws)
     for part in torch.split(windows, max(1, _STORED_BYTES // each)):
-        states, trace = _forward(model, part)
-        gradients = _head_gradients(model, trace.pop(), draws, generator)
+        states, trace = forward_trace(model, part)
+        gradients = head_gradients(model, trace.pop(), draws, generator)
         blocks = tqdm(range(count)[::-1], desc="sensitivity", leave=False, disable=None)
         for index in blocks:
             pairs = zip(inputs, samples, strict=True)
@@ -111,7 +111,9 @@ def _summary(samples: list[Tensor], tokens: int) -> Sensitivity:
     return Sensitivity(float(values.mean()), spread / math.sqrt(len(values)))
 
 
-def _forward(model: StreamedModel, windows: Tensor) -> tuple[Activations, list[Tensor]]:
+def forward_trace(
+    model: StreamedModel, windows: Tensor
+) -> tuple[Activations, list[Tensor]]:
     """Return the calls of all blocks, and the inputs of each and of the head."""
     states = model.embed(windows)
     trace = [states.hidden]
@@ -122,7 +124,7 @@ def _forward(model: StreamedModel, windows: Tensor) -> tuple[Activations, list[T
     return states, trace
 
 
-def _head_gradients(
+def head_gradients(
     model: StreamedModel, hidden: Tensor, draws: int, generator: torch.Generator
 ) -> Tensor:
     """Return ``d/dh sum_t log p(s_t)`` for each draw, float32 ``[D, N, T, C]``."""

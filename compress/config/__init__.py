@@ -1,7 +1,9 @@
 """The YAML config: schema, loading with positions, and error messages."""
 
+from compress.config.budget_sections import AllocateSection, BudgetSection
 from compress.config.loader import config_schema, load_config, parse_options
 from compress.config.plugins import (
+    create_allocator,
     create_exporter,
     create_quantizer,
     create_transform,
@@ -22,6 +24,8 @@ from compress.config.schema import (
 
 __all__ = [
     "DENSE",
+    "AllocateSection",
+    "BudgetSection",
     "CalibrationSection",
     "Config",
     "EvaluateSection",
@@ -33,6 +37,7 @@ __all__ = [
     "TransformEntry",
     "WeightedSource",
     "config_schema",
+    "create_allocator",
     "create_exporter",
     "create_quantizer",
     "create_transform",

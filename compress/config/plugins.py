@@ -15,11 +15,11 @@ from compress.config.diagnostics import Findings, KeyPath, Origin, suggest
 from compress.config.schema import DENSE, QuantizeSection
 from compress.core.errors import ConfigError, SchemeError
 from compress.core.scheme import Scheme
-from compress.registry import get_exporter, get_quantizer
+from compress.registry import get_allocator, get_exporter, get_quantizer
 
 if TYPE_CHECKING:
     from compress.config.schema import TransformEntry
-    from compress.core.contracts import Exporter, Plugin, Quantizer
+    from compress.core.contracts import Allocator, Exporter, Plugin, Quantizer
     from compress.transforms.chain import Chain
     from compress.transforms.contract import Transform
 
@@ -46,6 +46,14 @@ def create_exporter(
 ) -> Exporter:
     """Return an exporter with checked options; see :func:`create_quantizer`."""
     plugin = get_exporter(name)
+    return plugin(_checked_options(plugin, options or {}, path))
+
+
+def create_allocator(
+    name: str, options: Mapping[str, Any] | None = None, *, path: KeyPath = ()
+) -> Allocator:
+    """Return an allocator with checked options; see :func:`create_quantizer`."""
+    plugin = get_allocator(name)
     return plugin(_checked_options(plugin, options or {}, path))
 
 
@@ -103,6 +111,7 @@ def check_plugins(data: Mapping[str, Any], findings: Findings) -> None:
     section = data.get("quantize")
     if isinstance(section, dict):
         _check_quantize(section, findings)
+    _check_allocation(data, findings)
     entries = data.get("export")
     if isinstance(entries, list):
         _check_exports(entries, findings)
@@ -132,6 +141,55 @@ def _check_quantize(section: dict[str, Any], findings: Findings) -> None:
         place = (*path, "method" if own is None else "scheme")
         if own is not None or special is not made:
             _check_scheme(special, scheme if own is None else own, place, findings)
+
+
+def _check_allocation(data: Mapping[str, Any], findings: Findings) -> None:
+    """Check budget and allocator, which go together, and the schemes it may choose."""
+    section, allocate = data.get("quantize"), data.get("allocate")
+    if data.get("budget") is None:
+        if isinstance(section, dict) and "scheme" not in section:
+            findings.add(("quantize", "scheme"), "required key is missing")
+        if allocate is not None:
+            message = "an allocator needs a budget; add budget: {bytes: ...}"
+            findings.add(("allocate",), message)
+        return
+    if not isinstance(section, dict):
+        findings.add(("budget",), "there is nothing to choose without quantize")
+        return
+    if section.get("scheme") is not None:
+        message = (
+            "the schemes are chosen under the budget; leave this out, name the "
+            "choices in allocate.schemes and pin layers with overrides"
+        )
+        findings.add(("quantize", "scheme"), message)
+    if isinstance(allocate, dict):
+        _check_allocator(allocate, section, findings)
+
+
+def _check_allocator(
+    allocate: dict[str, Any], quantize: dict[str, Any], findings: Findings
+) -> None:
+    name, options = allocate.get("method", "ilp"), allocate.get("options", {})
+    if isinstance(name, str) and isinstance(options, dict):
+        try:
+            plugin = get_allocator(name)
+            plugin.Options.model_validate(options)
+        except ConfigError as error:
+            findings.add(("allocate", "method"), str(error))
+        except ValidationError as error:
+            schema = plugin.Options.model_json_schema()
+            findings.add_validation(error, schema, ("allocate", "options"))
+    method = quantize.get("method", QuantizeSection.model_fields["method"].default)
+    schemes = allocate.get("schemes")
+    if not isinstance(schemes, list | tuple) or not isinstance(method, str):
+        return
+    try:
+        quantizer = get_quantizer(method)()
+    except ConfigError:
+        return  # told under quantize
+    for index, scheme in enumerate(schemes):
+        place = ("allocate", "schemes", index)
+        _check_scheme(quantizer, scheme, place, findings)
 
 
 def _build_quantizer(

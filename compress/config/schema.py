@@ -7,7 +7,6 @@ text, not a number. A section that is left out (or null) takes its defaults;
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -24,33 +22,22 @@ from pydantic import (
     model_validator,
 )
 
-from compress.core.errors import ConfigError, SchemeError
-from compress.core.scheme import Scheme
+from compress.config.budget_sections import AllocateSection, BudgetSection
+from compress.config.fields import (
+    DENSE as DENSE,
+)
+from compress.config.fields import (
+    PathText,
+    Section,
+    Text,
+    check_scheme,
+)
+from compress.core.errors import ConfigError
 from compress.kvcache.names import DEFAULT_PAIRS, CachePair
-
-DENSE = "dense"
-"""The scheme of an override that keeps a layer as it is."""
-
-
-def _path_text(value: object) -> object:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _check_scheme(name: str) -> str:
-    if name == DENSE:
-        raise ValueError(
-            f"{DENSE!r} is for single layers, under quantize.overrides; "
-            "leave the section quantize out to keep the whole model"
-        )
-    try:
-        Scheme.parse(name)
-    except SchemeError as error:
-        raise ValueError(str(error)) from None
-    return name
 
 
 def _check_override_scheme(name: str) -> str:
-    return name if name == DENSE else _check_scheme(name)
+    return name if name == DENSE else check_scheme(name)
 
 
 def _check_layer_pattern(key: str) -> str:
@@ -85,16 +72,6 @@ def _check_not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if not values:
         raise ValueError("the list is empty; name at least one source")
     return values
-
-
-Text = Annotated[str, Field(min_length=1)]
-PathText = Annotated[Text, BeforeValidator(_path_text)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are fixed and typed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ModelSection(Section):
@@ -219,8 +196,10 @@ class QuantizeSection(Section):
     method: Text = Field(
         default="gptq", description="Name of a quantizer (compress list)."
     )
-    scheme: Annotated[Text, AfterValidator(_check_scheme)] = Field(
-        description="Grid, bits and group size, such as int4-g64 or q4_0."
+    scheme: Annotated[Text, AfterValidator(check_scheme)] | None = Field(
+        default=None,
+        description="Grid, bits and group size, such as int4-g64 or q4_0. Required, "
+        "except with a budget, where it is chosen for each layer.",
     )
     options: dict[str, Any] = Field(default={}, description="Options of the method.")
     overrides: dict[Annotated[Text, AfterValidator(_check_layer_pattern)], Override] = (
@@ -361,6 +340,8 @@ class Config(Section):
         Field(strict=False),
     ] = ()
     quantize: QuantizeSection | None = None
+    budget: BudgetSection | None = None
+    allocate: AllocateSection | None = None
     kv_cache: KVCacheSection | None = None
     evaluate: EvaluateSection | None = None
     export: Annotated[tuple[ExportEntry, ...], Field(strict=False)] = ()

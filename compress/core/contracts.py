@@ -8,7 +8,7 @@ model, checked with the same messages as the rest of the config.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -158,6 +158,18 @@ class Exporter(Plugin):
     @abstractmethod
     def tensor_bytes(self, plan: Plan, model: ModelDescription) -> Mapping[str, int]:
         """Return the exact bytes of each stored matrix, by module or tensor name."""
+
+    def file_bytes(self, plan: Plan, model: ModelDescription) -> int:
+        """Return the bytes of the weight files that :meth:`write` makes.
+
+        Headers and metadata count where they are in these files; by default there are
+        none.
+        """
+        return sum(self.tensor_bytes(plan, model).values())
+
+    def bound_layers(self, model: ModelDescription) -> Sequence[tuple[str, ...]]:
+        """Return sets of layers that must have one scheme here; by default none."""
+        return ()
 
     @abstractmethod
     def write(self, artifact: CompressedModel, folder: Path) -> ExportResult:

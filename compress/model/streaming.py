@@ -73,6 +73,11 @@ class StreamedModel:
         self._blocks = self.model.get_submodule(family.blocks)
         self._body = self.model.get_submodule(family.blocks.rpartition(".")[0])
 
+    @property
+    def device(self) -> torch.device:
+        """Where blocks run."""
+        return self._device
+
     def with_source(
         self,
         source: TensorSource,
@@ -233,8 +238,11 @@ class StreamedModel:
             self._mover.wait()
 
     @contextmanager
-    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Yield a function from hidden ``[T, C]`` to float32 logits ``[T, V]``."""
+    def head(self, *, on_device: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Yield a function from hidden ``[T, C]`` to float32 logits ``[T, V]``.
+
+        Logits come to the CPU, unless they are to stay ``on_device``.
+        """
         family = self.description.family
         # A tied head reads the embedding; the module tree still has its own slot.
         path = family.embedding if self.description.tied else family.head
@@ -255,7 +263,7 @@ class StreamedModel:
                     values = nn.functional.linear(states, weight, bias).float()
                     if softcap:
                         values = torch.tanh(values / softcap) * softcap
-                return values.cpu()
+                return values if on_device else values.cpu()
 
             yield logits
 

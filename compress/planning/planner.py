@@ -36,40 +36,63 @@ def make_plan(
     """
     if section is None:
         return Plan(model.label, {})
-    problems: list[str] = []
+    problems = unused_overrides(section, model)
     layers: dict[str, LayerPlan] = {}
-    unused = set(section.overrides)
-    outside = {model.family.embedding, model.family.head}
     for name in _matrices(model, section.overrides):
-        scheme_name, method = section.scheme, section.method
-        for pattern, override in section.overrides.items():
-            if _names(pattern, name):
-                unused.discard(pattern)
-                scheme_name = override.scheme or scheme_name
-                method = override.method or method
-                break
-        if scheme_name == DENSE:
-            continue
-        rows, columns = _shape(model, name)
-        wanted = Scheme.parse(scheme_name)
-        scheme = for_columns(wanted, columns)
-        asked = None if scheme == wanted else scheme_name
-        scheme = scheme.with_scales(scale_dtype)
-        layers[name] = LayerPlan(name, (rows, columns), method, scheme, asked)
-        problems += _problems(layers[name], quantizer(method))
-        if quantizer(method).needs_statistics and name in outside:
-            problems.append(
-                f"{name}: {method} needs statistics, and none are measured outside the "
-                "decoder blocks; add method: rtn to its override"
-            )
-    problems += [
+        layer = layer_plan(section, model, name, scale_dtype=scale_dtype)
+        if layer is not None:
+            layers[name] = layer
+            problems += layer_problems(layer, model, quantizer(layer.method))
+    if problems:
+        raise PlanError(listed(problems))
+    return Plan(model.label, layers)
+
+
+def layer_plan(
+    section: QuantizeSection,
+    model: ModelDescription,
+    name: str,
+    *,
+    scale_dtype: str,
+) -> LayerPlan | None:
+    """Return what a config makes of one matrix; ``None`` if it stays dense.
+
+    Raises:
+        CheckpointError: The matrix is missing.
+    """
+    scheme_name, method = section.scheme, section.method
+    override = override_of(section, name)
+    if override is not None:
+        scheme_name = override.scheme or scheme_name
+        method = override.method or method
+    if scheme_name == DENSE:
+        return None
+    assert scheme_name is not None, "a config without a budget names a scheme"
+    rows, columns = _shape(model, name)
+    wanted = Scheme.parse(scheme_name)
+    scheme = for_columns(wanted, columns)
+    asked = None if scheme == wanted else scheme_name
+    scheme = scheme.with_scales(scale_dtype)
+    return LayerPlan(name, (rows, columns), method, scheme, asked)
+
+
+def override_of(section: QuantizeSection, name: str) -> Override | None:
+    """Return the first override that names a layer, if one does."""
+    for pattern, override in section.overrides.items():
+        if _names(pattern, name):
+            return override
+    return None
+
+
+def unused_overrides(section: QuantizeSection, model: ModelDescription) -> list[str]:
+    """Return a sentence for each override that names no layer."""
+    names = _matrices(model, section.overrides)
+    return [
         f"quantize.overrides.{pattern}: no layer has this name; layers are named like "
         f"{model.linears()[0]}"
-        for pattern in sorted(unused)
+        for pattern in sorted(section.overrides)
+        if not any(override_of(section, n) is section.overrides[pattern] for n in names)
     ]
-    if problems:
-        raise PlanError(_listed(problems))
-    return Plan(model.label, layers)
 
 
 def _matrices(model: ModelDescription, overrides: Mapping[str, Override]) -> list[str]:
@@ -98,7 +121,10 @@ def _shape(model: ModelDescription, layer: str) -> tuple[int, int]:
     return info.shape[0], info.shape[1]
 
 
-def _problems(layer: LayerPlan, quantizer: Quantizer) -> list[str]:
+def layer_problems(
+    layer: LayerPlan, model: ModelDescription, quantizer: Quantizer
+) -> list[str]:
+    """Return why a method cannot make a layer's scheme; empty if it can."""
     found = []
     try:
         layer.scheme.check_columns(layer.shape[1], layer.name)
@@ -110,10 +136,16 @@ def _problems(layer: LayerPlan, quantizer: Quantizer) -> list[str]:
             f"{layer.name}: {quantizer.name} cannot make {layer.scheme.name}; use one "
             f"of {', '.join(quantizer.schemes())}"
         )
+    outside = (model.family.embedding, model.family.head)
+    if quantizer.needs_statistics and layer.name in outside:
+        found.append(
+            f"{layer.name}: {layer.method} needs statistics, and none are measured "
+            "outside the decoder blocks; add method: rtn to its override"
+        )
     return found
 
 
-def _listed(problems: list[str]) -> str:
+def listed(problems: list[str]) -> str:
     """Join problems, showing one of each kind: thirty blocks have the same ones."""
     kinds: dict[str, list[str]] = {}
     for problem in problems:

@@ -138,7 +138,7 @@ def test_all_errors_are_told_at_once_in_file_order(tmp_path: Path) -> None:
             "2:34: export.1.format: 'safetensors' is also export.0",
         ),
         ("prun: {}", "2:1: prun: unknown key; did you mean 'run'?"),
-        ("allocate: {}", "2:1: allocate: unknown key"),
+        ("alocate: {}", "2:1: alocate: unknown key"),
     ],
 )
 def test_wrong_value_is_explained(tmp_path: Path, text: str, expected: str) -> None:

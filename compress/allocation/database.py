@@ -1,0 +1,216 @@
+"""Making levels: each layer at each candidate scheme, once, from dense statistics.
+
+The dense model runs over the calibration text block by block, as in a run that
+quantizes; but here no layer is replaced, so that every level is made from what the
+dense model feeds to it, and levels can be swapped one by one. What is in the store is
+not made again, and blocks behind the last one that lacks a level do not run at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from compress.allocation.store import Level, LevelStore, digest
+from compress.calibration import experts
+from compress.calibration.collect import Moments
+from compress.calibration.walk import BlockWalk
+from compress.core.artifact import ModelDescription, TensorSource
+from compress.core.contracts import Quantizer
+from compress.core.families import Linear
+from compress.core.plan import LayerPlan
+from compress.core.statistics import LayerStatistics
+from compress.model.sources import check_finite
+from compress.model.streaming import StreamedModel
+from compress.parts import Part, stacks
+
+_LAYOUT = 1  # counted up when levels are made in another way, or stored in another
+
+Levels = Mapping[LayerPlan, Level]
+
+
+@dataclass
+class LevelMaker:
+    """Fills a store with the levels of a model.
+
+    Attributes:
+        description: The model.
+        source: Its dense tensors.
+        quantizers: The methods, by name.
+        store: Where levels go.
+        identity: Plain data on all that decides statistics besides the weights of the
+            layer itself: model, transforms, calibration text, arithmetic.
+        device: Where blocks run and layers are solved.
+        dtype: Arithmetic of the blocks.
+    """
+
+    description: ModelDescription
+    source: TensorSource
+    quantizers: Mapping[str, Quantizer]
+    store: LevelStore
+    identity: Any
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def make(self, wanted: Sequence[LayerPlan], windows: Tensor) -> Levels:
+        """Return all levels, making those that are not there.
+
+        Args:
+            wanted: Each a layer at one scheme.
+            windows: int64 ``[N, T]`` calibration tokens.
+        """
+        keys = self._keys(wanted)
+        found = {layer: self.store.find(key) for layer, key in keys.items()}
+        missing = {layer: keys[layer] for layer, level in found.items() if not level}
+        if missing:
+            self._make(missing, windows)
+            found |= {layer: self.store.find(key) for layer, key in missing.items()}
+        return {layer: level for layer, level in found.items() if level is not None}
+
+    def _keys(self, wanted: Sequence[LayerPlan]) -> dict[LayerPlan, str]:
+        weights: dict[str, str] = {}
+        keys = {}
+        for layer in tqdm(wanted, desc="levels", leave=False, disable=None):
+            if layer.name not in weights:
+                weights[layer.name] = _digest(self.source.read(f"{layer.name}.weight"))
+            quantizer = self.quantizers[layer.method]
+            keys[layer] = digest(
+                {
+                    "layout": _LAYOUT,
+                    "identity": self.identity,
+                    "layer": layer.name,
+                    "weight": weights[layer.name],
+                    "method": layer.method,
+                    "options": quantizer.options.model_dump(mode="json"),
+                    "scheme": layer.scheme.to_dict(),
+                }
+            )
+        return keys
+
+    def _make(self, missing: Mapping[LayerPlan, str], windows: Tensor) -> None:
+        blocks = self._by_block(missing)
+        outside = [x for x in missing if x not in {y for b in blocks for y in b}]
+        for layer in outside:
+            weight = self.source.read(f"{layer.name}.weight").to(self.device)
+            check_finite(weight, f"{layer.name}.weight")
+            self._store([layer], [weight], missing, statistics=None, few=None)
+        last = max((i for i, wanted in enumerate(blocks) if wanted), default=-1)
+        if last < 0:
+            return
+        model = StreamedModel(
+            self.description, self.source, device=self.device, dtype=self.dtype
+        )
+        states = model.embed(windows)
+        for index in tqdm(range(last + 1), desc="levels", unit="block", disable=None):
+            with model.block(index) as block:
+                walk = BlockWalk(model, index, block, states)
+                if blocks[index]:
+                    self._run_block(index, walk, blocks[index], missing)
+                elif index < last:
+                    walk.pass_on({})
+
+    def _by_block(self, missing: Mapping[LayerPlan, str]) -> list[list[LayerPlan]]:
+        family = self.description.family
+        by_name: dict[str, list[LayerPlan]] = {}
+        for layer in missing:
+            by_name.setdefault(layer.name, []).append(layer)
+        return [
+            [
+                layer
+                for linear in self.description.block_linears(index)
+                for layer in by_name.get(f"{family.block(index)}.{linear.path}", [])
+            ]
+            for index in range(self.description.block_count)
+        ]
+
+    def _run_block(
+        self,
+        index: int,
+        walk: BlockWalk,
+        wanted: Sequence[LayerPlan],
+        keys: Mapping[LayerPlan, str],
+    ) -> None:
+        prefix = f"{self.description.family.block(index)}."
+        by_path: dict[str, list[LayerPlan]] = {}
+        for layer in wanted:
+            by_path.setdefault(layer.name.removeprefix(prefix), []).append(layer)
+        linears = [
+            x for x in self.description.block_linears(index) if x.path in by_path
+        ]
+
+        def settle(shared: str, moments: Moments) -> None:
+            readers = [linear for linear in linears if linear.input == shared]
+            statistics = moments.statistics(prefix + readers[0].path)
+            few = experts.few_tokens(readers[0], statistics)
+            for stack in _stacks(readers, by_path):
+                weights = [self.source.read(f"{x.name}.weight") for x in stack]
+                on_device = [weight.to(self.device) for weight in weights]
+                self._store(stack, on_device, keys, statistics=statistics, few=few)
+
+        walk.run(linears, settle)
+
+    def _store(
+        self,
+        stack: Sequence[LayerPlan],
+        weights: Sequence[Tensor],
+        keys: Mapping[LayerPlan, str],
+        *,
+        statistics: LayerStatistics | None,
+        few: str | None,
+    ) -> None:
+        part = Part(self.quantizers, [stack])
+        part.add(stack, weights, statistics, few)
+        part.close()
+        for layer, weight in zip(stack, weights, strict=True):
+            record = part.records[layer.name]
+            error = record.weight_error if record.error is None else record.error
+            traits = _traits(weight.float(), statistics)
+            level = Level(keys[layer], error, **traits, seconds=record.seconds)
+            self.store.write(level, part.tensors[layer.name])
+
+
+def _stacks(
+    linears: Sequence[Linear], by_path: Mapping[str, Sequence[LayerPlan]]
+) -> list[list[LayerPlan]]:
+    """Return what is coded as one matrix: layers of one input, scheme by scheme."""
+    found = []
+    ranks = max(len(by_path[linear.path]) for linear in linears)
+    for rank in range(ranks):
+        here = [linear for linear in linears if rank < len(by_path[linear.path])]
+        layers = {linear.path: by_path[linear.path][rank] for linear in here}
+        found += stacks(here, layers)
+    return found
+
+
+def _traits(weight: Tensor, statistics: LayerStatistics | None) -> dict[str, float]:
+    found = {
+        "weight_std": float(weight.std()),
+        "weight_mean": float(weight.abs().mean()),
+        "energy": float(weight.square().sum()),
+        "input_mean": 1.0,
+        "input_max": 1.0,
+    }
+    if statistics is None or not statistics.tokens:
+        return found
+    hessian, tokens = statistics.hessian, 2 * statistics.tokens
+    squares = hessian.diagonal() / tokens
+    energy = float(((weight @ hessian) * weight).sum()) / tokens
+    return found | {
+        "energy": energy,
+        "input_mean": math.sqrt(float(squares.mean())),
+        "input_max": math.sqrt(float(squares.max())),
+    }
+
+
+def _digest(weight: Tensor) -> str:
+    data = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    found = hashlib.sha256(f"{weight.dtype}{list(weight.shape)}".encode())
+    found.update(data.numpy().data)
+    return found.hexdigest()

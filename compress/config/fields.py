@@ -1,0 +1,42 @@
+"""Types and checks that the config's sections share."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from compress.core.errors import SchemeError
+from compress.core.scheme import Scheme
+
+DENSE = "dense"
+"""The scheme of an override that keeps a layer as it is."""
+
+
+def _path_text(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def check_scheme(name: str) -> str:
+    """Return the name of a scheme if it is one; a ``ValueError`` otherwise."""
+    if name == DENSE:
+        raise ValueError(
+            f"{DENSE!r} is for single layers, under quantize.overrides; "
+            "leave the section quantize out to keep the whole model"
+        )
+    try:
+        Scheme.parse(name)
+    except SchemeError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
+Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, BeforeValidator(_path_text)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are fixed and typed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
