@@ -26,7 +26,7 @@ class RampOptions(Options):
     warm_up: int = Field(default=20, ge=0)
     episodes: int = Field(default=200, ge=0)
     features: Literal["v1", "v2"] = "v2"
-    start: Literal["predicted", "random"] = "predicted"
+    start: Literal["predicted", "random", "both"] = "predicted"
     credit: Literal["regression", "broadcast"] = "regression"
     standardise: bool = True
     hidden: tuple[int, ...] = (512, 512, 256)
@@ -38,6 +38,7 @@ class RampOptions(Options):
     entropy: float = 0.2
     target_entropy: float = -1.0
     greedy: bool = False
+    log: bool = True
 
 
 class Ramp(Allocator):
@@ -63,7 +64,7 @@ class Ramp(Allocator):
         self.learner = learner
         draw = np.random.default_rng(problem.seed)
         base = ChoiceTable.of(problem)
-        if o.start == "predicted":
+        if o.start != "random":
             g = base.greedy()
             learner.imitate(features.along(g), g)
         credit = Credit(problem)
@@ -71,7 +72,7 @@ class Ramp(Allocator):
         losses = base.losses
         rewards = []
         for i in range(o.warm_up + o.episodes):
-            if i < o.warm_up and o.start == "random":
+            if i < o.warm_up and o.start != "predicted":
                 a = lambda s: float(draw.uniform(-1, 1))
             else:
                 a = learner.act
@@ -94,7 +95,7 @@ class Ramp(Allocator):
                 total = losses + price * base.bytes
                 step = (base.bytes[np.arange(len(base.counts)), base.counts-1]-base.bytes[:,0])/np.maximum(base.counts-1,1)
                 adv = -(total - total.min(1, keepdims=True)) / np.maximum(price*step, 1e-30)[:,None]
-                adv = adv.clip(-5, 0)
+                adv = -np.log1p(-adv) if o.log else adv.clip(-5, 0)
                 rewards = [adv[np.arange(len(ch)), e.choices] for e in episodes]
             else:
                 r = np.array([e.reward for e in episodes])
