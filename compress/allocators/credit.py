@@ -9,7 +9,7 @@ those under which the measurements are most likely (evidence).
 
 A regression of an episode's reward on what each step contributed is how credit is
 assigned under feedback for whole trajectories: Efroni, Merlis, Mannor, "Reinforcement
-Learning with Trajectory Feedback", 2021, section 4. The prior at predicted losses and
+Learning with Trajectory Feedback", 2021. The prior at predicted losses and
 the shared factors are ours: with fewer episodes than units nothing else is determined.
 
 Limits: interactions between units are not in the model; and factors of a loss that is
@@ -71,6 +71,24 @@ class Credit:
         factor = np.maximum(1 + self._factors @ beta, LEAST)
         corrected: Floats = self._table.losses * factor
         return corrected
+
+
+def step_rewards(table: ChoiceTable) -> Floats:
+    """Return the reward ``[N, K]`` of each choice at the price of a byte.
+
+    The price is what the last byte saved costs the greedy allocation. A choice is worth
+    its loss and its bytes at that price; the reward is zero for the best choice of a
+    unit, and falls with the logarithm of what another is worse by, counted in steps of
+    the unit from one choice to the next, so that all units weigh alike.
+    """
+    _, price = table.lower(table.best)
+    worth = table.losses + price * table.bytes
+    worst = worth - worth.min(1, keepdims=True)
+    last = table.bytes[np.arange(len(table.counts)), table.counts - 1]
+    step = (last - table.bytes[:, 0]) / np.maximum(table.counts - 1, 1)
+    unit = np.maximum(price * step, np.finfo(float).tiny)[:, None]
+    rewards: Floats = -np.log1p(worst / unit)
+    return rewards
 
 
 def _factors(problem: AllocationProblem, table: ChoiceTable) -> Floats:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import torch
 
 
 @contextmanager
@@ -17,6 +16,8 @@ def isolated(seed: int) -> Iterator[None]:
     stable-baselines3 draws from the global generators, so a search is the same for the
     same seed only if they are. Networks of this size run no faster on more threads.
     """
+    import torch
+
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     threads = torch.get_num_threads()
     random.seed(seed)

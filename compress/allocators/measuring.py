@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-
 from compress.core.allocation import Allocation, AllocationProblem, Step
 
 
@@ -23,6 +21,8 @@ class Measurements:
     """
 
     def __init__(self, problem: AllocationProblem) -> None:
+        import torch  # a config can be read without it
+
         self._problem = problem
         self._before = problem.evaluations
         self._known: dict[tuple[tuple[int, ...], float], float] = {}
@@ -57,6 +57,8 @@ class Measurements:
         return value
 
     def _measure(self, assignment: tuple[int, ...], share: float) -> float:
+        import torch
+
         threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:

@@ -1,1 +1,1 @@
-"""RAMP: a policy learns, unit by unit, which choice to take. ``allocator`` has all of it."""
+"""RAMP: a policy learns, unit by unit, which choice to take."""

@@ -25,9 +25,6 @@ from compress.allocators.ramp.policy import NormalisedActor, NormalisedPolicy
 CLIP = 1.0
 """Of gradients' norms."""
 
-REPLAY = 30_000
-"""Steps that the buffer holds."""
-
 IMITATION_STEPS = 400
 SPREAD = 0.09
 """Standard deviation that imitation gives to actions: entropy -1, SAC's target."""
@@ -56,11 +53,12 @@ class Episode:
 class Settings:
     """Hyper-parameters of the learner; see the allocator's options."""
 
-    widths: tuple[int, ...]
+    hidden: tuple[int, ...]
     learning_rate: float
     gamma: float
     tau: float
     batch: int
+    replay: int
     entropy: float
     target_entropy: float
     seed: int
@@ -76,13 +74,13 @@ class Learner:
             NormalisedPolicy,
             env,
             learning_rate=settings.learning_rate,
-            buffer_size=max(REPLAY, len(env.table.counts)),
+            buffer_size=max(settings.replay, len(env.table.counts)),
             batch_size=settings.batch,
             tau=settings.tau,
             gamma=settings.gamma,
             ent_coef=f"auto_{settings.entropy}",
             target_entropy=settings.target_entropy,  # type: ignore[arg-type]
-            policy_kwargs={"net_arch": list(settings.widths)},
+            policy_kwargs={"net_arch": list(settings.hidden)},
             seed=settings.seed,
             device="cpu",
         )
@@ -96,18 +94,6 @@ class Learner:
         actor = self.sac.actor
         assert isinstance(actor, NormalisedActor)
         return actor
-
-    def play(self, act: Callable[[Array], float]) -> tuple[Array, Array, dict[str, Any]]:
-        """Run an episode; return features, actions and the last ``info``."""
-        seen, _ = self._env.reset()
-        states, actions, done, info = [], [], False, {}
-        while not done:
-            action = act(seen)
-            states.append(seen)
-            actions.append([action])
-            step = np.array([action], np.float32)
-            seen, _, done, _, info = self._env.step(step)
-        return np.stack(states), np.array(actions, np.float32), info
 
     def act(self, seen: Array) -> float:
         """Draw an action of the current policy."""
@@ -162,7 +148,22 @@ class Learner:
         self.sac.train(steps, self._settings.batch)
 
 
-def act(actor: NormalisedActor, seen: Array, *, deterministic: bool) -> float:
+def play(
+    env: AllocationEnv, act: Callable[[Array], float]
+) -> tuple[Array, Array, dict[str, Any]]:
+    """Run an episode; return features, actions and the last ``info``."""
+    seen, _ = env.reset()
+    states, actions, done = [], [], False
+    info: dict[str, Any] = {}
+    while not done:
+        action = act(seen)
+        states.append(seen)
+        actions.append([action])
+        seen, _, done, _, info = env.step(np.array([action], np.float32))
+    return np.stack(states), np.array(actions, np.float32), info
+
+
+def act(actor: NormalisedActor, seen: Array, *, deterministic: bool = True) -> float:
     """Return an action in [-1, 1] for features ``[F]``."""
     with torch.no_grad():
         return float(actor(torch.from_numpy(seen)[None], deterministic))
