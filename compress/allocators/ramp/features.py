@@ -114,7 +114,7 @@ class Walk:
     def see(self) -> Array:
         """Return float32 ``[F]`` of the next unit; of the last one at the end."""
         features, step = self._features, len(self.chosen)
-        seen = features.fixed[min(step, len(features.fixed) - 1)].copy()
+        seen: Array = features.fixed[min(step, len(features.fixed) - 1)].copy()
         if step:
             seen[9] = features.bits[step - 1, self.chosen[-1]] / 8
             seen[10] = self._bits / step / 8

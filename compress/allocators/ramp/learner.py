@@ -79,7 +79,7 @@ class Learner:
             tau=settings.tau,
             gamma=settings.gamma,
             ent_coef=f"auto_{settings.entropy}",
-            target_entropy=settings.target_entropy,  # type: ignore[arg-type]
+            target_entropy=settings.target_entropy,
             policy_kwargs={"net_arch": list(settings.hidden)},
             seed=settings.seed,
             device="cpu",
@@ -117,7 +117,7 @@ class Learner:
             loss = (mean - torch.atanh(targets)).square().mean()
             loss = loss + (log_std - spread).square().mean()
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
     def learn(

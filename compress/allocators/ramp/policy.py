@@ -54,7 +54,8 @@ class NormalisedCritic(ContinuousCritic):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         widths: list[int] = kwargs["net_arch"]
-        inputs = self.q_networks[0][0].in_features
+        inputs: int = kwargs["features_dim"]
+        inputs += self.action_space.shape[0]  # type: ignore[index]
         for index in range(self.n_critics):
             network = normalised_mlp(inputs, widths)
             network.append(nn.Linear(widths[-1], 1))

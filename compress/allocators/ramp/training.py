@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 REGRESS_EVERY = 5
 """Episodes between two regressions."""
 
-_TRAINING = ("warm_up", "episodes", "start", "credit", "learning_rate", "gamma", "tau",
-             "batch", "replay", "gradient_steps", "entropy", "target_entropy")  # fmt: skip
+_NOT_TRAINING = {"policy", "save_policy", "features", "hidden"}
 
 
 def train(problem: AllocationProblem, options: RampOptions) -> Allocation:
@@ -38,7 +37,7 @@ def train(problem: AllocationProblem, options: RampOptions) -> Allocation:
     found = training.measured.allocation()
     if options.save_policy is not None:
         figures = {"objective": found.objective, "evaluations": found.evaluations}
-        settings = options.model_dump(include=set(_TRAINING))
+        settings = options.model_dump(exclude=_NOT_TRAINING)
         card = PolicyCard(
             features=options.features,
             bits=bits_range(problem),
@@ -56,11 +55,12 @@ def apply(problem: AllocationProblem, folder: Path) -> Allocation:
         AllocationError: The policy cannot be read, or is for another range of bits.
     """
     actor, card = load_policy(folder)
-    if card.bits != bits_range(problem):
+    least, most = bits_range(problem)
+    if card.bits != (least, most):
         raise AllocationError(
-            f"{folder}: the policy chooses among {card.bits[0]} to {card.bits[1]} bits, "
-            "the problem offers {} to {}; allow the same schemes or train "
-            "another".format(*bits_range(problem))
+            f"{folder}: the policy chooses among {card.bits[0]} to {card.bits[1]} "
+            f"bits, the problem offers {least} to {most}; allow the same schemes or "
+            "train another"
         )
     features = Features.of(problem, card.features)
     table, walk = ChoiceTable.of(problem), Walk(features)
@@ -97,7 +97,8 @@ class Training:
         self.env = AllocationEnv(problem, self._features, self.measured)
         names = Settings.__dataclass_fields__.keys() - {"seed"}
         self.learner = Learner(
-            self.env, Settings(**{n: getattr(options, n) for n in names}, seed=problem.seed)
+            self.env,
+            Settings(**{n: getattr(options, n) for n in names}, seed=problem.seed),
         )
         if options.start == "predicted":
             greedy = self._table.greedy()
