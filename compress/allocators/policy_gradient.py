@@ -38,7 +38,7 @@ def search(problem: AllocationProblem, options: ReinforceOptions) -> Allocation:
     idle, before = 0, -1.0
     room = options.evaluations - options.samples - 1
     while agent.measured.spent <= max(room, 0) and idle < IDLE:
-        agent.update()
+        agent.update(heat=1 + idle / 4)
         idle = idle + 1 if agent.measured.spent == before else 0
         before = agent.measured.spent
     return agent.measured.allocation()
@@ -70,10 +70,14 @@ class Agent:
         if options.start == "predicted":
             self._imitate(self._first.greedy())
 
-    def update(self) -> None:
-        """Draw assignments, measure them and the greedy rollout, and learn."""
-        base = self._rollout(greedy=True)
-        asked = [self._rollout(greedy=False) for _ in range(self._options.samples)]
+    def update(self, *, heat: float) -> None:
+        """Draw assignments, measure them and the greedy rollout, and learn.
+
+        Args:
+            heat: Temperature of the draws; above 1 where they found nothing new.
+        """
+        base = self._rollout()
+        asked = [self._rollout(heat) for _ in range(self._options.samples)]
         baseline = self._reward(base)
         rewards = [self._reward(assignment) for assignment in asked]
         if self._options.credit == "regression":
@@ -89,16 +93,17 @@ class Agent:
             advantages = np.repeat(gains[:, None], len(self._first.counts), 1)
         self._learn(asked, advantages)
 
-    def _rollout(self, *, greedy: bool) -> Assignment:
+    def _rollout(self, heat: float = 0.0) -> Assignment:
+        """Draw an assignment at a temperature; the most likely choices at zero."""
         walk = Walk(self._features)
         for padded in self._padded:
             with torch.no_grad():
                 logits = self._net(torch.from_numpy(walk.see()))
             logits = logits.masked_fill(padded, -torch.inf)
-            if greedy:
+            if heat == 0:
                 walk.choose(int(logits.argmax()))
             else:
-                chances = torch.softmax(logits.double(), 0).numpy()
+                chances = torch.softmax(logits.double() / heat, 0).numpy()
                 walk.choose(int(self._draw.choice(self._choices, p=chances)))
         return tuple(walk.chosen)
 

@@ -3,7 +3,7 @@
 Source: "RAMP: Reinforcement Adaptive Mixed Precision Quantization for Efficient On
 Device LLM Inference". Kept are the environment, the 11 features (``features: v1``), the
 terminal reward (corrected, see ``reward``), the networks and the learner. The defaults
-differ where the paper's choices did not learn anything within 220 episodes:
+differ, so that a few hundred episodes are enough:
 
 - ``features: v2`` also shows what choices are predicted to lose;
 - ``start: predicted``: the policy first imitates the greedy allocation on predicted
