@@ -9,7 +9,7 @@ anything is computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compress.config.schema import QuantizeSection
 from compress.core.artifact import ModelDescription
@@ -28,7 +28,10 @@ OUTSIDE_METHOD = "rtn"
 """Codes embedding and head where the config's method needs statistics."""
 
 DEFAULT_SCHEMES = {
-    "gguf": ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"),
+    "gguf": (
+        *("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k"),
+        *("iq4_nl", "q4_0", "q5_0", "q5_1", "q8_0"),
+    ),
     "safetensors": ("int3-g64", "int4-g64", "int5-g64", "int6-g64", "int8-g64"),
 }
 """What a layer may become where ``allocate.schemes`` does not say, by format."""
@@ -213,7 +216,10 @@ class _Search:
             outside = name in self._ends and override_of(section, name) is None
             if outside and self._quantizer(section.method).needs_statistics:
                 section = section.model_copy(update={"method": OUTSIDE_METHOD})
-        return layer_plan(section, self._model, name, scale_dtype=self._scale_dtype)
+        layer = layer_plan(section, self._model, name, scale_dtype=self._scale_dtype)
+        if layer is None or scheme is None:
+            return layer
+        return replace(layer, asked=None)  # nobody asked: it is one of the choices
 
     def groups(self) -> list[tuple[str, ...]]:
         """Return the layers to search, those together that must agree."""

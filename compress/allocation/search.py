@@ -20,7 +20,7 @@ import torch
 
 from compress import provenance
 from compress.allocation.assemble import Assembly, assembled_model
-from compress.allocation.budget import budget_bytes
+from compress.allocation.budget import budget_bytes, format_of_budget
 from compress.allocation.candidates import (
     DEFAULT_SCHEMES,
     Candidate,
@@ -84,7 +84,7 @@ class Search:
         self.section = run.config.allocate or AllocateSection()
         quantize = run.config.quantize
         assert quantize is not None, "the config's check wants both"
-        self.format = _budget_format(run, budget)
+        self.format = format_of_budget(budget, list(run.exporters))
         schemes = self.section.schemes or DEFAULT_SCHEMES.get(self.format)
         if schemes is None:
             raise ConfigError(
@@ -362,21 +362,6 @@ class Search:
 
 def _unmeasured(assignment: Sequence[int], share: float) -> float:
     raise AssertionError("uniform measures nothing")
-
-
-def _budget_format(run: Run, budget: BudgetSection) -> str:
-    formats = list(run.exporters)
-    if not formats:
-        raise ConfigError(
-            "budget: the size of which file? add an export, such as export: [{format: "
-            "gguf}]"
-        )
-    if budget.format is not None and budget.format not in formats:
-        raise ConfigError(
-            f"budget.format: {budget.format} is not exported; exports are "
-            f"{', '.join(formats)}"
-        )
-    return budget.format or formats[0]
 
 
 def _unit(

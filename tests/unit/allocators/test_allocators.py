@@ -13,6 +13,13 @@ from compress.core.errors import AllocationError
 from compress.core.scheme import Scheme
 
 NAMES = ("int2-g32", "int3-g32", "int4-g32", "int5-g32", "int6-g32", "int8-g32")
+SMALL: dict[str, dict[str, object]] = {
+    "ramp": {"warm_up": 2, "episodes": 4, "hidden": (32, 32), "gradient_steps": 2},
+    "reinforce": {"evaluations": 12},
+    "evolution": {"evaluations": 30},
+    "random": {"evaluations": 30},
+}
+"""Options of searches, small enough for a test."""
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -51,7 +58,8 @@ def additive_problem(
 
 @pytest.fixture(params=registry.names("allocators"))
 def allocator(request: pytest.FixtureRequest) -> Allocator:
-    return registry.get_allocator(request.param)()
+    plugin = registry.get_allocator(request.param)
+    return plugin(plugin.Options.model_validate(SMALL.get(request.param, {})))
 
 
 @pytest.mark.parametrize("bits", (2.5, 3.25, 4.0, 6.0, 12.0))
@@ -72,7 +80,9 @@ def test_a_budget_for_everything_takes_the_best_of_everything(
 
 def test_the_same_seed_gives_the_same_allocation(allocator: Allocator) -> None:
     first = allocator.allocate(additive_problem(problem_seed=3))
-    again = type(allocator)().allocate(additive_problem(problem_seed=3))
+    again = type(allocator)(allocator.options).allocate(
+        additive_problem(problem_seed=3)
+    )
     assert first.assignment == again.assignment
 
 

@@ -1,0 +1,1 @@
+"""RAMP: a policy learns, unit by unit, which choice to take."""
