@@ -4,8 +4,8 @@ Predicted losses ``l_t(c)`` of unit ``t`` at choice ``c`` are measured one unit 
 time or come from a model of the loss; measured KLs of whole assignments show where
 they are off. The KL is taken as ``sum_t l_t(c_t) (1 + z_t(c_t) . beta)``: ``beta``
 holds factors of single units, and shared ones of roles, of depth and of bits. It is
-the mean of the posterior of a Bayesian linear regression; the noise and the spread of the factors are
-those under which the measurements are most likely (evidence).
+the mean of the posterior of a Bayesian linear regression; the noise and the spread of
+the factors are those under which the measurements are most likely (evidence).
 
 A regression of an episode's reward on what each step contributed is how credit is
 assigned under feedback for whole trajectories: Efroni, Merlis, Mannor, "Reinforcement
