@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, cast
 
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from compress.core.tensors import QuantizedTensor
 from compress.export.gguf_blocks import (
     CODED_TYPES,
     Bytes,
+    StoredType,
     encode_dense,
     pack_blocks,
     unpack_blocks,
@@ -64,13 +65,6 @@ from compress.export.gguf_template import (
 from compress.export.gguf_tokenizer import tokenizer_metadata
 from compress.export.gguf_writer import file_bytes, text, texts, wholes, write_gguf
 
-# fmt: off
-Type = Literal[
-    "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
-    "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_nl", "iq4_xs",
-]
-# fmt: on
-
 
 class GGUFOptions(contracts.Options):
     """Options of the GGUF exporter.
@@ -85,8 +79,8 @@ class GGUFOptions(contracts.Options):
     """
 
     template: str | None = None
-    embedding: Type | None = None
-    reencode: Type | None = None
+    embedding: StoredType | None = None
+    reencode: StoredType | None = None
     name: str | None = None
 
 
@@ -381,14 +375,10 @@ def _with_rows(
     tensor: QuantizedTensor, order: Callable[[Tensor], Tensor]
 ) -> QuantizedTensor:
     """Return a coded matrix with its rows in another order."""
-    zero, outer = tensor.zero, tensor.outer
-    return replace(
-        tensor,
-        codes=order(tensor.codes),
-        scale=order(tensor.scale),
-        zero=None if zero is None else order(zero),
-        outer=None if outer is None else order(outer),
-    )
+    names = ("codes", "scale", "zero", "outer")
+    parts = {name: getattr(tensor, name) for name in names}
+    moved = {name: order(part) for name, part in parts.items() if part is not None}
+    return replace(tensor, **moved)
 
 
 def _only_file(folder: Path) -> Path:

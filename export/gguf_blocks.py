@@ -19,7 +19,7 @@ Source: ggml's ``ggml-common.h``; checked against ``gguf.quants`` in the tests.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,12 @@ from compress.export import gguf_super_blocks
 Bytes = npt.NDArray[np.uint8]
 
 BLOCK = 32
+# fmt: off
+StoredType = Literal[
+    "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0",
+    "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_nl", "iq4_xs",
+]
+# fmt: on
 CODED_TYPES = (*GGUF_SCHEMES, *K_SCHEMES)
 DENSE_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 DENSE_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}

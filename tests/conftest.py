@@ -7,8 +7,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+from hypothesis import HealthCheck, settings
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 # Before any test module copies the environment for the processes that it starts.
 _CACHE = tempfile.TemporaryDirectory(prefix="compress-tests-")
 os.environ["COMPRESS_CACHE"] = _CACHE.name
+
+# A busy machine is not a slow strategy: examples still count, seconds do not.
+settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("busy")

@@ -105,9 +105,9 @@ def _range_of(
     low, high = extent
     if scheme.scales is Scales.SUPER:
         if scheme.zero is Zero.NONE:
-            wanted = high / scheme.levels.reach * factor
+            wanted = _divided(high, scheme.levels.reach) * factor
             return super_parameters(wanted, None, scheme)
-        wanted = (high - low) * factor / ((1 << scheme.bits) - 1)
+        wanted = _divided((high - low) * factor, (1 << scheme.bits) - 1)
         return super_parameters(wanted, low * factor, scheme)
     if scheme.zero is Zero.NONE:
         if outer is None:
@@ -115,18 +115,23 @@ def _range_of(
         if scheme.scales is Scales.POWER and rounding is None:
             wanted = scales.microscaling(high, scheme) * factor
         else:
-            wanted = high / scheme.levels.reach * factor
+            wanted = _divided(high, scheme.levels.reach) * factor
         stored = scales.round_to_storage(
             wanted, scheme, outer, rounding=rounding or "nearest"
         )
         return GridParameters(_usable(stored, scheme, outer), None, outer)
     low, high = low * factor, high * factor
-    levels = (1 << scheme.bits) - 1
-    scale = _usable(round_to_storage((high - low) / levels, scheme), scheme, None)
+    wanted = _divided(high - low, (1 << scheme.bits) - 1)
+    scale = _usable(round_to_storage(wanted, scheme), scheme, None)
     if scheme.zero is Zero.OFFSET:
         return GridParameters(scale, round_to_storage(low, scheme))
     zero = torch.round(-low / scale) + scheme.lowest
     return GridParameters(scale, zero.clamp(scheme.lowest, scheme.highest))
+
+
+def _divided(values: Tensor, by: float) -> Tensor:
+    """Divide exactly: by a Python number a GPU multiplies with a rounded inverse."""
+    return values / values.new_tensor(by)
 
 
 def super_parameters(

@@ -10,7 +10,6 @@ from compress.core.errors import ExportError
 from compress.core.scheme import Scheme
 from compress.core.scheme_names import GGUF_SCHEMES
 from compress.export.gguf_blocks import (
-    CODED_TYPES,
     coded_type,
     encode_dense,
     ggml_type,
@@ -20,7 +19,7 @@ from compress.export.gguf_blocks import (
 )
 
 
-@pytest.mark.parametrize("kind", CODED_TYPES)
+@pytest.mark.parametrize("kind", GGUF_SCHEMES)
 def test_gguf_decodes_packed_blocks_to_the_same_values(kind: str) -> None:
     tensor = random_codes(6, 96, Scheme.parse(kind), seed=1)
     packed = pack_blocks(tensor)
@@ -28,7 +27,7 @@ def test_gguf_decodes_packed_blocks_to_the_same_values(kind: str) -> None:
     assert np.array_equal(values, tensor.dequantize().numpy())
 
 
-@pytest.mark.parametrize("kind", CODED_TYPES)
+@pytest.mark.parametrize("kind", GGUF_SCHEMES)
 def test_unpack_is_inverse_of_pack(kind: str) -> None:
     tensor = random_codes(5, 64, Scheme.parse(kind), seed=2)
     back = unpack_blocks(pack_blocks(tensor), kind)
@@ -39,7 +38,7 @@ def test_unpack_is_inverse_of_pack(kind: str) -> None:
         assert torch.equal(back.zero, tensor.zero)
 
 
-@pytest.mark.parametrize("kind", CODED_TYPES)
+@pytest.mark.parametrize("kind", GGUF_SCHEMES)
 def test_row_bytes_is_what_ggml_uses(kind: str) -> None:
     block, size = gguf.GGML_QUANT_SIZES[ggml_type(kind)]
     assert row_bytes(kind, 96) == 96 // block * size
