@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
@@ -377,7 +377,9 @@ def _with_rows(
     """Return a coded matrix with its rows in another order."""
     names = ("codes", "scale", "zero", "outer")
     parts = {name: getattr(tensor, name) for name in names}
-    moved = {name: order(part) for name, part in parts.items() if part is not None}
+    moved: dict[str, Any] = {
+        name: order(part) for name, part in parts.items() if part is not None
+    }
     return replace(tensor, **moved)
 
 
