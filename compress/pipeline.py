@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -36,6 +35,7 @@ from compress.planning.rerun import config_of_export
 from compress.report import summary_table, write_report
 from compress.reporting import build_report
 from compress.scoring import evaluate, inspect
+from compress.timing import timed
 from compress.transform import CompressedSource, PlanRunner, part_of_layer
 from compress.transforms.chain import Transformed
 from compress.transforms.source import TransformedSource
@@ -124,13 +124,9 @@ class Run:
             {"compress": provenance.versions()["compress"]},
         )
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
+    def timed(self, stage: str) -> AbstractContextManager[None]:
         """Add the time of a block of code to a stage."""
-        started = time.perf_counter()
-        yield
-        spent = time.perf_counter() - started
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+        return timed(self.seconds, stage)
 
     def _check_inputs(self) -> None:
         names = [entry.format for entry in self.config.export]

@@ -30,6 +30,8 @@ class PlanPreview:
         parts: The same split into embedding, attention, mlp and other.
         peak_memory_bytes: Predicted for the process.
         seconds: Predicted for the run.
+        budget: Name of the allocator and bytes of the file, if the run has a budget:
+            it then chooses another plan than this uniform one.
     """
 
     plan: Plan
@@ -37,6 +39,7 @@ class PlanPreview:
     parts: Mapping[str, Mapping[str, int]]
     peak_memory_bytes: int
     seconds: float
+    budget: tuple[str, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -60,6 +63,13 @@ class PlanPreview:
             key = (path, layer.method, layer.scheme.name, layer.shape)
             kinds[key] = kinds.get(key, 0) + 1
         lines = [f"Plan for {self.plan.model}", ""]
+        if self.budget is not None:
+            method, size = self.budget
+            lines += [
+                f"The run will choose a plan of at most {size:,} bytes ({method}).",
+                "This one is the uniform choice, from which its search differs.",
+                "",
+            ]
         lines.append(f"{'layers':>6}  {'name':<26} {'shape':<14} {'method':<8} scheme")
         for (path, method, scheme, (rows, columns)), count in kinds.items():
             shape = f"{rows} x {columns}"
@@ -118,6 +128,7 @@ def predict(run: Run) -> PlanPreview:
         {name: breakdown(table, run.model) for name, table in sizes.items()},
         predicted.peak_memory_bytes,
         predicted.seconds,
+        (run.search.section.method, run.search.budget) if run.search else None,
     )
 
 

@@ -69,7 +69,7 @@ class LevelSource(TensorSource):
         level = self.current.get(name.removesuffix(".weight"))
         if level is None or not name.endswith(".weight"):
             return self._source.read(name)
-        return self._codes(level.key).dequantize()
+        return self.values(level)
 
     def values(self, level: Level) -> Tensor:
         """Return the float32 weights ``[R, C]`` of a level."""

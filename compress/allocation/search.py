@@ -9,9 +9,7 @@ are kept in the cache, so that another budget or allocator begins with the searc
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -49,6 +47,7 @@ from compress.core.plan import LayerPlan, Plan
 from compress.model.loading import locate
 from compress.model.streaming import StreamedModel
 from compress.registry import get_allocator
+from compress.timing import timed
 
 if TYPE_CHECKING:
     from compress.calibration.data import CalibrationTokens
@@ -131,13 +130,6 @@ class Search:
         seed = self._run.config.run.seed
         return AllocationProblem(tuple(units), room, measure, seed)
 
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        spent = time.perf_counter() - started
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
-
     def choose(self, tokens: CalibrationTokens) -> Outcome:
         """Return the plan that the allocator chooses, and how it came about."""
         problem = self.problem(tokens)
@@ -145,7 +137,7 @@ class Search:
         allocator = create_allocator(
             section.method, section.options, path=("allocate", "options")
         )
-        with self._timed("search"):
+        with timed(self.seconds, "search"):
             found = allocator.allocate(problem)
         if not problem.fits(found.assignment):
             raise PlanError(
@@ -153,7 +145,7 @@ class Search:
                 f"{problem.bytes_of(found.assignment) - problem.budget} bytes; this is "
                 "a bug of the allocator"
             )
-        with self._timed("measure"):
+        with timed(self.seconds, "measure"):
             measured = problem.measure(found.assignment, 1.0)
         plan = self.candidates.plan(found.assignment)
         exporter = self._run.exporters[self.format]
@@ -172,13 +164,13 @@ class Search:
         """Return the problem with everything measured that an allocator needs."""
         self._tokens = tokens
         units = self.candidates.units
-        with self._timed("levels"):
+        with timed(self.seconds, "levels"):
             self._levels = self._make_levels(tokens)
         errors = [
             [unit_error(option.layers, self._levels) for option in unit.options]
             for unit in units
         ]
-        with self._timed("sensitivity"):
+        with timed(self.seconds, "sensitivity"):
             losses = self._losses(errors)
         ready = [
             _unit(unit, self._traits(unit), error, loss)

@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.calibration.cache import cache_folder
+from compress.calibration.cache import cache_folder, place
 from compress.core.errors import CheckpointError, ConfigError
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
@@ -114,16 +112,7 @@ class LevelStore:
 
     def _place(self, path: Path, data: bytes) -> None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # A name of its own: two runs may store the same entry at the same time.
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                try:
-                    file.write(data)
-                    file.close()
-                    os.replace(file.name, path)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
+            place(path, data)
         except OSError as error:
             raise ConfigError(
                 f"the level database cannot be written: {error}; set COMPRESS_CACHE to "

@@ -11,6 +11,7 @@ anything; :mod:`compress.allocators.ilp` is exact on the same losses.
 
 from __future__ import annotations
 
+from compress.allocators.choices import ChoiceTable
 from compress.core.allocation import Allocation, AllocationProblem, Step
 from compress.core.contracts import Allocator
 
@@ -24,11 +25,8 @@ class Greedy(Allocator):
 
     def allocate(self, problem: AllocationProblem) -> Allocation:
         """Return the assignment; measures nothing."""
-        chosen = [0] * len(problem.units)
+        chosen = list(ChoiceTable.of(problem).fill([0] * len(problem.units)))
         room = problem.budget - problem.bytes_of(chosen)
-        while (step := _best_step(problem, chosen, room)) is not None:
-            unit, choice, size = step
-            chosen[unit], room = choice, room - size
         filled = problem.predicted_loss(chosen)
         while (exchange := _best_exchange(problem, chosen, room)) is not None:
             for unit, choice, size in exchange:
@@ -54,17 +52,6 @@ def _moves(
                 rise, size = choice.loss - now.loss, choice.bytes - now.bytes
                 found.append((rise, n, index, size))
     return found
-
-
-def _best_step(
-    problem: AllocationProblem, chosen: list[int], room: int
-) -> _Move | None:
-    fitting = [m for m in _moves(problem, chosen) if m[0] < 0 and m[3] <= room]
-    if not fitting:
-        return None
-    free = [move for move in fitting if move[3] <= 0]
-    best = min(free) if free else min(fitting, key=lambda move: move[0] / move[3])
-    return best[1], best[2], best[3]
 
 
 def _best_exchange(

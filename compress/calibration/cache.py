@@ -109,23 +109,32 @@ def write_entry(key: str, tokens: Tensor) -> None:
 
     data = save({"tokens": tokens}, {"key": key, "sha256": _sha256(tokens)})
     try:
-        path = _path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own: two runs may store the same entry at the same time.
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            try:
-                file.write(data)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        place(_path(key), data)
     except (OSError, RuntimeError) as error:
         _log.warning(
             "calibration tokens are not kept for the next run: %s; set COMPRESS_CACHE "
             "to a folder that can be written",
             error,
         )
+
+
+def place(path: Path, data: bytes) -> None:
+    """Write a file of the cache so that it is whole or absent.
+
+    Unlike a file of a work directory, two runs may write it at the same time.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(data)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def _path(key: str) -> Path:

@@ -61,3 +61,10 @@ def test_a_finished_run_resumes_to_the_same_file(folder: Path) -> None:
     first = file_of(folder, "run").read_bytes()
     compress.run(config, resume=True)
     assert file_of(folder, "run").read_bytes() == first
+
+
+def test_a_preview_says_that_the_plan_is_not_the_final_one(folder: Path) -> None:
+    config = budgeted(folder, "run", {"bits_per_weight": 9.0})
+    assert "uniform choice" in compress.plan(config).text()
+    plain = config_of(folder / "model", folder / "text.txt", folder / "run")
+    assert "uniform choice" not in compress.plan(plain).text()

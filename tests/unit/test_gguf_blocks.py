@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import gguf
 import numpy as np
 import pytest
@@ -10,6 +12,9 @@ from compress.core.errors import ExportError
 from compress.core.scheme import Scheme
 from compress.core.scheme_names import GGUF_SCHEMES
 from compress.export.gguf_blocks import (
+    CODED_TYPES,
+    DENSE_BYTES,
+    StoredType,
     coded_type,
     encode_dense,
     ggml_type,
@@ -78,3 +83,7 @@ def test_values_beyond_half_precision_are_refused() -> None:
 def test_nan_is_refused() -> None:
     with pytest.raises(ExportError, match="w has NaN"):
         encode_dense(torch.full((1, 32), torch.nan), "bf16", name="w")
+
+
+def test_an_option_may_name_every_type_that_is_written() -> None:
+    assert {*get_args(StoredType)} == {*CODED_TYPES, *DENSE_BYTES}
