@@ -153,12 +153,13 @@ class PartWriter:
     def save(self, name: str, part: Part) -> None:
         """Write a part, after the one before it is on disk."""
         part.close()
-        self._wait()
+        self.wait()
         self._last = self._pool.submit(
             self._workdir.save_part, name, part.tensors, part.records
         )
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Return when the last part is on disk."""
         if self._last is not None:
             self._last.result()
 
@@ -171,4 +172,4 @@ class PartWriter:
         """Wait for what is being written; an error of the body goes first."""
         self._pool.shutdown()
         if kind is None:
-            self._wait()
+            self.wait()

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import exporting, preview, provenance, serving
-from compress.allocation.candidates import OUTSIDE_METHOD
 from compress.allocation.search import Search
 from compress.calibration.data import CalibrationTokens, load_tokens
 from compress.calibration.sources import check_sources
@@ -141,13 +140,8 @@ class Run:
         quantize = self.config.quantize
         if quantize is None:
             return set()
-        methods = {
-            quantize.method,
-            *(o.method for o in quantize.overrides.values() if o.method),
-        }
-        if self.config.budget is not None:
-            methods.add(OUTSIDE_METHOD)
-        return methods
+        overrides = quantize.overrides.values()
+        return {quantize.method, *(o.method for o in overrides if o.method)}
 
     def _uses_data(self) -> bool:
         if self.config.budget is not None:

@@ -14,7 +14,7 @@ from compress.core.plan import LayerPlan
 from compress.evaluation.measure import headline
 from compress.exporting import failures
 from compress.planning.budget import linear_bits_per_weight, parameter_count
-from compress.transform import EMBEDDINGS, part_of_layer
+from compress.transform import block_of_layer, part_of_layer
 
 if TYPE_CHECKING:
     from compress.pipeline import Run
@@ -124,15 +124,15 @@ def _layers(run: Run) -> list[dict[str, Any]]:
             records.update(run.workdir.records(part))
         record = records[name]
         path = name.removeprefix(f"{model.family.blocks}.").partition(".")[2]
-        inside = part != EMBEDDINGS
+        block = block_of_layer(name, model)
         height, columns = layer.shape
         bits = layer.scheme.bits_per_weight(columns, height)
         weights = height * columns
         rows.append(
             {
                 "name": name,
-                "block": int(part) if inside else None,
-                "role": roles[path] if inside else name.rpartition(".")[2],
+                "block": block,
+                "role": roles[path] if block is not None else name.rpartition(".")[2],
                 "method": layer.method,
                 "scheme": layer.scheme.name,
                 "shape": list(layer.shape),

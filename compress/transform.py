@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from compress.calibration import experts
+from compress.calibration import ends, experts
 from compress.calibration.collect import Moments
 from compress.calibration.walk import BlockWalk
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
@@ -23,23 +23,33 @@ from compress.core.contracts import Quantizer
 from compress.core.families import Linear
 from compress.core.plan import LayerPlan, Plan
 from compress.core.scales import TORCH_DTYPES
+from compress.core.statistics import LayerStatistics
 from compress.core.tensors import QuantizedTensor
 from compress.model.prefetch import ReadAhead
 from compress.model.sources import check_finite
+from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
 from compress.parts import Part, PartWriter, stacks
 from compress.workdir import WorkDir
 
-EMBEDDINGS = "embeddings"
-"""Name of the part that holds codes of embedding and head."""
+EMBEDDINGS, HEAD = "embeddings", "head"
+"""Names of the parts of the embedding, be it tied or not, and of a head beside it."""
+
+
+def block_of_layer(layer: str, model: ModelDescription) -> int | None:
+    """Return the number of a layer's block; ``None`` for embedding and head."""
+    prefix = f"{model.family.blocks}."
+    if not layer.startswith(prefix):
+        return None
+    return int(layer.removeprefix(prefix).partition(".")[0])
 
 
 def part_of_layer(layer: str, model: ModelDescription) -> str:
     """Return the checkpoint part that a layer's codes are in."""
-    prefix = f"{model.family.blocks}."
-    if not layer.startswith(prefix):
-        return EMBEDDINGS
-    return f"{int(layer.removeprefix(prefix).partition('.')[0]):04d}"
+    block = block_of_layer(layer, model)
+    if block is not None:
+        return _part(block)
+    return HEAD if layer == model.family.head else EMBEDDINGS
 
 
 class CompressedSource(TensorSource):
@@ -92,13 +102,8 @@ class PlanRunner:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether a layer inside a block has a method that needs statistics."""
-        inside = set(self.description.linears())
-        return any(
-            self.quantizers[layer.method].needs_statistics
-            for layer in self.plan.layers.values()
-            if layer.name in inside
-        )
+        """Whether a layer has a method that needs statistics."""
+        return any(map(self._needs_statistics, self.plan.layers.values()))
 
     @property
     def needs_drift(self) -> bool:
@@ -115,20 +120,50 @@ class PlanRunner:
         Args:
             windows: int64 ``[N, T]`` calibration tokens, if :attr:`needs_calibration`.
         """
-        outside = [
-            [layer]
-            for layer in self.plan.layers.values()
-            if part_of_layer(layer.name, self.description) == EMBEDDINGS
-        ]
+        family = self.description.family
         with PartWriter(self.workdir) as writer:
-            if outside and not self.workdir.has_part(EMBEDDINGS):
-                self._run_without_data({EMBEDDINGS: outside}, writer)
+            self._run_end(EMBEDDINGS, family.embedding, windows, writer)
             if windows is None:
                 indices = range(self.description.block_count)
                 parts = {_part(i): self._stacks(i) for i in indices}
                 self._run_without_data(parts, writer)
+                self._run_end(HEAD, family.head, None, writer)
             else:
                 self._run_with_data(windows, writer)
+
+    def _needs_statistics(self, layer: LayerPlan) -> bool:
+        return self.quantizers[layer.method].needs_statistics
+
+    def _run_end(
+        self, part: str, name: str, windows: Tensor | None, writer: PartWriter
+    ) -> None:
+        """Quantize embedding or head, unless the plan leaves it or it is done."""
+        layer = self.plan.layers.get(name)
+        if layer is None or self.workdir.has_part(part):
+            return
+        if windows is None or not self._needs_statistics(layer):
+            self._run_without_data({part: [[layer]]}, writer)
+            return
+        if self.description.tied:
+            found = ends.tied_statistics(self._streamed(), windows)
+        else:
+            count = windows.numel()
+            found = ends.embedding_statistics(layer.shape[1], count, self.device)
+        self._save_end(part, layer, found, writer)
+
+    def _save_end(
+        self, name: str, layer: LayerPlan, found: LayerStatistics, writer: PartWriter
+    ) -> None:
+        part = Part(self.quantizers, [[layer]])
+        weight = self.source.read(_weight(layer))
+        check_finite(weight, _weight(layer))
+        part.add([layer], [weight.to(self.device)], found)
+        writer.save(name, part)
+
+    def _streamed(self) -> StreamedModel:
+        return StreamedModel(
+            self.description, self.source, device=self.device, dtype=self.dtype
+        )
 
     def _layers(self, index: int) -> dict[str, LayerPlan]:
         """Return the plan of one block by path inside the block."""
@@ -164,11 +199,8 @@ class PlanRunner:
             writer.save(name, part)
 
     def _run_with_data(self, windows: Tensor, writer: PartWriter) -> None:
-        model = StreamedModel(
-            self.description, self.source, device=self.device, dtype=self.dtype
-        )
-        states = model.embed(windows)
-        dense = model.copy(states) if self.needs_drift else None
+        model = self._streamed()
+        states, dense = self._embedded(model, windows, writer)
         indices = range(self.description.block_count)
         for index in tqdm(indices, desc="blocks", unit="block", disable=None):
             with model.block(index) as block:
@@ -177,6 +209,35 @@ class PlanRunner:
                     self._pass_on(index, walk)
                 else:
                     writer.save(_part(index), self._code(index, walk))
+        self._run_head(model, states, dense, writer)
+
+    def _embedded(
+        self, model: StreamedModel, windows: Tensor, writer: PartWriter
+    ) -> tuple[Activations, Activations | None]:
+        """Return the inputs of block 0, and those of the dense model if it runs too."""
+        name = self.description.family.embedding
+        if self.propagate == "fp" or name not in self.plan.layers:
+            states = model.embed(windows)
+            return states, model.copy(states) if self.needs_drift else None
+        writer.wait()
+        codes = self.workdir.read_layer(EMBEDDINGS, name)
+        coded = CompressedSource(self.source, self.plan, lambda _: codes)
+        states = model.with_source(coded).embed(windows)
+        return states, model.embed(windows) if self.needs_drift else None
+
+    def _run_head(
+        self,
+        model: StreamedModel,
+        states: Activations,
+        dense: Activations | None,
+        writer: PartWriter,
+    ) -> None:
+        layer = self.plan.layers.get(self.description.family.head)
+        if layer is None or not self._needs_statistics(layer):
+            self._run_end(HEAD, self.description.family.head, None, writer)
+        elif not self.workdir.has_part(HEAD):
+            found = ends.head_statistics(model, states, dense)
+            self._save_end(HEAD, layer, found, writer)
 
     def _pass_on(self, index: int, walk: BlockWalk) -> None:
         """Send all states through a block whose codes are there."""

@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.core import feedback, grids, low_rank
+from compress.core import feedback, grids, low_rank, refit
 from compress.core.contracts import Options, Quantizer
 from compress.core.scheme import Scheme
 from compress.core.statistics import LayerStatistics
@@ -107,9 +107,7 @@ class GPTQ(Quantizer):
             target, hessian, parameters, scheme, order=order, factor=factor
         )
         for _ in range(options.refit):
-            parameters = feedback.refit_scales(
-                target, hessian, codes, parameters, scheme
-            )
+            parameters = refit.refit_scales(target, hessian, codes, parameters, scheme)
             codes = feedback.descend(
                 target, hessian, codes, parameters, scheme, order=order
             )

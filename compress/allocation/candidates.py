@@ -24,9 +24,6 @@ from compress.planning.planner import (
     unused_overrides,
 )
 
-OUTSIDE_METHOD = "rtn"
-"""Codes embedding and head where the config's method needs statistics."""
-
 DEFAULT_SCHEMES = {
     "gguf": (
         *("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k"),
@@ -213,9 +210,6 @@ class _Search:
         section = self._section
         if scheme is not None:
             section = section.model_copy(update={"scheme": scheme})
-            outside = name in self._ends and override_of(section, name) is None
-            if outside and self._quantizer(section.method).needs_statistics:
-                section = section.model_copy(update={"method": OUTSIDE_METHOD})
         layer = layer_plan(section, self._model, name, scale_dtype=self._scale_dtype)
         if layer is None or scheme is None:
             return layer

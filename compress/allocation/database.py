@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from compress.allocation.store import Level, LevelStore, digest
-from compress.calibration import experts
+from compress.calibration import ends, experts
 from compress.calibration.collect import Moments
 from compress.calibration.walk import BlockWalk
 from compress.core.artifact import ModelDescription, TensorSource
@@ -31,7 +31,7 @@ from compress.model.sources import check_finite
 from compress.model.streaming import StreamedModel
 from compress.parts import Part, stacks
 
-_LAYOUT = 1  # counted up when levels are made in another way, or stored in another
+_LAYOUT = 2  # counted up when levels are made in another way, or stored in another
 
 Levels = Mapping[LayerPlan, Level]
 
@@ -96,12 +96,12 @@ class LevelMaker:
 
     def _make(self, missing: Mapping[LayerPlan, str], windows: Tensor) -> None:
         blocks = self._by_block(missing)
-        outside = [x for x in missing if x not in {y for b in blocks for y in b}]
-        for layer in outside:
-            weight = self.source.read(f"{layer.name}.weight").to(self.device)
-            check_finite(weight, f"{layer.name}.weight")
-            self._store([layer], [weight], missing, statistics=None, few=None)
+        inside = {layer for block in blocks for layer in block}
+        outside = [layer for layer in missing if layer not in inside]
+        head = self._ends(outside, missing, windows)
         last = max((i for i, wanted in enumerate(blocks) if wanted), default=-1)
+        if head:
+            last = len(blocks) - 1
         if last < 0:
             return
         model = StreamedModel(
@@ -113,8 +113,44 @@ class LevelMaker:
                 walk = BlockWalk(model, index, block, states)
                 if blocks[index]:
                     self._run_block(index, walk, blocks[index], missing)
-                elif index < last:
+                elif index < last or head:
                     walk.pass_on({})
+        if head:
+            found = ends.head_statistics(model, states)
+            if self.description.tied:
+                found = ends.looked_up_too(found)
+            for layer in head:
+                self._store_end(layer, missing, found)
+
+    def _ends(
+        self,
+        layers: Sequence[LayerPlan],
+        missing: Mapping[LayerPlan, str],
+        windows: Tensor,
+    ) -> list[LayerPlan]:
+        """Make levels of embedding and head; return those that need the last states."""
+        family, left = self.description.family, []
+        for layer in layers:
+            if not self.quantizers[layer.method].needs_statistics:
+                self._store_end(layer, missing, None)
+            elif layer.name == family.head or self.description.tied:
+                left.append(layer)
+            else:
+                found = ends.embedding_statistics(
+                    layer.shape[1], windows.numel(), self.device
+                )
+                self._store_end(layer, missing, found)
+        return left
+
+    def _store_end(
+        self,
+        layer: LayerPlan,
+        keys: Mapping[LayerPlan, str],
+        statistics: LayerStatistics | None,
+    ) -> None:
+        weight = self.source.read(f"{layer.name}.weight").to(self.device)
+        check_finite(weight, f"{layer.name}.weight")
+        self._store([layer], [weight], keys, statistics=statistics, few=None)
 
     def _by_block(self, missing: Mapping[LayerPlan, str]) -> list[list[LayerPlan]]:
         family = self.description.family

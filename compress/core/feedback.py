@@ -5,8 +5,7 @@ know nothing of statistics or options, so any method that has a target and a pos
 definite ``H`` can use them.
 
 Source: Frantar et al. (2022), "GPTQ", algorithm 1, for :func:`solve`; Behdin et al.
-(2023), "QuantEase", for :func:`descend`; weighted least squares for
-:func:`refit_scales`.
+(2023), "QuantEase", for :func:`descend`.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.core import grids, super_scales
+from compress.core import grids
 from compress.core.grids import GridParameters
-from compress.core.scheme import Scales, Scheme, Zero
+from compress.core.scheme import Scheme
 from compress.core.tensors import decode
 
 _COLUMNS_AT_ONCE = 128
@@ -168,58 +167,3 @@ def descend(
     result = torch.empty_like(levels)
     result[:, order] = work.T
     return result
-
-
-def refit_scales(
-    weight: Tensor,
-    hessian: Tensor,
-    levels: Tensor,
-    parameters: GridParameters,
-    scheme: Scheme,
-) -> GridParameters:
-    """Return scales refitted to fixed levels, group after group, by least squares.
-
-    For a group with level values ``c`` (zero point taken off) the best change of its
-    scale is ``<e, c>_H / <c, c>_H`` with ``e`` the present error. A change is rounded
-    to the storage type first and kept only where the objective still falls. Scales that
-    several rows share are left as they are.
-    """
-    if scheme.row_block != 1:
-        return parameters
-    rows, columns = weight.shape
-    count = parameters.scale.shape[1]
-    size = columns // count
-    scale = parameters.scale.clone()
-    grid = levels.view(rows, count, size)
-    if scheme.zero is Zero.INTEGER and parameters.zero is not None:
-        grid = grid - parameters.zero.unsqueeze(-1)
-    values = grids.decode_groups(levels.view(rows, count, size), parameters, scheme)
-    gradient = (weight - values.view(rows, columns)) @ hessian
-    for group in range(count):
-        part = slice(group * size, (group + 1) * size)
-        moved = grid[:, group] @ hessian[part]
-        curvature = (moved[:, part] * grid[:, group]).sum(1)
-        slope = (gradient[:, part] * grid[:, group]).sum(1)
-        wanted = scale[:, group] + slope / curvature.clamp(min=1e-30)
-        stored = _stored(wanted, group, parameters, scheme)
-        change = stored - scale[:, group]
-        falls = change * change * curvature < 2 * change * slope
-        signed = scheme.scales in (Scales.FREE, Scales.SUPER)
-        usable = stored != 0 if signed else stored > 0
-        change = torch.where(falls & usable, change, torch.zeros_like(change))
-        scale[:, group] += change
-        gradient -= change.unsqueeze(1) * moved
-    return GridParameters(scale, parameters.zero, parameters.outer)
-
-
-def _stored(
-    wanted: Tensor, group: int, parameters: GridParameters, scheme: Scheme
-) -> Tensor:
-    """Return scales ``[R]`` of one group as they can be stored."""
-    if scheme.scales is not Scales.SUPER:
-        return grids.round_to_storage(wanted, scheme, parameters.outer)
-    assert parameters.outer is not None
-    step, _ = super_scales.parts_of(parameters.outer, scheme)
-    step = super_scales.spread(step, scheme)[:, group]
-    codes = wanted / torch.where(step == 0, torch.ones_like(step), step)
-    return codes.round().clamp(*scheme.scale_codes) * step

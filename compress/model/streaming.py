@@ -267,6 +267,12 @@ class StreamedModel:
 
             yield logits
 
+    @contextmanager
+    def final_norm(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Yield a function from hidden ``[..., C]`` to the head's input, on device."""
+        with self._loaded(self.description.family.final_norm) as norm:
+            yield lambda hidden: norm(hidden.to(self._device, self._dtype))
+
     def logits(self, windows: Tensor, *, name: str = "model") -> Iterator[Tensor]:
         """Yield float32 logits ``[T, V]`` of each token window of int64 ``[N, T]``.
 

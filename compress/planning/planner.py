@@ -136,12 +136,6 @@ def layer_problems(
             f"{layer.name}: {quantizer.name} cannot make {layer.scheme.name}; use one "
             f"of {', '.join(quantizer.schemes())}"
         )
-    outside = (model.family.embedding, model.family.head)
-    if quantizer.needs_statistics and layer.name in outside:
-        found.append(
-            f"{layer.name}: {layer.method} needs statistics, and none are measured "
-            "outside the decoder blocks; add method: rtn to its override"
-        )
     return found
 
 

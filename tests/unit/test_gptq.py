@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.core import feedback, grids
+from compress.core import feedback, grids, refit
 from compress.core.scheme import Scheme
 from compress.core.statistics import LayerStatistics
 from compress.core.tensors import QuantizedTensor
@@ -226,7 +226,7 @@ def test_refitting_and_descent_never_raise_the_objective(scheme: str) -> None:
 
     seen = [lost()]
     for _ in range(3):
-        parameters = feedback.refit_scales(weight, hessian, codes, parameters, grid)
+        parameters = refit.refit_scales(weight, hessian, codes, parameters, grid)
         seen.append(lost())
         codes = feedback.descend(weight, hessian, codes, parameters, grid, order=order)
         seen.append(lost())
