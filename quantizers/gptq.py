@@ -9,15 +9,17 @@ Source: Frantar et al. (2022), "GPTQ: Accurate Post-Training Quantization for Ge
 Pre-trained Transformers", algorithm 1; the drift correction follows the idea of Li et
 al. (2025), "GPTAQ", in another form. Differs from the paper:
 
-* scales are static, chosen before the loop by an H-weighted search over both signs
-  (``core/grids.py``), so that act-order needs no index at inference;
+* scales are static, chosen before the loop by a weighted search over both signs
+  (``core/grids.py``), so that act-order needs no index at inference. Column ``j``
+  weighs ``1 / U_jj^2``, which is what its rounding costs once later columns have made
+  up for it, and not ``H_jj``;
 * the off-diagonal of H is shrunk, the usual cure for a covariance from few samples: it
-  is
-  what makes the result hold on text unlike the calibration text;
+  is what makes the result hold on text unlike the calibration text;
 * ``drift``: half of the least-squares correction towards the dense model's outputs is
   added to W first, so that a layer repairs what the layers before it lost;
 * ``refit``: closed-form scales and one pass of coordinate descent over the codes after
-  the loop, accepted only where the objective falls.
+  the loop, accepted only where the objective falls;
+* a row is merely rounded where the loop loses more than that.
 
 Limits: memory is a few ``[C, C]`` matrices; time grows as ``R C^2``.
 """
@@ -32,7 +34,7 @@ from torch import Tensor
 
 from compress.core import feedback, grids, low_rank, refit
 from compress.core.contracts import Options, Quantizer
-from compress.core.scheme import Scheme
+from compress.core.scheme import Scales, Scheme
 from compress.core.statistics import LayerStatistics
 from compress.core.tensors import QuantizedTensor
 
@@ -48,8 +50,9 @@ class GPTQOptions(Options):
         shrink: Share by which the off-diagonal of H is reduced.
         drift: Share of the correction towards the dense model's outputs that is added.
         act_order: Take columns by falling ``diag(H)`` instead of from left to right.
-        search: Choose scales by H-weighted error instead of by each group's range.
-        refit: Rounds of closed-form scales and coordinate descent after the loop.
+        search: Choose scales by weighted error instead of by each group's range.
+        refit: Rounds of closed-form scales and coordinate descent after the loop; by
+            default 1 on ggml's K types, whose scales are coarse, and 0 elsewhere.
     """
 
     damp: float = Field(default=0.01, gt=0, le=_LARGEST_DAMP)
@@ -57,7 +60,13 @@ class GPTQOptions(Options):
     drift: float = Field(default=0.5, ge=0, le=1)
     act_order: bool = True
     search: bool = True
-    refit: int = Field(default=0, ge=0, le=10)
+    refit: int | None = Field(default=None, ge=0, le=10)
+
+    def refits(self, scheme: Scheme) -> int:
+        """Return the rounds of ``refit`` for a scheme."""
+        if self.refit is not None:
+            return self.refit
+        return 1 if scheme.scales is Scales.SUPER else 0
 
 
 class GPTQ(Quantizer):
@@ -102,27 +111,40 @@ class GPTQ(Quantizer):
         if statistics.drift is not None and options.drift:
             owed = (target @ statistics.drift)[:, order]
             target[:, order] += options.drift * (owed @ factor.T @ factor)
-        parameters = self.parameters(target, scheme, statistics)
+        cost = torch.empty_like(factor[0])
+        cost[order] = factor.diagonal() ** -2
+        parameters = self.parameters(target, scheme, cost)
+        plain = grids.encode(grids.as_groups(target, scheme), parameters, scheme)
+        first = parameters, plain.view(target.shape)
         codes = feedback.solve(
             target, hessian, parameters, scheme, order=order, factor=factor
         )
-        for _ in range(options.refit):
+        for _ in range(options.refits(scheme)):
             parameters = refit.refit_scales(target, hessian, codes, parameters, scheme)
             codes = feedback.descend(
                 target, hessian, codes, parameters, scheme, order=order
             )
+        parameters, codes = feedback.better_rows(
+            target, hessian, scheme, first, (parameters, codes)
+        )
         coded = grids.assemble(codes, parameters, scheme, notes=notes)
         return low_rank.correct(target, coded, hessian=hessian)
 
     def parameters(
-        self, target: Tensor, scheme: Scheme, statistics: LayerStatistics
+        self, target: Tensor, scheme: Scheme, importance: Tensor
     ) -> grids.GridParameters:
-        """Return the scales and zero points of ``target`` ``[R, C]``."""
+        """Return the scales and zero points of ``target`` ``[R, C]``.
+
+        Args:
+            target: float32 weights.
+            scheme: The grid.
+            importance: float32 ``[C]`` of columns.
+        """
         groups = grids.as_groups(target, scheme)
         if not self.options.search:
             return grids.range_parameters(groups, scheme)
-        importance = statistics.hessian.diagonal().view(groups.shape[1], -1)
-        return grids.search_parameters(groups, scheme, importance=importance)
+        weights = importance.view(groups.shape[1], -1)
+        return grids.search_parameters(groups, scheme, importance=weights)
 
 
 def _regularized(hessian: Tensor, shrink: float) -> Tensor:

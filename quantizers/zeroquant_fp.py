@@ -32,7 +32,6 @@ from torch import Tensor
 from compress.core import grids
 from compress.core.contracts import Options
 from compress.core.scheme import Scales, Scheme
-from compress.core.statistics import LayerStatistics
 from compress.quantizers.gptq import GPTQ, GPTQOptions
 
 _OF_EXPONENTS = (Scales.POWER, Scales.RATIO)
@@ -65,14 +64,11 @@ class ZeroQuantFP(GPTQ):
         return ("fp8", "fp6-g64", "fp4-g64-ratio", "fp4-g128-ratio")
 
     def parameters(
-        self, target: Tensor, scheme: Scheme, statistics: LayerStatistics
+        self, target: Tensor, scheme: Scheme, importance: Tensor
     ) -> grids.GridParameters:
         """Return the scales and zero points of ``target`` ``[R, C]``."""
-        if scheme.scales not in _OF_EXPONENTS:
-            return super().parameters(target, scheme, statistics)
-        groups = grids.as_groups(target, scheme)
         rounding = self.options.scale_rounding
-        if rounding != "mse":
-            return grids.range_parameters(groups, scheme, rounding=rounding)
-        importance = statistics.hessian.diagonal().view(groups.shape[1], -1)
-        return grids.search_parameters(groups, scheme, importance=importance)
+        if scheme.scales not in _OF_EXPONENTS or rounding == "mse":
+            return super().parameters(target, scheme, importance)
+        groups = grids.as_groups(target, scheme)
+        return grids.range_parameters(groups, scheme, rounding=rounding)

@@ -167,3 +167,44 @@ def descend(
     result = torch.empty_like(levels)
     result[:, order] = work.T
     return result
+
+
+Coded = tuple[GridParameters, Tensor]
+"""Parameters, and float32 levels ``[R, C]``."""
+
+
+def better_rows(
+    weight: Tensor, hessian: Tensor, scheme: Scheme, first: Coded, second: Coded
+) -> Coded:
+    """Return, row by row, which of two loses less; the second one if they are equal.
+
+    Args:
+        weight: float32 ``[R, C]`` target.
+        hessian: float32 ``[C, C]``.
+        scheme: The grid.
+        first: One way to code it.
+        second: Another; where rows share scales, with the same ones.
+    """
+    before, after = (_lost(weight, hessian, scheme, coded) for coded in (first, second))
+    worse = (after > before).unsqueeze(1)
+    if not bool(worse.any()):
+        return second
+    (old, old_levels), (new, new_levels) = first, second
+
+    def chosen(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+        if x is None or y is None or len(x) != len(worse):
+            return y
+        return torch.where(worse, x, y)
+
+    scale = torch.where(worse, old.scale, new.scale)
+    zero, outer = chosen(old.zero, new.zero), chosen(old.outer, new.outer)
+    levels = torch.where(worse, old_levels, new_levels)
+    return GridParameters(scale, zero, outer), levels
+
+
+def _lost(weight: Tensor, hessian: Tensor, scheme: Scheme, coded: Coded) -> Tensor:
+    """Return the objective of each row, ``[R]``."""
+    parameters, levels = coded
+    groups = levels.view(len(weight), parameters.scale.shape[1], -1)
+    error = weight - grids.decode_groups(groups, parameters, scheme).view_as(weight)
+    return ((error @ hessian) * error).sum(1)
