@@ -144,11 +144,7 @@ class PlanRunner:
         if windows is None or not self._needs_statistics(layer):
             self._run_without_data({part: [[layer]]}, writer)
             return
-        if self.description.tied:
-            found = ends.tied_statistics(self._streamed(), windows)
-        else:
-            count = windows.numel()
-            found = ends.embedding_statistics(layer.shape[1], count, self.device)
+        found = ends.embedding_statistics(self._streamed(), windows)
         self._save_end(part, layer, found, writer)
 
     def _save_end(

@@ -117,8 +117,6 @@ class LevelMaker:
                     walk.pass_on({})
         if head:
             found = ends.head_statistics(model, states)
-            if self.description.tied:
-                found = ends.looked_up_too(found)
             for layer in head:
                 self._store_end(layer, missing, found)
 
@@ -128,19 +126,21 @@ class LevelMaker:
         missing: Mapping[LayerPlan, str],
         windows: Tensor,
     ) -> list[LayerPlan]:
-        """Make levels of embedding and head; return those that need the last states."""
-        family, left = self.description.family, []
+        """Make levels of the embedding; return those of a head with calibration."""
+        calibrated = [x for x in layers if self.quantizers[x.method].needs_statistics]
         for layer in layers:
-            if not self.quantizers[layer.method].needs_statistics:
+            if layer not in calibrated:
                 self._store_end(layer, missing, None)
-            elif layer.name == family.head or self.description.tied:
-                left.append(layer)
-            else:
-                found = ends.embedding_statistics(
-                    layer.shape[1], windows.numel(), self.device
-                )
+        head = [x for x in calibrated if x.name == self.description.family.head]
+        embedding = [layer for layer in calibrated if layer not in head]
+        if embedding:
+            model = StreamedModel(
+                self.description, self.source, device=self.device, dtype=self.dtype
+            )
+            found = ends.embedding_statistics(model, windows)
+            for layer in embedding:
                 self._store_end(layer, missing, found)
-        return left
+        return head
 
     def _store_end(
         self,

@@ -1,9 +1,20 @@
 """Statistics of the two ends of a model: what embedding and head are judged by.
 
-The head's input is the last hidden state behind the final norm. An embedding is looked
-up, so that errors of all its columns count alike: its second moment is the identity. A
-tied matrix is both, and gets the head's moments with a share of their mean added along
-the diagonal; and since it is coded before any block, it has to be the dense model's.
+The head's input ``x`` is the last hidden state behind the final norm; its second moment
+``A`` is a Hessian like that of any linear layer.
+
+An embedding is looked up. A change ``e`` of a row moves the output, wherever its token
+stands, by a KL of ``(e . g)^2 / 2`` to second order, with ``g`` the gradient of
+``sum_t log p(s_t)`` at that position and ``s_t`` drawn from ``p_t`` (Fisher
+information). So its Hessian is the second moment ``F`` of ``g``.
+
+A row of a tied matrix is met in both ways, as often as its token comes: at the head with
+``(1 - p) (e . x)^2 / 2``, ``p`` the token's probability. Its Hessian is ``c A + F``, with
+``c`` the mean of ``1 - p`` over draws. It is coded before any block, hence from the
+dense model.
+
+Source: Martens (2014), "New insights and perspectives on the natural gradient method",
+for the Fisher information as a metric of the output; the sum for tied matrices is ours.
 """
 
 from __future__ import annotations
@@ -13,23 +24,68 @@ from torch import Tensor
 from tqdm import tqdm
 
 from compress.calibration.collect import Moments
+from compress.calibration.input_sensitivity import forward_trace, head_gradients
 from compress.core.statistics import LayerStatistics
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
 
-_LOOKED_UP = 0.1
-"""Weight of the look-up in a tied matrix, as a share of the mean of ``diag(H)``."""
+_SEQUENCES, _TOKENS = 16, 256
+"""Calibration text that gradients are taken on: these many windows, cut to a length."""
+_AT_ONCE = 4  # windows whose states of all blocks are in memory
 
 
-def embedding_statistics(columns: int, tokens: int, device: str) -> LayerStatistics:
-    """Return the statistics of an embedding ``[V, C]`` that is only looked up.
+def embedding_statistics(model: StreamedModel, windows: Tensor) -> LayerStatistics:
+    """Return the statistics of an embedding ``[V, C]``, or of a tied matrix.
 
     Args:
-        columns: Width of a row.
-        tokens: Of the calibration text.
-        device: Where the identity is to lie.
+        model: Dense.
+        windows: int64 ``[N, T]`` calibration tokens.
     """
-    return LayerStatistics(2 * tokens * torch.eye(columns, device=device), tokens)
+    count = windows.numel()
+    fisher, spread = _look_ups(model, windows[:_SEQUENCES, :_TOKENS])
+    if not model.description.tied:
+        return LayerStatistics(2 * count * fisher, count)
+    head = _dense_head(model, windows)
+    return LayerStatistics(spread * head.hessian + 2 * count * fisher, count)
+
+
+def _look_ups(model: StreamedModel, windows: Tensor) -> tuple[Tensor, float]:
+    """Return ``F`` float32 ``[C, C]``, of one position, and ``c``."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = range(model.description.block_count)[::-1]
+    moments, spreads = Moments(), []
+    for part in torch.split(windows, _AT_ONCE):
+        states, trace = forward_trace(model, part)
+        spreads.append(_spread(model, trace[-1]))
+        gradients = head_gradients(model, trace.pop(), 1, generator)[0]
+        for index in tqdm(blocks, desc="embedding", leave=False, disable=None):
+            hidden = trace.pop()
+            with model.block(index, following=index - 1):
+                for n in range(len(hidden)):
+                    inputs = hidden[n : n + 1].clone().requires_grad_()
+                    output = model.call_block(index, inputs, states.calls[index])
+                    down = gradients[n : n + 1].to(output)
+                    (gradients[n : n + 1],) = torch.autograd.grad(output, inputs, down)
+        factor = _factor(model, part, hidden)
+        moments.add(factor * gradients.to(model.device))
+    found = moments.statistics(model.description.family.embedding)
+    return found.hessian / (2 * found.tokens), sum(spreads) / len(spreads)
+
+
+@torch.no_grad()
+def _spread(model: StreamedModel, hidden: Tensor) -> float:
+    """Return the mean of ``1 - p`` of tokens drawn behind each state."""
+    with model.head() as head:
+        found = [1 - torch.softmax(head(x), -1).square().sum(-1).mean() for x in hidden]
+    return float(torch.stack(found).mean())
+
+
+@torch.no_grad()
+def _factor(model: StreamedModel, windows: Tensor, hidden: Tensor) -> float:
+    """Return what the model multiplies its embedding with (1, or as Gemma does)."""
+    weight = model.source.read(f"{model.description.family.embedding}.weight")
+    rows = weight[windows[0]].double()
+    return float((hidden[0].cpu().double() * rows).sum() / rows.square().sum())
 
 
 @torch.no_grad()
@@ -52,23 +108,11 @@ def head_statistics(
 
 
 @torch.no_grad()
-def tied_statistics(model: StreamedModel, windows: Tensor) -> LayerStatistics:
-    """Run the dense model; return statistics of a matrix that is both ends.
-
-    Args:
-        model: Dense.
-        windows: int64 ``[N, T]`` calibration tokens.
-    """
+def _dense_head(model: StreamedModel, windows: Tensor) -> LayerStatistics:
+    """Run the dense model over all windows, up to its head."""
     states = model.embed(windows)
     indices = range(model.description.block_count)
     for index in tqdm(indices, desc="head", unit="block", leave=False, disable=None):
         with model.block(index):
             model.advance(index, states)
-    return looked_up_too(head_statistics(model, states))
-
-
-def looked_up_too(head: LayerStatistics) -> LayerStatistics:
-    """Return the statistics of a tied matrix from those of the head alone."""
-    hessian = head.hessian.clone()
-    hessian.diagonal().add_(_LOOKED_UP * hessian.diagonal().mean())
-    return LayerStatistics(hessian, head.tokens)
+    return head_statistics(model, states)
