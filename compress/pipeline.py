@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,8 @@ class Run:
             )
             for index, entry in enumerate(config.export)
         }
+        if any(e.needs_input_squares for e in self.exporters.values()):
+            check_sources(config.calibration.data)
         self.scale_dtype = resolve_scale_dtype(
             config.quantize, self.model, list(self.exporters)
         )
@@ -122,6 +125,7 @@ class Run:
             self.handle.source,
             self._codes,
             {"compress": provenance.versions()["compress"]},
+            input_squares=partial(exporting.input_squares, self),
         )
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
@@ -268,6 +272,10 @@ class Run:
             or serving.needs_tokens(self)
         ):
             return None
+        return self.load_tokens()
+
+    def load_tokens(self) -> CalibrationTokens:
+        """Return the calibration tokens of the config."""
         section = self.config.calibration
         data = section.data if isinstance(section.data, str) else list(section.data)
         with self.timed("calibration text"):

@@ -11,13 +11,15 @@ Source: llama.cpp ``tools/imatrix/imatrix.cpp`` (the GGUF flavour, since July 20
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from compress.core.statistics import InputSquares
 from compress.export.gguf_blocks import Bytes
+from compress.export.gguf_layout import Placement
 from compress.export.gguf_reader import Floats
 from compress.export.gguf_writer import TensorRow, text, texts, whole, write_gguf
 
@@ -89,3 +91,25 @@ def _data(matrix: ImportanceMatrix) -> Iterator[Bytes]:
     for entry in matrix.entries.values():
         for values in (entry.sums, entry.counts):
             yield np.ascontiguousarray(values, dtype="<f4").reshape(-1).view(np.uint8)
+
+
+def matrix_of(
+    placements: Iterable[Placement], squares: InputSquares
+) -> ImportanceMatrix:
+    """Return the importance matrix of the linear layers inside a model's blocks.
+
+    Args:
+        placements: Where the weights lie; those that were not measured are left out.
+        squares: By module name.
+    """
+    entries = {}
+    for placement in placements:
+        layers = placement.stack or ((placement.source or "").removesuffix(".weight"),)
+        if all(layer in squares.sums for layer in layers):
+            entries[placement.target] = Importance(
+                np.stack([squares.sums[layer].numpy() for layer in layers]),
+                np.array([squares.tokens[layer] for layer in layers], np.float32),
+            )
+    return ImportanceMatrix(
+        entries, squares.sources, squares.windows, squares.window_tokens
+    )

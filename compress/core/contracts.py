@@ -151,6 +151,11 @@ class Exporter(Plugin):
         """Whether the files hold the plan's codes, so that they can be compared."""
         return True
 
+    @property
+    def needs_input_squares(self) -> bool:
+        """Whether :meth:`write` asks the model for ``input_squares``."""
+        return False
+
     @abstractmethod
     def check(self, plan: Plan, model: ModelDescription) -> list[Problem]:
         """List what this format cannot hold. Reads no weights."""
