@@ -21,6 +21,7 @@ from compress import exporting, preview, provenance, serving
 from compress.allocation.candidates import OUTSIDE_METHOD
 from compress.allocation.search import Search
 from compress.calibration.data import CalibrationTokens, load_tokens
+from compress.calibration.importance import importances_of
 from compress.calibration.sources import check_sources
 from compress.config import Config, load_config
 from compress.config.plugins import create_chain, create_exporter, create_quantizer
@@ -118,6 +119,7 @@ class Run:
             device=self.device,
             propagate=config.quantize.propagate if config.quantize else "quantized",
             dtype=choose_dtype(config.calibration.dtype, self.model.dtype, self.device),
+            importances=importances_of(config, self.model, self.plan, self.quantizers),
         )
         self.artifact = CompressedModel(
             self.model,

@@ -106,6 +106,22 @@ class Quantizer(Plugin):
             statistics: Of the inputs of this layer, if the method needs them.
         """
 
+    def takes_importance(self, scheme: Scheme) -> bool:
+        """Whether :meth:`quantize_by_importance` is implemented for ``scheme``."""
+        return False
+
+    def quantize_by_importance(
+        self, weight: Tensor, scheme: Scheme, importance: Tensor
+    ) -> QuantizedTensor:
+        """Return the codes of ``weight`` for known importances of its columns.
+
+        Args:
+            weight: ``[R, C]``, any float type; not changed.
+            scheme: One that :meth:`takes_importance` says yes to.
+            importance: float32 ``[C]``, proportional to ``E[x^2]`` of each input.
+        """
+        raise NotImplementedError(f"{self.name} does not take importances")
+
 
 class Allocator(Plugin):
     """Chooses a scheme for each unit of the model, under a budget of bytes.
