@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from compress import provenance
+from compress.calibration.squares import measure_squares
 from compress.core.artifact import CompressedModel
 from compress.core.contracts import Exporter
 from compress.core.errors import ExportError, MissingDependencyError, PlanError
 from compress.core.plan import Plan
+from compress.core.statistics import InputSquares
 from compress.core.tensors import QuantizedTensor
 from compress.evaluation.divergence import compare, mean_and_error
 from compress.evaluation.perplexity import TokenWindows, cut_windows
 from compress.evaluation.texts import evaluation_text
+from compress.model.streaming import StreamedModel
 from compress.workdir import WorkDir
 
 if TYPE_CHECKING:
@@ -58,6 +61,8 @@ def export_once(run: Run, name: str) -> dict[str, Any]:
         "plan": provenance.digest_of(run.plan.to_json()),
         "kv_cache": cache.model_dump(mode="json") if cache else None,
     }
+    if exporter.needs_input_squares:
+        made_with["calibration"] = run.config.calibration.model_dump(mode="json")
     # One result a format: the folder holds what was written last.
     stored = run.workdir.stored(f"export-{name}")
     if stored is not None and stored["with"] == made_with and folder.is_dir():
@@ -102,6 +107,16 @@ def write_export(
         "size_bytes": result.size_bytes,
         "notes": list(result.notes),
     }
+
+
+def input_squares(run: Run) -> InputSquares:
+    """Run a run's calibration text through its dense model, transforms included."""
+    tokens = run.load_tokens()
+    model = StreamedModel(
+        run.model, run.transformed.source, device=run.device, dtype=run.runner.dtype
+    )
+    names = [name for name, count in tokens.sources if count]
+    return measure_squares(model, tokens.tokens, sources=names)
 
 
 def verification_windows(tokenizer: Any) -> Tensor:

@@ -93,6 +93,8 @@ class Part:
         weights: Sequence[Tensor],
         statistics: LayerStatistics | None,
         few: str | None = None,
+        *,
+        importance: Tensor | None = None,
     ) -> list[Tensor]:
         """Quantize layers of one stack; returns the float32 values of each.
 
@@ -101,6 +103,7 @@ class Part:
             weights: ``[R, C]`` of each, any float type.
             statistics: Of their input.
             few: Why statistics cannot be used, if so.
+            importance: float32 ``[C]`` of the input's columns, instead of statistics.
         """
         self._bar.set_description(layers[0].name)
         quantizer, scheme = self._quantizers[layers[0].method], layers[0].scheme
@@ -109,6 +112,9 @@ class Part:
         started = time.perf_counter()
         if used is not None and few is not None:
             coded = experts.round_to_nearest(stacked, scheme, few)
+        elif importance is not None:
+            importance = importance.to(stacked.device)
+            coded = quantizer.quantize_by_importance(stacked, scheme, importance)
         else:
             coded = quantizer.quantize(stacked, scheme, used)
         seconds = time.perf_counter() - started

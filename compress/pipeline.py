@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import exporting, preview, provenance, serving
 from compress.allocation.search import Search
 from compress.calibration.data import CalibrationTokens, load_tokens
+from compress.calibration.importance import importances_of
 from compress.calibration.sources import check_sources
 from compress.config import Config, load_config
 from compress.config.plugins import create_chain, create_exporter, create_quantizer
@@ -97,6 +99,8 @@ class Run:
             )
             for index, entry in enumerate(config.export)
         }
+        if any(e.needs_input_squares for e in self.exporters.values()):
+            check_sources(config.calibration.data)
         self.scale_dtype = resolve_scale_dtype(
             config.quantize, self.model, list(self.exporters)
         )
@@ -114,6 +118,7 @@ class Run:
             device=self.device,
             propagate=config.quantize.propagate if config.quantize else "quantized",
             dtype=choose_dtype(config.calibration.dtype, self.model.dtype, self.device),
+            importances=importances_of(config, self.model, self.plan, self.quantizers),
         )
         self.artifact = CompressedModel(
             self.model,
@@ -121,6 +126,7 @@ class Run:
             self.handle.source,
             self._codes,
             {"compress": provenance.versions()["compress"]},
+            input_squares=partial(exporting.input_squares, self),
         )
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
@@ -262,6 +268,10 @@ class Run:
             or serving.needs_tokens(self)
         ):
             return None
+        return self.load_tokens()
+
+    def load_tokens(self) -> CalibrationTokens:
+        """Return the calibration tokens of the config."""
         section = self.config.calibration
         data = section.data if isinstance(section.data, str) else list(section.data)
         with self.timed("calibration text"):

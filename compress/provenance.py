@@ -73,6 +73,11 @@ def digest_of(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a small file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def model_digest(model: ModelDescription, path: Path) -> str:
     """Return a digest of a checkpoint: config, names and shapes, sizes, and samples.
 
@@ -99,8 +104,11 @@ def fingerprint(run: Run, tokens: CalibrationTokens | None) -> dict[str, str]:
     methods = quantize.model_dump(mode="json") if quantize else {}
     methods.pop("scale_dtype", None)  # the plan has the one that was resolved
     methods.pop("upgrade_inputs", None)  # comes after the codes
+    imatrix = run.config.calibration.imatrix
     plan: Any = run.plan.to_json() if run.search is None else run.search.identity
+    known = {"calibration.imatrix": file_digest(Path(imatrix))} if imatrix else {}
     return {
+        **known,
         "model": model_digest(run.base, locate(run.config.model.path)),
         "calibration": tokens.digest if tokens else "none",
         "calibration.dtype": str(run.runner.dtype) if tokens else "none",

@@ -165,8 +165,10 @@ def inspect(path: str | Path) -> Inspection:
         if not exports:
             raise CheckpointError(f"{where}: a work directory without exports yet")
         where = exports[-1] if exports[-1].name == "safetensors" else exports[0]
-        gguf = sorted(where.glob("*.gguf"))
-        where = gguf[0] if gguf else where
+        if any(where.glob("*.gguf")):
+            from compress.export.gguf_files import only_file
+
+            where = only_file(where)
     file = locate(str(where) if where.exists() else str(path))
     if file.suffix == ".gguf":
         return _inspect_gguf(file)

@@ -9,7 +9,7 @@ is ever run.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -89,6 +89,8 @@ class PlanRunner:
         propagate: Whether later blocks see compressed outputs (``quantized``) or those
             of the dense model (``fp``).
         dtype: Arithmetic of the blocks. Layers are solved in float32 always.
+        importances: float32 ``[C]`` by layer, in the place of calibration; layers that
+            share an input are coded by those of the first.
     """
 
     description: ModelDescription
@@ -99,6 +101,7 @@ class PlanRunner:
     device: str = "cpu"
     propagate: str = "quantized"
     dtype: torch.dtype = torch.float32
+    importances: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def needs_calibration(self) -> bool:
@@ -191,7 +194,9 @@ class PlanRunner:
             )
             part = Part(self.quantizers, parts[name])
             for stack in parts[name]:
-                part.add(stack, [_read(reader, layer) for layer in stack], None)
+                weights = [_read(reader, layer) for layer in stack]
+                known = self.importances.get(stack[0].name)
+                part.add(stack, weights, None, importance=known)
             writer.save(name, part)
 
     def _run_with_data(self, windows: Tensor, writer: PartWriter) -> None:

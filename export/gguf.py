@@ -13,7 +13,6 @@ llama.cpp ignores these keys.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,10 +36,10 @@ from compress.export.gguf_blocks import (
     unpack_blocks,
 )
 from compress.export.gguf_experts import expert_stacks, mixture_problems
+from compress.export.gguf_files import only_file, stem, write_beside
 from compress.export.gguf_layout import (
     Layout,
     Placement,
-    main_scheme,
     main_type,
     missing_layers,
     own_layout,
@@ -58,9 +57,9 @@ from compress.export.gguf_reader import GGUFFile, MetadataValue, open_gguf
 from compress.export.gguf_runtime import decoded_logits, llamacpp_logits
 from compress.export.gguf_template import (
     open_template,
-    rotary_heads_of,
     template_layout,
     template_metadata,
+    with_rotary_heads,
 )
 from compress.export.gguf_tokenizer import tokenizer_metadata
 from compress.export.gguf_writer import file_bytes, text, texts, wholes, write_gguf
@@ -76,12 +75,18 @@ class GGUFOptions(contracts.Options):
             them; ``q8_0`` if not given, or with a template as the template has them.
         reencode: Type for layers whose codes GGUF cannot hold.
         name: Stem of the file's name.
+        imatrix: Write NAME.imatrix.gguf beside the file: what calibration text showed
+            of the inputs of the dense model, for ``llama-quantize --imatrix``.
+        tensor_types: Write NAME.tensor-types.txt: the type of each matrix, for
+            ``llama-quantize --tensor-type-file``.
     """
 
     template: str | None = None
     embedding: StoredType | None = None
     reencode: StoredType | None = None
     name: str | None = None
+    imatrix: bool = False
+    tensor_types: bool = False
 
 
 class GGUFExporter(Exporter):
@@ -97,6 +102,11 @@ class GGUFExporter(Exporter):
     def keeps_codes(self) -> bool:
         """Whether no layer is rounded to another type."""
         return self._options.reencode is None
+
+    @property
+    def needs_input_squares(self) -> bool:
+        """Whether an importance matrix is asked for."""
+        return self._options.imatrix
 
     def check(self, plan: Plan, model: ModelDescription) -> list[Problem]:
         """List what GGUF, or the template, cannot hold."""
@@ -151,13 +161,21 @@ class GGUFExporter(Exporter):
         template = self._template()
         placements = layout.placements
         if template is not None:
-            placements = _with_rotary_heads(placements, artifact, template)
+            placements = with_rotary_heads(placements, artifact, template)
         metadata = self._metadata(plan, model, placements)
         path = folder / f"{self._stem(plan, model)}.gguf"
         data = _data(artifact, placements, template)
         rows = [placement.row for placement in placements]
         write_gguf(path, metadata, rows=rows, data=data)
-        return ExportResult((path,), path.stat().st_size, layout.notes)
+        beside, notes = write_beside(
+            path,
+            artifact,
+            placements,
+            imatrix=self._options.imatrix,
+            tensor_types=self._options.tensor_types,
+        )
+        notes = [*layout.notes, *notes]
+        return ExportResult((path, *beside), path.stat().st_size, tuple(notes))
 
     def read_codes(self, folder: Path, layer: str) -> QuantizedTensor:
         """Decode one layer of the plan from the written file.
@@ -166,7 +184,7 @@ class GGUFExporter(Exporter):
             ExportError: The file has no codes for ``layer``.
         """
         try:
-            file = open_gguf(_only_file(folder))
+            file = open_gguf(only_file(folder))
             layers = list(file.require("compress.layers"))
             index = layers.index(layer)
             target = str(file.require("compress.tensors")[index])
@@ -187,11 +205,11 @@ class GGUFExporter(Exporter):
 
         See :func:`compress.export.gguf_runtime.decoded_logits` for the reason.
         """
-        yield from decoded_logits(_only_file(folder), windows)
+        yield from decoded_logits(only_file(folder), windows)
 
     def serve(self, folder: Path, windows: Tensor) -> Iterator[Tensor]:
         """Run the file as it is: llama.cpp rounds activations to 8 bits."""
-        return llamacpp_logits(_only_file(folder), windows)
+        return llamacpp_logits(only_file(folder), windows)
 
     @property
     def _options(self) -> GGUFOptions:
@@ -202,7 +220,7 @@ class GGUFExporter(Exporter):
         return None if path is None else open_template(path)
 
     def _stem(self, plan: Plan, model: ModelDescription) -> str:
-        return self._options.name or _stem(model.label, plan)
+        return self._options.name or stem(model.label, plan)
 
     def _metadata(
         self,
@@ -280,21 +298,6 @@ def _tokenizer(model: ModelDescription) -> dict[str, MetadataValue]:
         return copied_metadata(open_gguf(model.source_gguf))
     rows = model.tensors[f"{model.family.embedding}.weight"].shape[0]
     return tokenizer_metadata(model.assets, rows)
-
-
-def _with_rotary_heads(
-    placements: tuple[Placement, ...], artifact: CompressedModel, template: GGUFFile
-) -> tuple[Placement, ...]:
-    model, source = artifact.description, artifact.source
-    return tuple(
-        placement
-        if placement.layer is None
-        else replace(
-            placement,
-            heads=rotary_heads_of(template, placement, model=model, source=source),
-        )
-        for placement in placements
-    )
 
 
 def _layer_table(placements: tuple[Placement, ...]) -> dict[str, MetadataValue]:
@@ -381,18 +384,3 @@ def _with_rows(
         name: order(part) for name, part in parts.items() if part is not None
     }
     return replace(tensor, **moved)
-
-
-def _only_file(folder: Path) -> Path:
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) != 1:
-        raise ExportError(f"{folder} should hold one .gguf file, found {len(files)}")
-    return files[0]
-
-
-def _stem(label: str, plan: Plan) -> str:
-    last = re.split(r"[/\\:]", label.rstrip("/\\"))[-1].removesuffix(".gguf")
-    # A quantized source's own type would contradict the new scheme in the name.
-    last = re.sub(r"[.-](?:I?Q\d\w*|B?F16|F32)$", "", last, flags=re.IGNORECASE)
-    safe = re.sub(r"[^\w.-]+", "-", last).strip("-.") or "model"
-    return f"{safe}-{main_scheme(plan)}"

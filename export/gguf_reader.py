@@ -1,7 +1,8 @@
 """Reads GGUF files: metadata and tensor table at once, tensor bytes on request.
 
 Every count, length, offset and size is checked against the file before it is used, so
-that a cut or damaged file is an error with a place in it. Data is read with plain file
+that a cut or damaged file is an error with a place in it, found within the memory and
+time that a large vocabulary takes. Data is read with plain file
 reads: a memory map would count every page that was ever touched as ours.
 
 Source: the GGUF specification (ggml ``docs/gguf.md``), versions 2 and 3.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +26,7 @@ from compress.export.gguf_blocks import Bytes
 
 Floats = npt.NDArray[np.float32]
 
+_ALIGNMENT = 32
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {
     0: "B",
@@ -45,6 +47,10 @@ _PLAIN: dict[str, type[np.generic]] = {
     "f64": np.float64,
 }
 _MAX_NAME_BYTES = 1 << 16
+# Far beyond real headers (some 10 MB, 2 thousand tensors, a million items), and little
+# enough to read by mistake: what is damaged may claim anything.
+_MAX_HEADER_BYTES = 1 << 27
+_MAX_KEYS, _MAX_TENSORS, _MAX_ITEMS = 1 << 16, 1 << 18, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -186,52 +192,89 @@ class _HeaderReader:
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self._path, self._file, self._size = path, file, size
+        self._at = 0  # where the number or text that was read last begins
+        self._items = 0
 
     def read(self) -> GGUFFile:
         if self._file.read(4) != b"GGUF":
             raise CheckpointError(
-                f"{self._path}: not a GGUF file (it does not start with 'GGUF')"
+                f"{self._path}: not a GGUF file (byte 0: it does not start with 'GGUF')"
             )
         version = self._number("I", "the version")
         if version not in (2, 3):
             raise CheckpointError(
-                f"{self._path}: GGUF version {version}; this reads versions 2 and 3, "
-                "little-endian"
+                f"{self._path}: GGUF version {version} (byte {self._at}); this reads "
+                "versions 2 and 3, little-endian"
             )
         tensor_count = self._number("Q", "the tensor count")
+        self._check_count(tensor_count, 24, "tensor count", limit=_MAX_TENSORS)
         metadata_count = self._number("Q", "the metadata count")
-        self._check_count(tensor_count, 24, "tensor count")
-        self._check_count(metadata_count, 12, "metadata count")
-        metadata = dict(self._entry() for _ in range(metadata_count))
-        rows = [self._tensor_row() for _ in range(tensor_count)]
-        alignment = int(metadata.get("general.alignment", MetadataValue(32, 4)).value)
-        if alignment <= 0 or alignment % 8:
-            raise self._damaged(f"general.alignment is {alignment}")
+        self._check_count(metadata_count, 13, "metadata count", limit=_MAX_KEYS)
+        metadata: dict[str, MetadataValue] = {}
+        alignment = _ALIGNMENT
+        for _ in range(metadata_count):
+            key, entry = self._entry()
+            if key in metadata:
+                raise self._damaged(f"{key!r} is there twice")
+            if key == "general.alignment":
+                alignment = self._alignment(entry)
+            metadata[key] = entry
+        rows: dict[str, StoredTensor] = {}
+        for _ in range(tensor_count):
+            row = self._tensor_row(alignment)
+            if row.name in rows:
+                raise self._damaged(f"tensor {row.name!r} is listed twice")
+            rows[row.name] = row
+        return GGUFFile(self._path, metadata, self._placed(rows, alignment))
+
+    def _placed(
+        self, rows: Mapping[str, StoredTensor], alignment: int
+    ) -> dict[str, StoredTensor]:
+        """Return the tensors by their places in the file, each inside of it."""
         start = -(-self._file.tell() // alignment) * alignment
-        tensors = {}
-        for name, type_name, shape, offset, size in rows:
-            if offset % alignment or start + offset + size > self._size:
+        tensors = {n: replace(t, offset=start + t.offset) for n, t in rows.items()}
+        end, before = start, "the header"
+        for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.size_bytes)):
+            if tensor.offset + tensor.size_bytes > self._size:
                 raise CheckpointError(
-                    f"{self._path}: tensor {name} should take bytes "
-                    f"{start + offset} to {start + offset + size}, but the file has "
-                    f"{self._size}; it is cut short or damaged: fetch it again"
+                    f"{self._path}: tensor {tensor.name} should take bytes "
+                    f"{tensor.offset} to {tensor.offset + tensor.size_bytes}, but the "
+                    f"file has {self._size}; it is cut short or damaged: fetch it again"
                 )
-            if name in tensors:
-                raise self._damaged(f"tensor {name} is listed twice")
-            tensors[name] = StoredTensor(name, type_name, shape, start + offset, size)
-        return GGUFFile(self._path, metadata, tensors)
+            if tensor.offset < end:
+                raise CheckpointError(
+                    f"{self._path}: damaged GGUF header: tensor {tensor.name} begins "
+                    f"at byte {tensor.offset}, inside {before}; fetch the file again"
+                )
+            end, before = tensor.offset + tensor.size_bytes, tensor.name
+        return tensors
+
+    def _alignment(self, entry: MetadataValue) -> int:
+        value = entry.value
+        if type(value) is not int or value < 8 or value & (value - 1):
+            shown = str(value)[:40]
+            raise self._damaged(f"general.alignment is {shown}, no power of two from 8")
+        return int(value)
 
     def _damaged(self, what: str) -> CheckpointError:
         return CheckpointError(
-            f"{self._path}: damaged GGUF header near byte {self._file.tell()}: {what}; "
+            f"{self._path}: damaged GGUF header at byte {self._at}: {what}; "
             "fetch the file again"
         )
 
-    def _check_count(self, count: int, least_bytes: int, what: str) -> None:
-        if count * least_bytes > self._size - self._file.tell():
-            raise self._damaged(f"{what} {count} exceeds the {self._size} bytes left")
+    def _check_count(
+        self, count: int, least_bytes: int, what: str, *, limit: int = _MAX_ITEMS
+    ) -> None:
+        left = self._size - self._file.tell()
+        if count * least_bytes > left:
+            raise self._damaged(f"{what} {count} exceeds the {left} bytes left")
+        if count > limit:
+            raise self._damaged(f"{what} is {count}; no model has more than {limit}")
 
     def _take(self, count: int, what: str) -> bytes:
+        self._at = self._file.tell()
+        if self._at + count > min(self._size, _MAX_HEADER_BYTES) < self._size:
+            raise self._damaged(f"{what} ends beyond {_MAX_HEADER_BYTES} bytes")
         data = self._file.read(count)
         if len(data) != count:
             raise CheckpointError(
@@ -245,7 +288,7 @@ class _HeaderReader:
 
     def _string(self, what: str, *, limit: int | None = None) -> str:
         length = self._number("Q", what)
-        if length > (limit or self._size):
+        if length > (limit or self._size - self._file.tell()):
             raise self._damaged(f"{what} claims {length} bytes")
         return self._take(length, what).decode("utf-8", errors="replace")
 
@@ -256,6 +299,9 @@ class _HeaderReader:
             return key, MetadataValue(self._value(kind, key), kind)
         item_kind = self._number("I", f"the item type of {key!r}")
         count = self._number("Q", f"the length of {key!r}")
+        self._items += count
+        if self._items > _MAX_ITEMS:
+            raise self._damaged(f"{key!r} has {count} items, more than any vocabulary")
         if item_kind in _SCALARS:
             width = struct.calcsize(_SCALARS[item_kind])
             self._check_count(count, width, f"length of {key!r}")
@@ -275,7 +321,8 @@ class _HeaderReader:
             raise self._damaged(f"{key!r} has the unknown type {kind}")
         return self._number(_SCALARS[kind], key)
 
-    def _tensor_row(self) -> tuple[str, str, tuple[int, ...], int, int]:
+    def _tensor_row(self, alignment: int) -> StoredTensor:
+        """Return a row of the table, its offset counted from the first tensor."""
         import gguf
 
         name = self._string("a tensor name", limit=_MAX_NAME_BYTES)
@@ -293,6 +340,8 @@ class _HeaderReader:
         block, size = gguf.GGML_QUANT_SIZES[kind]
         if 0 in shape or shape[-1] % block:
             raise self._damaged(f"tensor {name!r} has shape {list(shape)}")
+        size_bytes = math.prod(shape) // block * size
         offset = self._number("Q", name)
-        elements = math.prod(shape)
-        return name, kind.name.lower(), shape, offset, elements // block * size
+        if offset % alignment:
+            raise self._damaged(f"tensor {name!r} is not aligned to {alignment} bytes")
+        return StoredTensor(name, kind.name.lower(), shape, offset, size_bytes)

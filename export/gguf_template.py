@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.core.artifact import ModelDescription, TensorSource
+from compress.core.artifact import CompressedModel, ModelDescription, TensorSource
 from compress.core.contracts import Problem
 from compress.core.errors import CheckpointError, ExportError
 from compress.core.plan import Plan
@@ -107,6 +107,26 @@ def template_metadata(template: GGUFFile) -> dict[str, MetadataValue]:
         for key, value in template.metadata.items()
         if not key.startswith(("split.", "general.quantized_by"))
     }
+
+
+def with_rotary_heads(
+    placements: tuple[Placement, ...], artifact: CompressedModel, template: GGUFFile
+) -> tuple[Placement, ...]:
+    """Return the placements with the heads whose rows the template interleaves.
+
+    Raises:
+        ExportError: A tensor of the template is not the model's weight.
+    """
+    model, source = artifact.description, artifact.source
+    return tuple(
+        placement
+        if placement.layer is None
+        else replace(
+            placement,
+            heads=rotary_heads_of(template, placement, model=model, source=source),
+        )
+        for placement in placements
+    )
 
 
 def rotary_heads_of(

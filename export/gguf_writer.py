@@ -72,8 +72,7 @@ def write_gguf(
 
     Args:
         path: A file that does not exist yet.
-        metadata: Must hold ``general.architecture``. Empty arrays, which the format's
-            own library refuses, are left out.
+        metadata: Empty arrays, which the format's own library refuses, are left out.
         rows: The tensor table, in order.
         data: Bytes of each tensor in the same order; consumed one at a time.
 
@@ -121,9 +120,10 @@ def _writer(metadata: Mapping[str, MetadataValue], rows: Sequence[TensorRow]) ->
     import gguf
     import numpy as np
 
-    writer = gguf.GGUFWriter(None, str(metadata["general.architecture"].value))
+    writer = gguf.GGUFWriter(None, "")
+    writer.kv_data[0].clear()  # the architecture, which an importance matrix has not
     for key, entry in metadata.items():
-        if key in ("general.architecture", "general.alignment"):
+        if key == "general.alignment":
             continue
         if entry.item_type is not None and not entry.value:
             continue

@@ -4,7 +4,8 @@ The baseline that every calibrated method is measured against, and the fallback 
 that cannot treat a layer. Needs no data. By default scales map the group's range to the
 grid, ``s = amax / ((2^b - 1) / 2)``, as other tools do, so that figures compare;
 ``search: true`` picks the scale of least squared error instead. ggml's K and IQ4 types
-are encoded as ggml encodes them, with its searches.
+are encoded as ggml encodes them, with its searches. With ``calibration.imatrix`` each
+column's error counts by its importance there.
 
 Source: compressed-tensors conventions for symmetric scales; see ``core/grids.py``.
 """
@@ -56,11 +57,26 @@ class RoundToNearest(Quantizer):
 
         Statistics are not needed; a search that is handed some weighs columns by them.
         """
+        diagonal = None if statistics is None else statistics.hessian.diagonal()
+        return self._nearest(weight, scheme, diagonal)
+
+    def takes_importance(self, scheme: Scheme) -> bool:
+        """Whether scales are searched for, and not set by each group's range."""
+        return self.options.search or block_encoders.treats(scheme)
+
+    def quantize_by_importance(
+        self, weight: Tensor, scheme: Scheme, importance: Tensor
+    ) -> QuantizedTensor:
+        """Return the nearest codes on scales of least weighted squared error."""
+        return self._nearest(weight, scheme, importance)
+
+    def _nearest(
+        self, weight: Tensor, scheme: Scheme, importance: Tensor | None
+    ) -> QuantizedTensor:
         groups = grids.as_groups(weight, scheme)
-        if self.options.search or block_encoders.treats(scheme):
-            importance = None
-            if statistics is not None:
-                importance = statistics.hessian.diagonal().view(groups.shape[1], -1)
+        if self.takes_importance(scheme):
+            if importance is not None:
+                importance = importance.view(groups.shape[1], -1)
             parameters = grids.search_parameters(
                 groups, scheme, importance=importance, by_magnitude=True
             )

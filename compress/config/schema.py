@@ -127,6 +127,11 @@ class CalibrationSection(Section):
     samples: int = Field(default=128, ge=1, description="Number of sequences.")
     sequence_length: int = Field(default=512, ge=2, description="Tokens in a sequence.")
     seed: int = Field(default=0, ge=0, description="Which sequences are drawn.")
+    imatrix: PathText | None = Field(
+        default=None,
+        description="Importance matrix of llama.cpp (GGUF, or the older binary form) "
+        "that columns are weighed by, instead of statistics; for rtn.",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="Arithmetic of the forward passes; auto is bfloat16 for 16-bit "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compress.core.families import Family, Linear, expert_count
 from compress.core.plan import Plan
+from compress.core.statistics import InputSquares
 from compress.core.tensors import QuantizedTensor
 
 
@@ -116,6 +117,8 @@ class CompressedModel:
         input_amax: Largest magnitude of the inputs of a layer, by layer name, as
             calibration measured it; needed by schemes whose inputs have a static outer
             scale (``nvfp4-w4a4``).
+        input_squares: Runs calibration text through the dense model and returns what it
+            showed; for exporters with ``needs_input_squares``.
     """
 
     description: ModelDescription
@@ -126,3 +129,4 @@ class CompressedModel:
     kv_scales: Mapping[str, Tensor] = field(default_factory=dict)
     kv_cache_scheme: Mapping[str, Any] | None = None
     input_amax: Mapping[str, float] = field(default_factory=dict)
+    input_squares: Callable[[], InputSquares] | None = None

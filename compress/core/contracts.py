@@ -106,6 +106,22 @@ class Quantizer(Plugin):
             statistics: Of the inputs of this layer, if the method needs them.
         """
 
+    def takes_importance(self, scheme: Scheme) -> bool:
+        """Whether :meth:`quantize_by_importance` is implemented for ``scheme``."""
+        return False
+
+    def quantize_by_importance(
+        self, weight: Tensor, scheme: Scheme, importance: Tensor
+    ) -> QuantizedTensor:
+        """Return the codes of ``weight`` for known importances of its columns.
+
+        Args:
+            weight: ``[R, C]``, any float type; not changed.
+            scheme: One that :meth:`takes_importance` says yes to.
+            importance: float32 ``[C]``, proportional to ``E[x^2]`` of each input.
+        """
+        raise NotImplementedError(f"{self.name} does not take importances")
+
 
 class Allocator(Plugin):
     """Chooses a scheme for each unit of the model, under a budget of bytes.
@@ -150,6 +166,11 @@ class Exporter(Plugin):
     def keeps_codes(self) -> bool:
         """Whether the files hold the plan's codes, so that they can be compared."""
         return True
+
+    @property
+    def needs_input_squares(self) -> bool:
+        """Whether :meth:`write` asks the model for ``input_squares``."""
+        return False
 
     @abstractmethod
     def check(self, plan: Plan, model: ModelDescription) -> list[Problem]:

@@ -1,7 +1,8 @@
-"""LayerStatistics: what calibration measured at the input of a layer."""
+"""What calibration measured at the inputs of layers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,3 +30,23 @@ class LayerStatistics:
     def columns(self) -> int:
         """Width of the input."""
         return self.hessian.shape[0]
+
+
+@dataclass(frozen=True)
+class InputSquares:
+    """Squared inputs of the linear layers of the dense model: half of ``diag(H)``.
+
+    Attributes:
+        sums: float32 ``[C]`` on the CPU, the sum of ``x^2`` over tokens, by module
+            name; zeros for an expert that no token was sent to.
+        tokens: How many tokens each sum runs over.
+        sources: Names of the calibration texts.
+        windows: Sequences of calibration text.
+        window_tokens: Tokens of a sequence.
+    """
+
+    sums: Mapping[str, Tensor]
+    tokens: Mapping[str, int]
+    sources: tuple[str, ...]
+    windows: int
+    window_tokens: int

@@ -55,7 +55,14 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
 
     file = open_gguf(path)
     if file.architecture in KNOWN_ARCHITECTURES:
-        config = AutoConfig.for_model(_model_type(file), **_known_config(file))
+        values = _known_config(file)
+        try:
+            config = AutoConfig.for_model(_model_type(file), **values)
+        except Exception as error:  # each release checks with errors of its own
+            raise CheckpointError(
+                f"{path}: transformers refuses the config that its metadata describe "
+                f"({error}); the file is damaged: fetch it again"
+            ) from error
     else:
         try:
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)

@@ -71,7 +71,12 @@ def _byte_level_tokenizer(file: GGUFFile, known: PreTokenizer) -> Any:
         for ours, theirs in _NAMES.items()
         if f"tokenizer.ggml.{theirs}_token_id" in file.metadata
     }
-    tokenizer = Tokenizer.from_str(_tokenizer_json(file, known, tokens, types))
+    try:
+        tokenizer = Tokenizer.from_str(_tokenizer_json(file, known, tokens, types))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(
+            f"{file.path}: damaged tokenizer: {error}; fetch the file again"
+        ) from error
     added = [
         AddedToken(token, normalized=False, special=kind == TokenType.CONTROL)
         for token, kind in zip(tokens, types, strict=True)

@@ -98,6 +98,19 @@ def test_absurd_counts_are_refused(small_file: Path, position: int) -> None:
         open_gguf(small_file)
 
 
+@pytest.mark.parametrize("value", [0, 48, "64", [64]])
+def test_an_alignment_that_cannot_be_is_refused(tmp_path: Path, value: object) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_key_value(
+        "general.alignment", value, gguf.GGUFValueType.get_type(value), None
+    )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"byte \d+: general.alignment is "):
+        open_gguf(tmp_path / "x.gguf")
+
+
 def test_damaged_headers_never_raise_anything_else(small_file: Path) -> None:
     data = small_file.read_bytes()
     generator = np.random.default_rng(0)

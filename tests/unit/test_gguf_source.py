@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gguf_fixtures import ROWS, compressed, random_state, save_tokenizer, tiny_c
 from compress.core.artifact import CompressedModel
 from compress.core.errors import CheckpointError
 from compress.export.gguf import GGUFExporter, GGUFOptions
+from compress.export.gguf_reader import open_gguf
 from compress.model.gguf_config import read_gguf_config
 from compress.model.gguf_source import GGUFSource
 from compress.model.gguf_tokenizer import save_gguf_tokenizer
@@ -219,6 +221,26 @@ def test_tokenizer_comes_back(name: str, tmp_path: Path) -> None:
         original(text)["input_ids"]
     )
     assert (back.eos_token, back.chat_template) == ("<|end|>", original.chat_template)
+
+
+def test_a_merge_of_unknown_tokens_is_refused(assets: Path, tmp_path: Path) -> None:
+    path, _ = dense_file("llama", assets, tmp_path)
+    merge = open_gguf(path).require("tokenizer.ggml.merges")[-1].encode()
+    data = path.read_bytes()
+    at = data.rindex(merge)
+    path.write_bytes(data[:at] + merge[::-1] + data[at + len(merge) :])
+    with pytest.raises(CheckpointError, match=r"damaged tokenizer: .*vocabulary"):
+        save_gguf_tokenizer(path, tmp_path)
+
+
+def test_a_config_that_cannot_be_is_refused(assets: Path, tmp_path: Path) -> None:
+    path, _ = dense_file("llama", assets, tmp_path)
+    data = path.read_bytes()
+    key = b"llama.attention.head_count" + struct.pack("<I", 4)
+    at = data.index(key) + len(key)
+    path.write_bytes(data[:at] + struct.pack("<I", 7) + data[at + 4 :])
+    with pytest.raises(CheckpointError, match=r"transformers refuses the config"):
+        read_gguf_config(path)
 
 
 def test_file_without_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""Sums of squared inputs of all linear layers: one pass of the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from compress.core.errors import CalibrationError
+from compress.core.statistics import InputSquares
+from compress.model.streaming import StreamedModel
+
+
+def measure_squares(
+    model: StreamedModel, windows: Tensor, *, sources: Sequence[str]
+) -> InputSquares:
+    """Run calibration text, and return the squared inputs of each layer of each block.
+
+    Args:
+        model: The dense model; one block of it is in memory at a time.
+        windows: int64 ``[N, T]`` tokens.
+        sources: Names of the texts.
+
+    Raises:
+        CalibrationError: Inputs are not finite.
+    """
+    description = model.description
+    sums: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
+    states = model.embed(windows)
+    blocks = range(description.block_count)
+    for index in tqdm(blocks, desc="inputs", unit="block", leave=False, disable=None):
+        prefix = f"{description.family.block(index)}."
+        widths = {
+            linear.path: description.tensors[f"{prefix}{linear.path}.weight"].shape[1]
+            for linear in description.block_linears(index)
+        }
+        found = {path: _Sum(width) for path, width in widths.items()}
+        with model.block(index):
+            watch = {path: entry.add for path, entry in found.items()}
+            states.hidden = model.run_block(index, states, watch=watch)
+        for path, entry in found.items():
+            name = prefix + path
+            sums[name], tokens[name] = entry.result(name), entry.tokens
+    return InputSquares(sums, tokens, tuple(sources), *windows.shape)
+
+
+class _Sum:
+    """Squares of the inputs of one layer, summed over tokens."""
+
+    def __init__(self, columns: int) -> None:
+        self.tokens = 0
+        self._total = torch.zeros(columns, dtype=torch.float64)
+
+    def add(self, inputs: Tensor) -> None:
+        """Count inputs ``[..., C]`` of one call."""
+        flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        # float32 over the tokens of a call, float64 over the calls.
+        self._total += flat.square().sum(0).cpu().double()
+        self.tokens += len(flat)
+
+    def result(self, layer: str) -> Tensor:
+        """Return float32 ``[C]``."""
+        if not bool(self._total.isfinite().all()):
+            raise CalibrationError(
+                f"inputs of {layer} are NaN or infinite; the checkpoint is damaged, or "
+                "its activations do not fit the arithmetic"
+            )
+        return self._total.float()
