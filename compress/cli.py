@@ -137,15 +137,36 @@ def run(
 
 
 @app.command()
-def plan(config: ConfigFile, sets: Sets = None, as_json: AsJson = False) -> None:
-    """Stop at the plan: scheme and bytes of each layer."""
-    from compress.config import load_config
+def plan(
+    config: ConfigFile,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Search under this size of the file: 95MB, 4.25bpw, or 0.3x of the "
+            "original. In the place of the config's budget, or of quantize.scheme.",
+        ),
+    ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Search under the config's budget.")
+    ] = False,
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stop at the plan: scheme and bytes of each layer.
 
-    loaded = load_config(config, sets or ())
+    Without a search nothing is computed. A search fills the cache, where the run finds
+    what it needs, and writes nothing else.
+    """
+    from compress.config import budget_assignments, load_config
+
+    chosen = budget_assignments(budget) if budget is not None else []
+    loaded = load_config(config, [*(sets or ()), *chosen])
     from compress import pipeline
 
-    preview = pipeline.plan(loaded)
-    _print(preview.to_dict() if as_json else preview.text())
+    is_search = search or budget is not None
+    found = pipeline.search(loaded) if is_search else pipeline.plan(loaded)
+    _print(found.to_dict() if as_json else found.text())
 
 
 @app.command("eval")

@@ -1,6 +1,10 @@
 """The YAML config: schema, loading with positions, and error messages."""
 
-from compress.config.budget_sections import AllocateSection, BudgetSection
+from compress.config.budget_sections import (
+    AllocateSection,
+    BudgetSection,
+    budget_assignments,
+)
 from compress.config.loader import config_schema, load_config, parse_options
 from compress.config.plugins import (
     create_allocator,
@@ -36,6 +40,7 @@ __all__ = [
     "RunSection",
     "TransformEntry",
     "WeightedSource",
+    "budget_assignments",
     "config_schema",
     "create_allocator",
     "create_exporter",

@@ -31,7 +31,7 @@ def summary_table(report: Report) -> str:
     tables = [size_table(report), quality_table(report), parts_table(report)]
     tables += [upgrades_table(report), cache_table(report), export_table(report)]
     parts = [_heading(report)]
-    parts += [_draw(table) for table in tables if table.rows]
+    parts += [draw_table(table) for table in tables if table.rows]
     parts += [t.caption for t in (cache_table(report),) if t.rows]
     warnings = report.get("warnings") or []
     if warnings:
@@ -48,7 +48,7 @@ def _heading(report: Report) -> str:
     )
 
 
-def _draw(table: Table) -> str:
+def draw_table(table: Table) -> str:
     """Return a table with two spaces between columns and a rule under the header.
 
     Facts that are the same in every row go below: the table has to fit a terminal.
