@@ -54,6 +54,8 @@ def _fail(message: str, code: int) -> None:
 def _interrupted(command: str | None) -> str:
     if command == "run":
         return "interrupted; continue with the same command and --resume"
+    if command == "sweep":
+        return "interrupted; the same command continues"
     return "interrupted"
 
 
@@ -243,6 +245,33 @@ def export(
 
     options = parse_options(sets or ())
     _print_result(pipeline.export(workdir, to, options))
+
+
+@app.command()
+def sweep(
+    config: Annotated[
+        Path, typer.Argument(help="YAML file of a sweep.", show_default=False)
+    ],
+    overwrite: Annotated[
+        bool, typer.Option(help="Run points again that are finished.")
+    ] = False,
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a config under many budgets, and draw bytes against KL.
+
+    Points that are finished are not run again: the same command continues.
+    """
+    from compress.config import load_sweep
+
+    loaded = load_sweep(config, sets or ())
+    from compress import sweeping
+
+    command = shlex.join(["compress", *sys.argv[1:]])
+    found = sweeping.sweep(loaded, overwrite=overwrite, command=command)
+    _print(found.to_dict() if as_json else found.text())
+    if found.failures:
+        raise typer.Exit(1)
 
 
 @app.command("list")

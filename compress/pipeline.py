@@ -201,7 +201,7 @@ class Run:
     def _codes(self, layer: str) -> Any:
         return self.workdir.read_layer(part_of_layer(layer, self.model), layer)
 
-    def execute(self, *, resume: bool, overwrite: bool) -> Result:
+    def execute(self, *, overwrite: bool, write_exports: bool = True) -> Result:
         """Carry out all stages that are not in the work directory yet."""
         check_tensors(self.handle)
         tokens = self._calibration_tokens()
@@ -222,7 +222,8 @@ class Run:
         write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
         metrics = self._measured("evaluation", self.serving.evaluate)
         self.cache = self._measured("kv-cache", self.serving.measure_cache)
-        exports = {name: exporting.export_once(self, name) for name in self.exporters}
+        wanted = self.exporters if write_exports else ()
+        exports = {name: exporting.export_once(self, name) for name in wanted}
         shared = exporting.compare_once(self, exports)
         report = build_report(
             self,
@@ -328,6 +329,7 @@ def run(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    write_exports: bool = True,
     command: str | None = None,
 ) -> Result:
     """Run a whole config: a YAML file, or the same as plain data.
@@ -336,6 +338,7 @@ def run(
         config: What to do.
         resume: Continue a run that was interrupted.
         overwrite: Replace an earlier run in the work directory.
+        write_exports: Without, exports only bind the plan and are counted for it.
         command: How the run was started, for the report.
 
     Raises:
@@ -343,7 +346,9 @@ def run(
     """
     loaded = _prepared(config)
     WorkDir(loaded.run.workdir).check(resume=resume, overwrite=overwrite)
-    return Run(loaded, command).execute(resume=resume, overwrite=overwrite)
+    return Run(loaded, command).execute(
+        overwrite=overwrite, write_exports=write_exports
+    )
 
 
 def plan(config: Config | Mapping[str, Any] | str | Path) -> preview.PlanPreview:

@@ -5,7 +5,12 @@ from compress.config.budget_sections import (
     BudgetSection,
     budget_assignments,
 )
-from compress.config.loader import config_schema, load_config, parse_options
+from compress.config.loader import (
+    config_schema,
+    load_config,
+    load_sweep,
+    parse_options,
+)
 from compress.config.plugins import (
     create_allocator,
     create_exporter,
@@ -25,6 +30,7 @@ from compress.config.schema import (
     TransformEntry,
     WeightedSource,
 )
+from compress.config.sweep_sections import SweepConfig
 
 __all__ = [
     "DENSE",
@@ -38,6 +44,7 @@ __all__ = [
     "Override",
     "QuantizeSection",
     "RunSection",
+    "SweepConfig",
     "TransformEntry",
     "WeightedSource",
     "budget_assignments",
@@ -47,5 +54,6 @@ __all__ = [
     "create_quantizer",
     "create_transform",
     "load_config",
+    "load_sweep",
     "parse_options",
 ]
