@@ -9,7 +9,7 @@ from typing import Any
 
 from compress.core.allocation import Allocation, AllocationProblem
 from compress.core.plan import Plan
-from compress.report.allocation import allocation_text
+from compress.report.terminal import allocation_text
 
 
 @dataclass(frozen=True)

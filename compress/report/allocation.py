@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from compress.report.tables import Report, Table
-from compress.report.terminal import draw_table
 from compress.report.wording import (
     branch,
     count,
@@ -22,20 +20,6 @@ _LOSS_NOTE = (
     "Predicted KL is that of one unit alone, on calibration text; the whole plan's is "
     "their sum. Error is relative and in the metric of the inputs."
 )
-
-
-def allocation_text(label: str, record: Mapping[str, Any]) -> str:
-    """Return the outcome of a search as tables for a terminal.
-
-    Args:
-        label: Of the model.
-        record: ``allocation`` of ``report.json``.
-    """
-    report = {"allocation": record}
-    tables = budget_table(report), scheme_table(report), unit_table(report)
-    notes = [f"note: {note}" for note in record.get("notes") or []]
-    parts = [f"Plan for {label}", *(draw_table(t) for t in tables), "\n".join(notes)]
-    return "\n\n".join(part for part in parts if part)
 
 
 def budget_table(report: Report) -> Table:

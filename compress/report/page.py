@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
+from compress.report.allocation import budget_table, scheme_table, unit_table
+from compress.report.allocation_plots import bits_map, budget_bar, progress_plot
 from compress.report.html import document, draw, paragraph
 from compress.report.layers import layer_table
 from compress.report.plots import histogram_plots, ladder_plot, layer_plot, size_plot
@@ -49,6 +51,7 @@ def render_page(report: Report) -> str:
         "quality": ("Quality", _quality_section(report)),
         "transforms": ("Transforms", draw(transform_table(report))),
         "serving": ("Inputs and cache", _serving_section(report)),
+        "budget": ("Budget", _budget_section(report)),
         "layers": ("Layers", _layer_section(report)),
         "exports": ("Exports", _export_section(report)),
         "run": ("Time and memory", draw(run_table(report))),
@@ -234,6 +237,25 @@ def _lamps() -> str:
         "lose more at the same number of bits."
     )
     return element("ul", *items, class_="lamps") + paragraph(note, "note")
+
+
+def _budget_section(report: Report) -> str:
+    """Return how the plan came about; nothing for a run without a budget."""
+    if not branch(report, "allocation"):
+        return ""
+    schemes, units = scheme_table(report), unit_table(report)
+    plots = budget_bar(report), bits_map(report), progress_plot(report)
+    notes = branch(report, "allocation").get("notes") or []
+    left_out = element("ul", *(element("li", escape(str(note))) for note in notes))
+    return "".join(
+        [
+            draw(budget_table(report)),
+            element("div", *plots, class_="figures"),
+            element("h3", schemes.title) + draw(schemes) if schemes.rows else "",
+            element("h3", units.title) + draw(units, class_="tall"),
+            element("h3", "Candidates left out") + left_out if notes else "",
+        ]
+    )
 
 
 def _layer_section(report: Report) -> str:

@@ -36,7 +36,7 @@ Report = Mapping[str, Any]
 _WIDTH = 480
 _LEFT, _RIGHT = 62.0, 468.0
 _PARTS = ("embedding", "attention", "mlp", "other")
-_ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
+ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
 _QUANTILES = {"kl_median": "median", "kl_p90": "90 %", "kl_p99": "99 %"}
 
 
@@ -155,7 +155,7 @@ def _by_role(report: Report, key: str) -> dict[str, dict[int, float]]:
         if value is not None and isinstance(block, int):
             role = str(layer.get("role"))
             found.setdefault(role, {}).setdefault(block, []).append(value)
-    order = {role: index for index, role in enumerate(_ROLES)}
+    order = {role: index for index, role in enumerate(ROLES)}
     roles = sorted(found, key=lambda role: order.get(role, len(order)))
     return {
         role: {block: _middle(found[role][block]) for block in sorted(found[role])}

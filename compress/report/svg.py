@@ -1,4 +1,4 @@
-"""SVG elements, axes and legends: just what the four figures of the report need.
+"""SVG elements, axes and legends: just what the figures of the report need.
 
 Colours come from the page's style sheet by class (``s0`` to ``s7``), so that figures
 follow light and dark. Series also differ by marker and dash, never by colour alone.
