@@ -13,8 +13,7 @@ llama.cpp ignores these keys.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,7 @@ from compress.export.gguf_experts import expert_stacks, mixture_problems
 from compress.export.gguf_layout import (
     Layout,
     Placement,
-    main_scheme,
+    file_stem,
     main_type,
     missing_layers,
     own_layout,
@@ -75,7 +74,8 @@ class GGUFOptions(contracts.Options):
         embedding: Type of the embedding and the head where the plan has no codes for
             them; ``q8_0`` if not given, or with a template as the template has them.
         reencode: Type for layers whose codes GGUF cannot hold.
-        name: Stem of the file's name.
+        name: Stem of the file's name; by default the model's, and the scheme or
+            ``mixed-4.5bpw``.
     """
 
     template: str | None = None
@@ -153,7 +153,7 @@ class GGUFExporter(Exporter):
         if template is not None:
             placements = _with_rotary_heads(placements, artifact, template)
         metadata = self._metadata(plan, model, placements)
-        path = folder / f"{self._stem(plan, model)}.gguf"
+        path = folder / f"{self._stem(plan, model, placements)}.gguf"
         data = _data(artifact, placements, template)
         rows = [placement.row for placement in placements]
         write_gguf(path, metadata, rows=rows, data=data)
@@ -201,8 +201,10 @@ class GGUFExporter(Exporter):
         path = self._options.template
         return None if path is None else open_template(path)
 
-    def _stem(self, plan: Plan, model: ModelDescription) -> str:
-        return self._options.name or _stem(model.label, plan)
+    def _stem(
+        self, plan: Plan, model: ModelDescription, placements: Iterable[Placement]
+    ) -> str:
+        return self._options.name or file_stem(plan, model, placements)
 
     def _metadata(
         self,
@@ -215,7 +217,7 @@ class GGUFExporter(Exporter):
             metadata = architecture_metadata(model) | _tokenizer(model)
         else:
             metadata = template_metadata(template)
-        name = self._stem(plan, model)
+        name = self._stem(plan, model, placements)
         metadata |= stamp(name=name, main_type=main_type(placements))
         return metadata | _layer_table(placements)
 
@@ -388,11 +390,3 @@ def _only_file(folder: Path) -> Path:
     if len(files) != 1:
         raise ExportError(f"{folder} should hold one .gguf file, found {len(files)}")
     return files[0]
-
-
-def _stem(label: str, plan: Plan) -> str:
-    last = re.split(r"[/\\:]", label.rstrip("/\\"))[-1].removesuffix(".gguf")
-    # A quantized source's own type would contradict the new scheme in the name.
-    last = re.sub(r"[.-](?:I?Q\d\w*|B?F16|F32)$", "", last, flags=re.IGNORECASE)
-    safe = re.sub(r"[^\w.-]+", "-", last).strip("-.") or "model"
-    return f"{safe}-{main_scheme(plan)}"

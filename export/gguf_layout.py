@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -215,6 +216,33 @@ def main_scheme(plan: Plan) -> str:
         count = layer.shape[0] * layer.shape[1]
         elements[layer.scheme.name] = elements.get(layer.scheme.name, 0) + count
     return max(elements, key=lambda name: elements[name], default="dense")
+
+
+def file_stem(
+    plan: Plan, model: ModelDescription, placements: Iterable[Placement]
+) -> str:
+    """Return the model's name and the scheme, or ``mixed-4.5bpw``, for a file's name.
+
+    Bits are those of all tensors for each weight of the model. A file is mixed if
+    layers of its blocks were given different schemes; one that stands in for the scheme
+    that was asked for does not count.
+    """
+    ends = (model.family.embedding, model.family.head)
+    asked = {
+        layer.asked or layer.scheme.name
+        for name, layer in plan.layers.items()
+        if name not in ends
+    }
+    last = re.split(r"[/\\:]", model.label.rstrip("/\\"))[-1].removesuffix(".gguf")
+    # A quantized source's own type would contradict the new scheme in the name.
+    last = re.sub(r"[.-](?:I?Q\d\w*|B?F16|F32)$", "", last, flags=re.IGNORECASE)
+    safe = re.sub(r"[^\w.-]+", "-", last).strip("-.") or "model"
+    if len(asked) < 2:
+        return f"{safe}-{main_scheme(plan)}"
+    weights = sum(info.elements for info in model.tensors.values())
+    bits = 8 * sum(placement.size_bytes for placement in placements) / weights
+    short = f"{bits:.2f}".rstrip("0").rstrip(".")
+    return f"{safe}-mixed-{short}bpw"
 
 
 def missing_layers(plan: Plan, found: Iterable[str]) -> list[Problem]:
