@@ -31,7 +31,7 @@ from compress.allocation.sensitivity import (
     scaled,
     unit_error,
 )
-from compress.allocation.store import Level, LevelStore, digest
+from compress.allocation.store import Level, LevelStore, digest, is_table
 from compress.allocation.text import reward_windows
 from compress.config.budget_sections import AllocateSection, BudgetSection
 from compress.config.plugins import create_allocator
@@ -258,10 +258,11 @@ class Search:
         groups = [list(unit.layers) for unit in self.candidates.units]
         key = digest([_LAYOUT, made_with, seed, groups, keys])
         stored = self._store.noted(key)
-        if stored is None:
-            stored = self._predict(errors)
-            self._store.note(key, stored)
-        return [[float(x) for x in row] for row in stored]
+        if stored is not None and is_table(stored, like=errors):
+            return [[float(x) for x in row] for row in stored]
+        losses = self._predict(errors)
+        self._store.note(key, losses)
+        return losses
 
     def _predict(self, errors: Sequence[Sequence[float]]) -> list[list[float]]:
         units, run = self.candidates.units, self._run

@@ -109,3 +109,19 @@ def test_a_search_without_a_budget_is_refused(folder: Path) -> None:
     plain = config_of(folder / "model", folder / "text.txt", folder / "run")
     with pytest.raises(CompressError, match="--budget"):
         pipeline.search(plain)
+
+
+def test_a_searched_plan_for_vllm_fuses_what_vllm_fuses(folder: Path) -> None:
+    config = budgeted(folder, "run", {"bits_per_weight": 14.0}) | {
+        "export": [{"format": "safetensors", "runtime": "vllm"}],
+        "allocate": {"schemes": ["int4-g32", "int8-g32"], "samples": 4, "windows": 2},
+    }
+    outcome = pipeline.search(config)
+    layers = outcome.plan.layers
+    schemes = {layer.scheme.name for layer in layers.values()}
+    assert schemes == {"int4-g32", "int8-g32"}
+    for group in ("self_attn.q self_attn.k self_attn.v", "mlp.gate mlp.up"):
+        for block in range(2):
+            names = [f"model.layers.{block}.{x}_proj" for x in group.split()]
+            assert len({layers[name].scheme for name in names}) == 1
+    assert outcome.record["file_bytes"] <= outcome.record["budget_bytes"]
