@@ -99,8 +99,9 @@ def _share(point: Data) -> str:
 
 def render_svg(data: Data) -> str:
     """Return the figure as a file of its own, which follows light and dark."""
+    style = element("style", STYLE + "svg { font-family: system-ui, sans-serif; }")
     ground = element("rect", width="100%", height="100%", fill="var(--ground)")
-    body = element("style", STYLE) + ground + _plot(data)
+    body = style + ground + _plot(data) + _inner_legend(data)
     drawn = figure(body, width=_WIDTH, height=_HEIGHT, title=_TITLE)
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{drawn}\n'
 
@@ -180,6 +181,16 @@ def _plot(data: Data) -> str:
         for point in found:
             body += _mark(point, index, x, y)
     return body
+
+
+def _inner_legend(data: Data) -> str:
+    """Return the names of series inside the plot, where its curves never are."""
+    body = ""
+    for index, (name, _) in enumerate(_series(data)):
+        y = _TOP + 14 + 20 * index
+        body += label(_RIGHT - 16, y, name, anchor="end", class_="halo")
+        body += marker(index % SERIES, _RIGHT - 6, y - 4, scale=1.4)
+    return element("g", body, class_="key")
 
 
 def _steps(front: Sequence[Data], x: Axis, y: Axis) -> str:

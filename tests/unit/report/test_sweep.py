@@ -39,8 +39,15 @@ def made_up(**changes: Any) -> dict[str, Any]:
 
 
 def marks(svg: str) -> list[ElementTree.Element]:
+    """Return the marks of points, not those of the key."""
     root = ElementTree.fromstring(svg.partition("\n")[2])
-    return [e for e in root.iter() if "mark" in e.get("class", "").split()]
+    (key,) = (e for e in root.iter() if e.get("class") == "key")
+    inside = set(key.iter())
+    return [
+        e
+        for e in root.iter()
+        if "mark" in e.get("class", "").split() and e not in inside
+    ]
 
 
 def test_the_front_is_what_no_other_point_beats() -> None:
