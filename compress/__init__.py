@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from compress.core.errors import CompressError
     from compress.pipeline import evaluate, plan, run
     from compress.runtime.load import load
+    from compress.sweeping import sweep
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "plan",
     "quantize",
     "run",
+    "sweep",
 ]
 
 _HOME = {
@@ -33,6 +35,7 @@ _HOME = {
     "plan": "compress.pipeline",
     "quantize": "compress.api",
     "run": "compress.pipeline",
+    "sweep": "compress.sweeping",
 }
 
 

@@ -54,6 +54,8 @@ def _fail(message: str, code: int) -> None:
 def _interrupted(command: str | None) -> str:
     if command == "run":
         return "interrupted; continue with the same command and --resume"
+    if command == "sweep":
+        return "interrupted; the same command continues"
     return "interrupted"
 
 
@@ -137,15 +139,36 @@ def run(
 
 
 @app.command()
-def plan(config: ConfigFile, sets: Sets = None, as_json: AsJson = False) -> None:
-    """Stop at the plan: scheme and bytes of each layer."""
-    from compress.config import load_config
+def plan(
+    config: ConfigFile,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Search under this size of the file: 95MB, 4.25bpw, or 0.3x of the "
+            "original. In the place of the config's budget, or of quantize.scheme.",
+        ),
+    ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Search under the config's budget.")
+    ] = False,
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stop at the plan: scheme and bytes of each layer.
 
-    loaded = load_config(config, sets or ())
+    Without a search nothing is computed. A search fills the cache, where the run finds
+    what it needs, and writes nothing else.
+    """
+    from compress.config import budget_assignments, load_config
+
+    chosen = budget_assignments(budget) if budget is not None else []
+    loaded = load_config(config, [*(sets or ()), *chosen])
     from compress import pipeline
 
-    preview = pipeline.plan(loaded)
-    _print(preview.to_dict() if as_json else preview.text())
+    is_search = search or budget is not None
+    found = pipeline.search(loaded) if is_search else pipeline.plan(loaded)
+    _print(found.to_dict() if as_json else found.text())
 
 
 @app.command("eval")
@@ -222,6 +245,33 @@ def export(
 
     options = parse_options(sets or ())
     _print_result(pipeline.export(workdir, to, options))
+
+
+@app.command()
+def sweep(
+    config: Annotated[
+        Path, typer.Argument(help="YAML file of a sweep.", show_default=False)
+    ],
+    overwrite: Annotated[
+        bool, typer.Option(help="Run points again that are finished.")
+    ] = False,
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a config under many budgets, and draw bytes against KL.
+
+    Points that are finished are not run again: the same command continues.
+    """
+    from compress.config import load_sweep
+
+    loaded = load_sweep(config, sets or ())
+    from compress import sweeping
+
+    command = shlex.join(["compress", *sys.argv[1:]])
+    found = sweeping.sweep(loaded, overwrite=overwrite, command=command)
+    _print(found.to_dict() if as_json else found.text())
+    if found.failures:
+        raise typer.Exit(1)
 
 
 @app.command("list")

@@ -226,6 +226,21 @@ def same_codes(a: QuantizedTensor, b: QuantizedTensor) -> bool:
     )
 
 
+def compare_once(run: Run, exports: dict[str, Any]) -> dict[str, Any] | None:
+    """Add to each export's entry whether its codes are those that were computed.
+
+    Returns:
+        The same between the files, or ``None`` where there is nothing to compare.
+    """
+    if not (run.config.run.verify and exports and run.plan.layers):
+        return None
+    with run.timed("compare codes"):
+        per_format, shared = compare_codes(run.exporters, run.artifact, run.workdir)
+    for name, outcome in per_format.items():
+        exports[name]["codes"] = outcome
+    return shared
+
+
 def compare_codes(
     exporters: Mapping[str, Exporter], artifact: CompressedModel, workdir: WorkDir
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:

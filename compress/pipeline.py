@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import exporting, preview, provenance, serving
+from compress.allocation.outcome import Outcome
 from compress.allocation.search import Search
 from compress.calibration.data import CalibrationTokens, load_tokens
 from compress.calibration.importance import importances_of
@@ -45,7 +46,16 @@ from compress.workdir import WorkDir, write_atomically
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Result", "dry_run", "evaluate", "export", "inspect", "plan", "run"]
+__all__ = [
+    "Result",
+    "dry_run",
+    "evaluate",
+    "export",
+    "inspect",
+    "plan",
+    "run",
+    "search",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -191,7 +201,7 @@ class Run:
     def _codes(self, layer: str) -> Any:
         return self.workdir.read_layer(part_of_layer(layer, self.model), layer)
 
-    def execute(self, *, resume: bool, overwrite: bool) -> Result:
+    def execute(self, *, overwrite: bool, write_exports: bool = True) -> Result:
         """Carry out all stages that are not in the work directory yet."""
         check_tensors(self.handle)
         tokens = self._calibration_tokens()
@@ -212,9 +222,20 @@ class Run:
         write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
         metrics = self._measured("evaluation", self.serving.evaluate)
         self.cache = self._measured("kv-cache", self.serving.measure_cache)
-        exports = {name: exporting.export_once(self, name) for name in self.exporters}
-        shared = self._compare_codes(exports)
-        return self._report(tokens, fingerprint, metrics, exports, shared)
+        wanted = self.exporters if write_exports else ()
+        exports = {name: exporting.export_once(self, name) for name in wanted}
+        shared = exporting.compare_once(self, exports)
+        report = build_report(
+            self,
+            tokens=tokens,
+            hashes=fingerprint,
+            metrics=metrics,
+            exports=exports,
+            shared=shared,
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        write_report(report, self.workdir.root)
+        return Result(report, self.workdir.root)
 
     def _transform(self, windows: Tensor | None) -> None:
         """Put the transformed weights in the place of the original ones."""
@@ -248,6 +269,15 @@ class Run:
         self.runner.plan = self.plan
         self.artifact = replace(self.artifact, plan=self.plan)
         write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
+
+    def search_only(self) -> Outcome:
+        """Return what the search chooses, of which nothing is carried out."""
+        assert self.search is not None
+        check_tensors(self.handle)
+        tokens = self._calibration_tokens()
+        assert tokens is not None
+        self._transform(tokens.tokens)
+        return self.search.choose(tokens)
 
     def _measured(self, name: str, measure: Callable[[], Any]) -> Any:
         """Return the stored result of a measurement, or make it."""
@@ -287,37 +317,6 @@ class Run:
         """Return the dense view of the compressed model."""
         return CompressedSource(self.transformed.source, self.plan, self._codes)
 
-    def _compare_codes(self, exports: dict[str, Any]) -> dict[str, Any] | None:
-        if not (self.config.run.verify and self.exporters and self.plan.layers):
-            return None
-        with self.timed("compare codes"):
-            per_format, shared = exporting.compare_codes(
-                self.exporters, self.artifact, self.workdir
-            )
-        for name, outcome in per_format.items():
-            exports[name]["codes"] = outcome
-        return shared
-
-    def _report(
-        self,
-        tokens: CalibrationTokens | None,
-        fingerprint: Mapping[str, str],
-        metrics: Mapping[str, Any],
-        exports: Mapping[str, Any],
-        shared: Mapping[str, Any] | None,
-    ) -> Result:
-        report = build_report(
-            self,
-            tokens=tokens,
-            hashes=fingerprint,
-            metrics=metrics,
-            exports=exports,
-            shared=shared,
-            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
-        write_report(report, self.workdir.root)
-        return Result(report, self.workdir.root)
-
 
 def _prepared(config: Config | Mapping[str, Any] | str | Path) -> Config:
     import torch
@@ -334,6 +333,7 @@ def run(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    write_exports: bool = True,
     command: str | None = None,
 ) -> Result:
     """Run a whole config: a YAML file, or the same as plain data.
@@ -342,6 +342,7 @@ def run(
         config: What to do.
         resume: Continue a run that was interrupted.
         overwrite: Replace an earlier run in the work directory.
+        write_exports: Without, exports only bind the plan and are counted for it.
         command: How the run was started, for the report.
 
     Raises:
@@ -349,7 +350,9 @@ def run(
     """
     loaded = _prepared(config)
     WorkDir(loaded.run.workdir).check(resume=resume, overwrite=overwrite)
-    return Run(loaded, command).execute(resume=resume, overwrite=overwrite)
+    return Run(loaded, command).execute(
+        overwrite=overwrite, write_exports=write_exports
+    )
 
 
 def plan(config: Config | Mapping[str, Any] | str | Path) -> preview.PlanPreview:
@@ -359,6 +362,27 @@ def plan(config: Config | Mapping[str, Any] | str | Path) -> preview.PlanPreview
 
 
 dry_run = plan
+
+
+def search(config: Config | Mapping[str, Any] | str | Path) -> Outcome:
+    """Return the plan that the search under a config's budget chooses.
+
+    Levels and sensitivities stay in the cache, for the run or for another budget;
+    nothing else is written.
+
+    Raises:
+        ConfigError: The config has no budget.
+        AllocationError: The smallest choices exceed it.
+    """
+    loaded = _prepared(config)
+    if loaded.budget is None:
+        raise ConfigError(
+            "there is nothing to search without a budget; give --budget 95MB, or add "
+            "budget: {bytes: 95MB} to the config"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        section = loaded.run.model_copy(update={"workdir": Path(folder)})
+        return Run(loaded.model_copy(update={"run": section})).search_only()
 
 
 def export(workdir: str | Path, to: str, options: Mapping[str, Any]) -> Result:

@@ -67,7 +67,7 @@ class PlanPreview:
             method, size = self.budget
             lines += [
                 f"The run will choose a plan of at most {size:,} bytes ({method}).",
-                "This one is the uniform choice, from which its search differs.",
+                "This one is the uniform choice; --search shows what it will choose.",
                 "",
             ]
         lines.append(f"{'layers':>6}  {'name':<26} {'shape':<14} {'method':<8} scheme")

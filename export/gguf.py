@@ -13,7 +13,7 @@ llama.cpp ignores these keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from compress.export.gguf_blocks import (
     unpack_blocks,
 )
 from compress.export.gguf_experts import expert_stacks, mixture_problems
-from compress.export.gguf_files import only_file, stem, write_beside
+from compress.export.gguf_files import file_stem, only_file, write_beside
 from compress.export.gguf_layout import (
     Layout,
     Placement,
@@ -74,7 +74,8 @@ class GGUFOptions(contracts.Options):
         embedding: Type of the embedding and the head where the plan has no codes for
             them; ``q8_0`` if not given, or with a template as the template has them.
         reencode: Type for layers whose codes GGUF cannot hold.
-        name: Stem of the file's name.
+        name: Stem of the file's name; by default the model's, and the scheme or
+            ``mixed-4.5bpw``.
         imatrix: Write NAME.imatrix.gguf beside the file: what calibration text showed
             of the inputs of the dense model, for ``llama-quantize --imatrix``.
         tensor_types: Write NAME.tensor-types.txt: the type of each matrix, for
@@ -163,7 +164,7 @@ class GGUFExporter(Exporter):
         if template is not None:
             placements = with_rotary_heads(placements, artifact, template)
         metadata = self._metadata(plan, model, placements)
-        path = folder / f"{self._stem(plan, model)}.gguf"
+        path = folder / f"{self._stem(plan, model, placements)}.gguf"
         data = _data(artifact, placements, template)
         rows = [placement.row for placement in placements]
         write_gguf(path, metadata, rows=rows, data=data)
@@ -219,8 +220,10 @@ class GGUFExporter(Exporter):
         path = self._options.template
         return None if path is None else open_template(path)
 
-    def _stem(self, plan: Plan, model: ModelDescription) -> str:
-        return self._options.name or stem(model.label, plan)
+    def _stem(
+        self, plan: Plan, model: ModelDescription, placements: Iterable[Placement]
+    ) -> str:
+        return self._options.name or file_stem(plan, model, placements)
 
     def _metadata(
         self,
@@ -233,7 +236,7 @@ class GGUFExporter(Exporter):
             metadata = architecture_metadata(model) | _tokenizer(model)
         else:
             metadata = template_metadata(template)
-        name = self._stem(plan, model)
+        name = self._stem(plan, model, placements)
         metadata |= stamp(name=name, main_type=main_type(placements))
         return metadata | _layer_table(placements)
 

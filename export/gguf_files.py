@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from compress.core.artifact import CompressedModel
+from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.errors import ExportError
 from compress.core.plan import Plan
 from compress.export.gguf_layout import Placement, main_scheme
@@ -33,13 +33,31 @@ def only_file(folder: Path) -> Path:
     return files[0]
 
 
-def stem(label: str, plan: Plan) -> str:
-    """Return the default name of a file, without suffix."""
-    last = re.split(r"[/\\:]", label.rstrip("/\\"))[-1].removesuffix(".gguf")
+def file_stem(
+    plan: Plan, model: ModelDescription, placements: Iterable[Placement]
+) -> str:
+    """Return the model's name and the scheme, or ``mixed-4.5bpw``, for a file's name.
+
+    Bits are those of all tensors for each weight of the model. A file is mixed if
+    layers of its blocks were given different schemes; one that stands in for the scheme
+    that was asked for does not count.
+    """
+    ends = (model.family.embedding, model.family.head)
+    asked = {
+        layer.asked or layer.scheme.name
+        for name, layer in plan.layers.items()
+        if name not in ends
+    }
+    last = re.split(r"[/\\:]", model.label.rstrip("/\\"))[-1].removesuffix(".gguf")
     # A quantized source's own type would contradict the new scheme in the name.
     last = re.sub(r"[.-](?:I?Q\d\w*|B?F16|F32)$", "", last, flags=re.IGNORECASE)
     safe = re.sub(r"[^\w.-]+", "-", last).strip("-.") or "model"
-    return f"{safe}-{main_scheme(plan)}"
+    if len(asked) < 2:
+        return f"{safe}-{main_scheme(plan)}"
+    weights = sum(info.elements for info in model.tensors.values())
+    bits = 8 * sum(placement.size_bytes for placement in placements) / weights
+    short = f"{bits:.2f}".rstrip("0").rstrip(".")
+    return f"{safe}-mixed-{short}bpw"
 
 
 def write_beside(

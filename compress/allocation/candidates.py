@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from compress.config.schema import QuantizeSection
+from compress.config.schema import DENSE, QuantizeSection
 from compress.core.artifact import ModelDescription
 from compress.core.contracts import Exporter, Quantizer
 from compress.core.errors import PlanError
@@ -179,6 +180,11 @@ class _Search:
         ends += [] if model.tied else [model.family.head]
         self._ends = ends
         self._names = [*ends, *model.linears()]
+        self._bound = [
+            bound
+            for exporter in exporters.values()
+            for bound in exporter.bound_layers(model)
+        ]
 
     def is_outside(self, group: Sequence[str]) -> bool:
         """Whether a unit is the embedding or the head, which may stay as they are."""
@@ -225,15 +231,34 @@ class _Search:
                 name = root[name]
             return name
 
-        for exporter in self._exporters.values():
-            for bound in exporter.bound_layers(self._model):
-                first, *others = [n for n in bound if n in root] or [""]
-                for name in others:
-                    root[find(name)] = find(first)
+        for bound in self._bound:
+            first, *others = [n for n in bound if n in root] or [""]
+            for name in others:
+                root[find(name)] = find(first)
         groups: dict[str, list[str]] = {}
         for name in free:
             groups.setdefault(find(name), []).append(name)
-        return [tuple(group) for group in groups.values()]
+        found = []
+        for group in map(tuple, groups.values()):
+            if self._forced(group) == DENSE:
+                self.reasons += [f"{n}: dense, as what it is bound to" for n in group]
+            else:
+                found.append(group)
+        return found
+
+    def _forced(self, group: Sequence[str]) -> str | None:
+        """Return the scheme of a pinned layer that a unit must agree with, if any."""
+        return next((self._pinned_to[n] for n in group if n in self._pinned_to), None)
+
+    @cached_property
+    def _pinned_to(self) -> dict[str, str]:
+        """Schemes of pinned layers, by each layer that is bound to one."""
+        found: dict[str, str] = {}
+        for bound in self._bound:
+            overrides = [override_of(self._section, n) for n in bound if self._pin(n)]
+            for scheme in (x.scheme for x in overrides if x and x.scheme):
+                found |= dict.fromkeys(bound, scheme)
+        return found
 
     def coded(
         self,
@@ -241,10 +266,14 @@ class _Search:
         scheme: str,
         pinned: Mapping[str, LayerPlan],
     ) -> dict[tuple[str, ...], tuple[LayerPlan, ...]]:
-        """Return the units that can have a scheme, with their layers' plans."""
+        """Return the units that can have a scheme, with their layers' plans.
+
+        A unit that is bound to a pinned layer has that layer's scheme in any case.
+        """
         found: dict[tuple[str, ...], tuple[LayerPlan, ...]] = {}
         for group in groups:
-            layers = [x for name in group if (x := self._layer(name, scheme))]
+            taken = self._forced(group) or scheme
+            layers = [x for name in group if (x := self._layer(name, taken))]
             problems = [
                 problem
                 for layer in layers

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,25 +24,25 @@ from compress.allocation.candidates import (
     find_candidates,
 )
 from compress.allocation.database import LevelMaker
+from compress.allocation.outcome import Outcome, account
 from compress.allocation.sensitivity import (
     fisher_slopes,
     measured_slopes,
     scaled,
     unit_error,
 )
-from compress.allocation.store import Level, LevelStore, digest
+from compress.allocation.store import Level, LevelStore, digest, is_table
 from compress.allocation.text import reward_windows
 from compress.config.budget_sections import AllocateSection, BudgetSection
 from compress.config.plugins import create_allocator
 from compress.core.allocation import (
-    Allocation,
     AllocationProblem,
     Choice,
     Traits,
     Unit,
 )
 from compress.core.errors import ConfigError, PlanError
-from compress.core.plan import LayerPlan, Plan
+from compress.core.plan import LayerPlan
 from compress.model.loading import locate
 from compress.model.streaming import StreamedModel
 from compress.registry import get_allocator
@@ -56,14 +55,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _LAYOUT = 1  # counted up when losses are predicted in another way
 _FISHER_TOKENS = 128  # of a window; a window is one sample, however long it is
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A plan that was searched, and the report's account of it."""
-
-    plan: Plan
-    record: Mapping[str, Any]
 
 
 class Search:
@@ -149,16 +140,29 @@ class Search:
             measured = problem.measure(found.assignment, 1.0)
         plan = self.candidates.plan(found.assignment)
         exporter = self._run.exporters[self.format]
-        size = exporter.file_bytes(plan, self._run.model)
+        record = {
+            "method": section.method,
+            "options": dict(section.options),
+            "format": self.format,
+            "schemes": list(self.schemes),
+            "sensitivity": section.sensitivity,
+            "budget_bytes": self.budget,
+            "file_bytes": exporter.file_bytes(plan, self._run.model),
+            "fixed_bytes": self.candidates.fixed_bytes,
+            **account(problem, found),
+            "measured_kl": measured,
+            "seconds": dict(self.seconds),
+            "notes": list(self.candidates.notes),
+        }
         _log.info(
             "%s: %d bytes of %d, KL %.4f predicted and %.4f measured",
             section.method,
-            size,
+            record["file_bytes"],
             self.budget,
-            problem.predicted_loss(found.assignment),
+            record["predicted_kl"],
             measured,
         )
-        return Outcome(plan, self._record(problem, found, measured, size))
+        return Outcome(plan, record)
 
     def problem(self, tokens: CalibrationTokens) -> AllocationProblem:
         """Return the problem with everything measured that an allocator needs."""
@@ -254,10 +258,11 @@ class Search:
         groups = [list(unit.layers) for unit in self.candidates.units]
         key = digest([_LAYOUT, made_with, seed, groups, keys])
         stored = self._store.noted(key)
-        if stored is None:
-            stored = self._predict(errors)
-            self._store.note(key, stored)
-        return [[float(x) for x in row] for row in stored]
+        if stored is not None and is_table(stored, like=errors):
+            return [[float(x) for x in row] for row in stored]
+        losses = self._predict(errors)
+        self._store.note(key, losses)
+        return losses
 
     def _predict(self, errors: Sequence[Sequence[float]]) -> list[list[float]]:
         units, run = self.candidates.units, self._run
@@ -307,49 +312,6 @@ class Search:
             sum(level.input_mean for level in levels) / count,
             max(level.input_max for level in levels),
         )
-
-    def _record(
-        self,
-        problem: AllocationProblem,
-        found: Allocation,
-        measured: float,
-        size: int,
-    ) -> dict[str, Any]:
-        return {
-            "method": self.section.method,
-            "options": dict(self.section.options),
-            "format": self.format,
-            "schemes": list(self.schemes),
-            "sensitivity": self.section.sensitivity,
-            "budget_bytes": self.budget,
-            "file_bytes": size,
-            "fixed_bytes": self.candidates.fixed_bytes,
-            "assignment": list(found.assignment),
-            "objective": found.objective,
-            "predicted_kl": problem.predicted_loss(found.assignment),
-            "measured_kl": measured,
-            "evaluations": found.evaluations,
-            "history": [asdict(step) for step in found.history],
-            "seconds": dict(self.seconds),
-            "notes": list(self.candidates.notes),
-            "units": [
-                {
-                    "layers": list(unit.layers),
-                    "weights": unit.weights,
-                    "chosen": index,
-                    "choices": [
-                        {
-                            "scheme": choice.scheme.name,
-                            "bytes": choice.bytes,
-                            "error": choice.error,
-                            "loss": choice.loss,
-                        }
-                        for choice in unit.choices
-                    ],
-                }
-                for unit, index in zip(problem.units, found.assignment, strict=True)
-            ],
-        }
 
 
 def _unmeasured(assignment: Sequence[int], share: float) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,10 @@ class LevelStore:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                return Level(**json.loads(file.metadata()["level"]))
+                level = Level(**json.loads(file.metadata()["level"]))
+            if level.key != key:
+                raise ValueError(f"it holds the entry {level.key}")
+            return level
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             _log.warning("%s is damaged and made again: %s", path, error)
             return None
@@ -182,3 +186,17 @@ def unpack(planes: Tensor, about: dict[str, Any]) -> Tensor:
         values |= np.unpackbits(plane, count=count).astype(np.int16) << bit
     codes = torch.from_numpy(values + np.int16(lowest))
     return codes.view(shape).to(_CODE_TYPES[about["type"]])
+
+
+def is_table(data: Any, *, like: Sequence[Sequence[float]]) -> bool:
+    """Whether plain data is rows of numbers, as many as those of a table."""
+    return (
+        isinstance(data, list)
+        and len(data) == len(like)
+        and all(
+            isinstance(row, list)
+            and len(row) == len(known)
+            and all(isinstance(value, int | float) for value in row)
+            for row, known in zip(data, like, strict=True)
+        )
+    )

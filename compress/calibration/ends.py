@@ -8,10 +8,10 @@ stands, by a KL of ``(e . g)^2 / 2`` to second order, with ``g`` the gradient of
 ``sum_t log p(s_t)`` at that position and ``s_t`` drawn from ``p_t`` (Fisher
 information). So its Hessian is the second moment ``F`` of ``g``.
 
-A row of a tied matrix is met in both ways, as often as its token comes: at the head with
-``(1 - p) (e . x)^2 / 2``, ``p`` the token's probability. Its Hessian is ``c A + F``, with
-``c`` the mean of ``1 - p`` over draws. It is coded before any block, hence from the
-dense model.
+A row of a tied matrix is met in both ways, as often as its token comes: at the head
+with ``(1 - p) (e . x)^2 / 2``, ``p`` the token's probability. So its Hessian is
+``c A + F``, with ``c`` the mean of ``1 - p`` over draws. It is coded before any block,
+hence from the dense model.
 
 Source: Martens (2014), "New insights and perspectives on the natural gradient method",
 for the Fisher information as a metric of the output; the sum for tied matrices is ours.

@@ -1,7 +1,16 @@
 """The YAML config: schema, loading with positions, and error messages."""
 
-from compress.config.budget_sections import AllocateSection, BudgetSection
-from compress.config.loader import config_schema, load_config, parse_options
+from compress.config.budget_sections import (
+    AllocateSection,
+    BudgetSection,
+    budget_assignments,
+)
+from compress.config.loader import (
+    config_schema,
+    load_config,
+    load_sweep,
+    parse_options,
+)
 from compress.config.plugins import (
     create_allocator,
     create_exporter,
@@ -21,6 +30,7 @@ from compress.config.schema import (
     TransformEntry,
     WeightedSource,
 )
+from compress.config.sweep_sections import SweepConfig
 
 __all__ = [
     "DENSE",
@@ -34,13 +44,16 @@ __all__ = [
     "Override",
     "QuantizeSection",
     "RunSection",
+    "SweepConfig",
     "TransformEntry",
     "WeightedSource",
+    "budget_assignments",
     "config_schema",
     "create_allocator",
     "create_exporter",
     "create_quantizer",
     "create_transform",
     "load_config",
+    "load_sweep",
     "parse_options",
 ]

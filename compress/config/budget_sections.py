@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from compress.config.fields import Section, Text, check_scheme
+from compress.core.errors import ConfigError
 from compress.core.sizes import parse_size
+
+_SUFFIXES = {"bpw": "bits_per_weight", "x": "ratio"}
 
 
 def _check_size(size: int | str) -> int | str:
     parse_size(str(size))
     return size
+
+
+def budget_assignments(text: str) -> list[str]:
+    """Return what sets a config's budget, as ``--set`` would.
+
+    ``quantize.scheme`` is taken away, since the schemes are chosen then.
+
+    Args:
+        text: A size (``95MB``), bits per weight (``4.25bpw``), or a share of the
+            original's bytes (``0.3x``).
+
+    Raises:
+        ConfigError: It is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(bpw|x)\s*", text, re.IGNORECASE)
+    if match:
+        key, value = _SUFFIXES[match[2].lower()], match[1]
+    else:
+        try:
+            key, value = "bytes", str(parse_size(text))
+        except ValueError:
+            raise ConfigError(
+                f"budget {text!r}: expected a size such as 95MB, bits per weight such "
+                "as 4.25bpw, or a share of the original such as 0.3x"
+            ) from None
+    kept = {"bytes": "null", "bits_per_weight": "null", "ratio": "null", key: value}
+    found = [f"budget.{name}={given}" for name, given in kept.items()]
+    return [*found, "quantize.scheme=null"]
 
 
 class BudgetSection(Section):

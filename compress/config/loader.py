@@ -12,9 +12,9 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
@@ -30,8 +30,10 @@ from compress.config.diagnostics import (
 )
 from compress.config.plugins import check_plugins
 from compress.config.schema import Config
+from compress.config.sweep_sections import SweepConfig
 from compress.core.errors import ConfigError
 
+_Checked = TypeVar("_Checked", bound=BaseModel)
 _TAG = "tag:yaml.org,2002:"
 _COLLECTIONS = (f"{_TAG}map", f"{_TAG}seq")
 _SET = re.compile(
@@ -55,6 +57,29 @@ def load_config(
         ConfigError: With one line for each error, in the order of the file:
             ``file:line:column: path: message``.
     """
+    return _load(source, overrides, Config, check_plugins)
+
+
+def load_sweep(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> SweepConfig:
+    """Return the checked config of a sweep; its base is not read yet.
+
+    Arguments and errors are those of :func:`load_config`.
+    """
+    return _load(source, overrides, SweepConfig, _nothing_more)
+
+
+def _nothing_more(data: Mapping[str, Any], findings: Findings) -> None:
+    """Stand in where the schema says all."""
+
+
+def _load(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str],
+    kind: type[_Checked],
+    check: Callable[[Mapping[str, Any], Findings], None],
+) -> _Checked:
     if isinstance(source, Mapping):
         file, root, findings = "", None, Findings(Origin())
         data = _copied(source)
@@ -62,17 +87,18 @@ def load_config(
         file = os.fspath(source)
         root = _compose(_read_text(file), file)
         findings = Findings(Origin(file, root))
-        data = _document(root, file, findings)
+        first = next(iter(kind.model_fields))
+        data = _document(root, file, findings, first=first)
     assignments = tuple(_parse_assignment(text) for text in overrides)
     findings.origin = Origin(file, root, assignments)
     for assignment in assignments:
         _assign(data, assignment, findings)
     config = None
     try:
-        config = Config.model_validate(data)
+        config = kind.model_validate(data)
     except ValidationError as error:
-        findings.add_validation(error, config_schema())
-    check_plugins(data, findings)
+        findings.add_validation(error, kind.model_json_schema())
+    check(data, findings)
     findings.raise_any()
     assert config is not None
     return config
@@ -140,15 +166,17 @@ def _compose(text: str, file: str) -> Node | None:
     return root
 
 
-def _document(root: Node | None, file: str, findings: Findings) -> dict[str, Any]:
+def _document(
+    root: Node | None, file: str, findings: Findings, *, first: str
+) -> dict[str, Any]:
     if root is None:
-        raise ConfigError(f"{file}:1:1: the file is empty; a config needs model: ...")
+        raise ConfigError(f"{file}:1:1: the file is empty; it needs {first}: ...")
     data = _plain(root, (), findings)
     if not isinstance(data, dict):
         mark = root.start_mark
         raise ConfigError(
             f"{file}:{mark.line + 1}:{mark.column + 1}: expected keys and values, "
-            f"got {describe(data)}; a config starts with model: ..."
+            f"got {describe(data)}; the file starts with {first}: ..."
         )
     return data
 

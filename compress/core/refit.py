@@ -1,10 +1,10 @@
 """Scales and minima refitted to fixed levels by least squares.
 
-Values are linear in every number that is stored beside the levels: a group's scale, its
-minimum, and what super-blocks share. For a number ``t`` that moves values along ``v``
-the best change is ``<e, v>_H / <v, v>_H`` with ``e`` the present error. It is rounded to
-what can be stored and kept, row by row, only where the objective still falls. Numbers
-are taken one after another.
+Values are linear in every number that is stored beside the levels: a group's scale,
+its minimum, and what super-blocks share. For a number ``t`` that moves values along
+``v`` the best change is ``<e, v>_H / <v, v>_H`` with ``e`` the present error. It is
+rounded to what can be stored and kept, row by row, only where the objective still
+falls. Numbers are taken one after another.
 """
 
 from __future__ import annotations

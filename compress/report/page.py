@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
+from compress.report.allocation import budget_table, scheme_table, unit_table
+from compress.report.allocation_plots import bits_map, budget_bar, progress_plot
+from compress.report.html import document, draw, paragraph
 from compress.report.layers import layer_table
 from compress.report.plots import histogram_plots, ladder_plot, layer_plot, size_plot
 from compress.report.serving import cache_table, parts_table, upgrades_table
-from compress.report.style import SCRIPT, STYLE
 from compress.report.svg import element
 from compress.report.tables import (
     Report,
-    Table,
     distance_table,
     export_table,
     group_table,
@@ -41,9 +42,6 @@ from compress.report.wording import (
     worst_text,
 )
 
-# Says to the browser what the page promises: nothing is fetched.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-
 
 def render_page(report: Report) -> str:
     """Return the whole page; every text from outside is escaped."""
@@ -51,11 +49,12 @@ def render_page(report: Report) -> str:
     sections = {
         "size": ("Size", _size_section(report)),
         "quality": ("Quality", _quality_section(report)),
-        "transforms": ("Transforms", _draw(transform_table(report))),
+        "transforms": ("Transforms", draw(transform_table(report))),
         "serving": ("Inputs and cache", _serving_section(report)),
+        "budget": ("Budget", _budget_section(report)),
         "layers": ("Layers", _layer_section(report)),
         "exports": ("Exports", _export_section(report)),
-        "run": ("Time and memory", _draw(run_table(report))),
+        "run": ("Time and memory", draw(run_table(report))),
         "provenance": ("Provenance", _provenance_section(report)),
     }
     present = {key: part for key, part in sections.items() if part[1]}
@@ -71,16 +70,7 @@ def render_page(report: Report) -> str:
         ),
         class_="wrap",
     )
-    head = (
-        '<meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>{escape(label)}: compression report</title><style>{STYLE}</style>"
-    )
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>'
-        f"<body>{body}<script>{SCRIPT}</script></body></html>"
-    )
+    return document(f"{label}: compression report", body)
 
 
 def _header(report: Report, label: str, links: dict[str, str]) -> str:
@@ -98,8 +88,8 @@ def _header(report: Report, label: str, links: dict[str, str]) -> str:
     return element(
         "header",
         element("h1", escape(label), ": compression report"),
-        _paragraph(facts),
-        _paragraph(f"{report.get('date') or ''}", "soft"),
+        paragraph(facts),
+        paragraph(f"{report.get('date') or ''}", "soft"),
         element("nav", element("ul", *items), aria_label="Parts of the report"),
     )
 
@@ -206,7 +196,7 @@ def _verification_card(report: Report) -> Iterable[str]:
 
 def _size_section(report: Report) -> str:
     plot = size_plot(report)
-    table = element("div", _draw(size_table(report)))
+    table = element("div", draw(size_table(report)))
     return element("div", table, plot, class_="figures") if plot else table
 
 
@@ -214,21 +204,21 @@ def _quality_section(report: Report) -> str:
     table = quality_table(report)
     if not table.rows:
         return ""
-    parts = [_draw(table)]
+    parts = [draw(table)]
     distance = distance_table(report)
     ladder = ladder_plot(report)
     if ladder:
         parts.append(_lamps())
         plots = [ladder, *histogram_plots(report)]
         parts.append(element("div", *plots, class_="figures"))
-        parts += [element("h3", distance.title), _draw(distance)]
+        parts += [element("h3", distance.title), draw(distance)]
     return "".join(parts)
 
 
 def _serving_section(report: Report) -> str:
     tables = parts_table(report), upgrades_table(report), cache_table(report)
     return "".join(
-        element("h3", table.title) + _draw(table) for table in tables if table.rows
+        element("h3", table.title) + draw(table) for table in tables if table.rows
     )
 
 
@@ -246,7 +236,26 @@ def _lamps() -> str:
         "published 5-bit files reach 0.005 and 3-bit files 0.05 to 0.16. Small models "
         "lose more at the same number of bits."
     )
-    return element("ul", *items, class_="lamps") + _paragraph(note, "note")
+    return element("ul", *items, class_="lamps") + paragraph(note, "note")
+
+
+def _budget_section(report: Report) -> str:
+    """Return how the plan came about; nothing for a run without a budget."""
+    if not branch(report, "allocation"):
+        return ""
+    schemes, units = scheme_table(report), unit_table(report)
+    plots = budget_bar(report), bits_map(report), progress_plot(report)
+    notes = branch(report, "allocation").get("notes") or []
+    left_out = element("ul", *(element("li", escape(str(note))) for note in notes))
+    return "".join(
+        [
+            draw(budget_table(report)),
+            element("div", *plots, class_="figures"),
+            element("h3", schemes.title) + draw(schemes) if schemes.rows else "",
+            element("h3", units.title) + draw(units, class_="tall"),
+            element("h3", "Candidates left out") + left_out if notes else "",
+        ]
+    )
 
 
 def _layer_section(report: Report) -> str:
@@ -271,9 +280,9 @@ def _layer_section(report: Report) -> str:
         [
             element("div", *plots, class_="figures") if any(plots) else "",
             element("h3", groups.title),
-            _draw(groups),
+            draw(groups),
             element("h3", "Every layer"),
-            _paragraph("Choose a column's heading to sort by it.", "caption"),
+            paragraph("Choose a column's heading to sort by it.", "caption"),
             layer_table(report),
         ]
     )
@@ -290,7 +299,7 @@ def _export_section(report: Report) -> str:
         items += [
             element("li", escape(f"{name}: {n}")) for n in export.get("notes") or []
         ]
-    return _draw(table) + element("ul", *items)
+    return draw(table) + element("ul", *items)
 
 
 def _provenance_section(report: Report) -> str:
@@ -302,51 +311,7 @@ def _provenance_section(report: Report) -> str:
         config = element("code", escape(str(report["config_text"])))
         parts += [element("h3", "Config"), element("pre", config, tabindex=0)]
     if parts:
-        parts.append(_paragraph(RERUN_NOTE, "note"))
+        parts.append(paragraph(RERUN_NOTE, "note"))
     table = provenance_table(report)
-    parts += [element("h3", "Versions, seeds and hashes"), _draw(table, class_="plain")]
+    parts += [element("h3", "Versions, seeds and hashes"), draw(table, class_="plain")]
     return "".join(parts)
-
-
-def _draw(table: Table, *, class_: str = "") -> str:
-    """Return a table that scrolls inside its own box, with the caption below."""
-    if not table.rows:
-        return ""
-    sides = ["r" if side == "r" else "" for side in table.align]
-    heads = [
-        element("th", escape(text), scope="col", class_=side)
-        for text, side in zip(table.headers, sides, strict=True)
-    ]
-    rows = [
-        element(
-            "tr",
-            element("th", escape(row[0]), scope="row"),
-            *(_cell(text, side) for text, side in zip(row[1:], sides[1:], strict=True)),
-        )
-        for row in table.rows
-    ]
-    drawn = element(
-        "table", element("thead", element("tr", *heads)), element("tbody", *rows)
-    )
-    box = element(
-        "div",
-        drawn,
-        class_=f"scroll {class_}".strip(),
-        tabindex=0,
-        role="region",
-        aria_label=table.title,
-    )
-    return box + (_paragraph(table.caption, "caption") if table.caption else "")
-
-
-def _cell(text: str, side: str) -> str:
-    """Return a cell; a lamp and a failure are marked as such."""
-    grades = {grade.label: grade.name for grade in GRADES}
-    class_ = f"light {grades[text]}" if text in grades else side
-    if text.startswith(("FAILED", "DIFFERENT")):
-        class_ = "failed"
-    return element("td", escape(text), class_=class_)
-
-
-def _paragraph(text: str, class_: str = "") -> str:
-    return element("p", escape(text), class_=class_) if text else ""

@@ -16,6 +16,7 @@ from compress.report.svg import (
     label,
     legend,
     line,
+    mark_legend,
     marker,
     polyline,
     tooltip,
@@ -35,11 +36,11 @@ Report = Mapping[str, Any]
 _WIDTH = 480
 _LEFT, _RIGHT = 62.0, 468.0
 _PARTS = ("embedding", "attention", "mlp", "other")
-_ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
+ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
 _QUANTILES = {"kl_median": "median", "kl_p90": "90 %", "kl_p99": "99 %"}
 
 
-def _captioned(svg: str, title: str, *, note: str = "", key: str = "") -> str:
+def captioned(svg: str, title: str, *, note: str = "", key: str = "") -> str:
     """Return the figure with its title above and its key and note below."""
     heading = element("figcaption", escape(title))
     foot = element("p", escape(note), class_="note") if note else ""
@@ -67,7 +68,7 @@ def size_plot(report: Report) -> str:
         element("li", element("i", class_=f"swatch p{i}"), part)
         for i, part in enumerate(_PARTS)
     ]
-    return _captioned(svg, title, key=element("ul", *items, class_="legend"))
+    return captioned(svg, title, key=element("ul", *items, class_="legend"))
 
 
 def _bar(
@@ -143,7 +144,7 @@ def layer_plot(report: Report, key: str, *, title: str, note: str) -> str:
         plural = "layer" if zeros == 1 else "layers"
         note += f" {zeros} {plural} without any error: hollow, on the lower edge."
     svg = figure(body, width=_WIDTH, height=302, title=f"{title}, by block and role")
-    return _captioned(svg, title, note=note, key=legend(list(series)))
+    return captioned(svg, title, note=note, key=legend(list(series)))
 
 
 def _by_role(report: Report, key: str) -> dict[str, dict[int, float]]:
@@ -154,7 +155,7 @@ def _by_role(report: Report, key: str) -> dict[str, dict[int, float]]:
         if value is not None and isinstance(block, int):
             role = str(layer.get("role"))
             found.setdefault(role, {}).setdefault(block, []).append(value)
-    order = {role: index for index, role in enumerate(_ROLES)}
+    order = {role: index for index, role in enumerate(ROLES)}
     roles = sorted(found, key=lambda role: order.get(role, len(order)))
     return {
         role: {block: _middle(found[role][block]) for block in sorted(found[role])}
@@ -196,9 +197,9 @@ def ladder_plot(report: Report) -> str:
     )
     title = "How far the compressed model is from the base"
     svg = figure(body, width=_WIDTH, height=round(bottom + 44), title=title)
-    key = _mark_legend(["mean", *_QUANTILES.values()])
+    key = mark_legend(["mean", *_QUANTILES.values()], _MARK_OF)
     note = "The dashed lines are the limits of the traffic light; they judge the mean."
-    return _captioned(svg, title, note=note, key=key)
+    return captioned(svg, title, note=note, key=key)
 
 
 def _limits(x: Axis, top: float, bottom: float) -> str:
@@ -226,15 +227,6 @@ def _rung(name: str, values: Mapping[str, float], x: Axis, y: float) -> str:
 
 
 _MARK_OF = (3, 0, 1, 2)  # the mean as a diamond
-
-
-def _mark_legend(names: list[str]) -> str:
-    items = []
-    for index, name in enumerate(names):
-        mark = marker(_MARK_OF[index], 6, 6, scale=1.5)
-        picture = element("svg", mark, viewBox="0 0 12 12", aria_hidden="true")
-        items.append(element("li", picture, escape(name)))
-    return element("ul", *items, class_="legend marks")
 
 
 def histogram_plots(report: Report) -> list[str]:
@@ -265,7 +257,7 @@ def histogram_plots(report: Report) -> list[str]:
         body += _quantile_lines(branch(texts, name), x, y)
         title = f"KL over the tokens of {name}"
         svg = figure(body, width=_WIDTH, height=252, title=title)
-        plots.append(_captioned(svg, title))
+        plots.append(captioned(svg, title))
     return plots
 
 

@@ -81,7 +81,7 @@ svg text.halo { paint-order: stroke; stroke: var(--panel); stroke-width: 4px; }
 .trace { fill: none; stroke: var(--c); stroke-width: 1.4; opacity: .75; }
 .mark { fill: var(--c); stroke: var(--panel); stroke-width: .6; }
 .mark.hollow { fill: var(--panel); stroke: var(--c); stroke-width: 1.4; }
-.solid { fill: var(--c); }
+.solid { fill: var(--c); background: var(--c); }
 .s0 { --c: var(--c0); } .s1 { --c: var(--c1); } .s2 { --c: var(--c2); }
 .s3 { --c: var(--c3); } .s4 { --c: var(--c4); } .s5 { --c: var(--c5); }
 .s6 { --c: var(--c6); } .s7 { --c: var(--c7); }
@@ -89,6 +89,12 @@ svg text.halo { paint-order: stroke; stroke: var(--panel); stroke-width: 4px; }
 .p1 { fill: var(--p1); background: var(--p1); }
 .p2 { fill: var(--p2); background: var(--p2); }
 .p3 { fill: var(--p3); background: var(--p3); }
+.h0 { fill: #eff3ff; background: #eff3ff; } .h1 { fill: #c6dbef; background: #c6dbef; }
+.h2 { fill: #9ecae1; background: #9ecae1; } .h3 { fill: #6baed6; background: #6baed6; }
+.h4 { fill: #2b74ab; background: #2b74ab; } .h5 { fill: #084a8f; background: #084a8f; }
+svg text.on0, svg text.on1, svg text.on2, svg text.on3 { fill: #0b1a2b; }
+svg text.on4, svg text.on5 { fill: #ffffff; }
+.unused { fill: none; stroke: var(--soft); stroke-dasharray: 3 3; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; list-style: none;
   margin: .5rem 0 0; padding: 0; font-size: .875rem; }
 .legend li { display: inline-flex; align-items: center; gap: .4rem; }

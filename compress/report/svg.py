@@ -1,4 +1,4 @@
-"""SVG elements, axes and legends: just what the four figures of the report need.
+"""SVG elements, axes and legends: just what the figures of the report need.
 
 Colours come from the page's style sheet by class (``s0`` to ``s7``), so that figures
 follow light and dark. Series also differ by marker and dash, never by colour alone.
@@ -117,6 +117,16 @@ def legend(names: Sequence[str]) -> str:
     return element("ul", *items, class_="legend")
 
 
+def mark_legend(names: Sequence[str], marks: Sequence[int]) -> str:
+    """Return an HTML list of the marks of series that have no line."""
+    items = []
+    for name, mark in zip(names, marks, strict=True):
+        drawn = marker(mark, 6, 6, scale=1.5)
+        picture = element("svg", drawn, viewBox="0 0 12 12", aria_hidden="true")
+        items.append(element("li", picture, escape(name)))
+    return element("ul", *items, class_="legend marks")
+
+
 @dataclass(frozen=True)
 class Axis:
     """A map from values to positions.
@@ -165,9 +175,10 @@ class Axis:
     def ticks(self) -> list[tuple[float, str]]:
         """Return round values inside the axis with their labels."""
         if not self.is_log:
-            step = max(_step(self.high), self.least_step)
-            amount = math.floor(self.high / step + 1e-9)
-            return [(i * step, f"{i * step:.6g}") for i in range(amount + 1)]
+            step = max(_step(self.high - self.low), self.least_step)
+            lowest = math.ceil(self.low / step - 1e-9)
+            highest = math.floor(self.high / step + 1e-9)
+            return [(i * step, f"{i * step:.6g}") for i in range(lowest, highest + 1)]
         first, last = math.log10(self.low), math.log10(self.high)
         decades = range(math.floor(first), math.ceil(last) + 1)
         every = max(1, math.ceil((last - first) / 6))

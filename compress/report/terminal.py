@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import PurePath
+from typing import Any
 
+from compress.report.allocation import budget_table, scheme_table, unit_table
 from compress.report.serving import cache_table, parts_table, upgrades_table
 from compress.report.tables import (
     Report,
@@ -28,16 +31,31 @@ def summary_table(report: Report) -> str:
     Says size, bits per weight, perplexity, KL and top-1 before and after for each text,
     how each export was verified, warnings, and where the files are.
     """
-    tables = [size_table(report), quality_table(report), parts_table(report)]
+    tables = [size_table(report), budget_table(report), scheme_table(report)]
+    tables += [quality_table(report), parts_table(report)]
     tables += [upgrades_table(report), cache_table(report), export_table(report)]
     parts = [_heading(report)]
-    parts += [_draw(table) for table in tables if table.rows]
+    parts += [draw_table(table) for table in tables if table.rows]
     parts += [t.caption for t in (cache_table(report),) if t.rows]
     warnings = report.get("warnings") or []
     if warnings:
         parts.append("\n".join(f"WARNING: {warning}" for warning in warnings))
     parts.append("Files\n" + "\n".join(f"  {path}" for path in _files(report)))
     return "\n\n".join(parts)
+
+
+def allocation_text(label: str, record: Mapping[str, Any]) -> str:
+    """Return the outcome of a search as tables for a terminal.
+
+    Args:
+        label: Of the model.
+        record: ``allocation`` of ``report.json``.
+    """
+    report = {"allocation": record}
+    tables = budget_table(report), scheme_table(report), unit_table(report)
+    notes = [f"note: {note}" for note in record.get("notes") or []]
+    parts = [f"Plan for {label}", *(draw_table(t) for t in tables), "\n".join(notes)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _heading(report: Report) -> str:
@@ -48,7 +66,7 @@ def _heading(report: Report) -> str:
     )
 
 
-def _draw(table: Table) -> str:
+def draw_table(table: Table) -> str:
     """Return a table with two spaces between columns and a rule under the header.
 
     Facts that are the same in every row go below: the table has to fit a terminal.

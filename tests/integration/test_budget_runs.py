@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline_fixtures import config_of, save_checkpoint, write_text
+from pipeline_fixtures import (
+    call,
+    config_of,
+    digests,
+    save_checkpoint,
+    write_config,
+    write_text,
+)
 
 import compress
+from compress import pipeline
 from compress.core.errors import CompressError
 
 
@@ -68,3 +77,51 @@ def test_a_preview_says_that_the_plan_is_not_the_final_one(folder: Path) -> None
     assert "uniform choice" in compress.plan(config).text()
     plain = config_of(folder / "model", folder / "text.txt", folder / "run")
     assert "uniform choice" not in compress.plan(plain).text()
+
+
+def test_a_searched_plan_is_the_one_that_a_run_carries_out(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = budgeted(folder, "run", {"bits_per_weight": 9.0})
+    file = write_config(tmp_path / "run.yaml", config)
+    before = digests(folder)
+    printed = call("plan", file, "--budget", "8bpw", "--json")
+    assert printed.exit_code == 0, printed.output
+    assert digests(folder) == before  # nothing but the cache was written
+    found = json.loads(printed.stdout)
+    report = compress.run(budgeted(folder, "run", {"bits_per_weight": 8.0})).report
+    assert json.loads((folder / "run/plan.json").read_text()) == found["plan"]
+    told, real = found["allocation"], report["allocation"]
+    for key in ("assignment", "budget_bytes", "file_bytes", "measured_kl"):
+        assert told[key] == real[key], key
+    assert report["exports"]["gguf"]["size_bytes"] == told["file_bytes"]
+
+
+def test_a_search_is_told_unit_by_unit(folder: Path) -> None:
+    text = pipeline.search(budgeted(folder, "run", {"bits_per_weight": 8.0})).text()
+    assert "of the budget" in text and "measured KL" in text
+    for name in ("model.embed_tokens", "model.layers.1.mlp.down_proj"):
+        (line,) = (x for x in text.splitlines() if x.strip().startswith(name))
+        assert line.split()[1] in ("int4-g32", "int5-g32", "int8-g32")
+
+
+def test_a_search_without_a_budget_is_refused(folder: Path) -> None:
+    plain = config_of(folder / "model", folder / "text.txt", folder / "run")
+    with pytest.raises(CompressError, match="--budget"):
+        pipeline.search(plain)
+
+
+def test_a_searched_plan_for_vllm_fuses_what_vllm_fuses(folder: Path) -> None:
+    config = budgeted(folder, "run", {"bits_per_weight": 14.0}) | {
+        "export": [{"format": "safetensors", "runtime": "vllm"}],
+        "allocate": {"schemes": ["int4-g32", "int8-g32"], "samples": 4, "windows": 2},
+    }
+    outcome = pipeline.search(config)
+    layers = outcome.plan.layers
+    schemes = {layer.scheme.name for layer in layers.values()}
+    assert schemes == {"int4-g32", "int8-g32"}
+    for group in ("self_attn.q self_attn.k self_attn.v", "mlp.gate mlp.up"):
+        for block in range(2):
+            names = [f"model.layers.{block}.{x}_proj" for x in group.split()]
+            assert len({layers[name].scheme for name in names}) == 1
+    assert outcome.record["file_bytes"] <= outcome.record["budget_bytes"]

@@ -11,12 +11,13 @@ import torch
 from pipeline_fixtures import save_checkpoint, write_text
 
 import compress
-from compress.config import load_config
+from compress.config import load_config, load_sweep
 from compress.core.scheme import Scheme
 from compress.registry import get_quantizer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-CONFIGS = sorted(EXAMPLES.glob("*.yaml"))
+SWEEP = EXAMPLES / "06_sweep.yaml"
+CONFIGS = sorted({*EXAMPLES.glob("*.yaml")} - {SWEEP})
 by_name = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 
 
@@ -72,6 +73,22 @@ def test_config_runs(config: Path, checkpoint: Path, tmp_path: Path) -> None:
     for export in result.report["exports"].values():
         assert all((tmp_path / "work" / file).is_file() for file in export["files"])
     assert (tmp_path / "work" / "report.html").is_file()
+
+
+@pytest.mark.integration
+def test_sweep_runs(checkpoint: Path, tmp_path: Path) -> None:
+    changes = [
+        f"base.model.path={checkpoint}",
+        f"base.calibration.data={write_text(tmp_path)}",
+        "base.calibration.samples=4",
+        "base.calibration.sequence_length=32",
+        "base.allocate.windows=2",
+        "budgets=[9bpw, 0.6x]",
+        f"workdir={tmp_path / 'sweep'}",
+    ]
+    points = compress.sweep(load_sweep(SWEEP, changes)).data["points"]
+    assert len(points) == 4
+    assert all(point["bytes"] <= point["budget_bytes"] for point in points)
 
 
 @pytest.mark.integration

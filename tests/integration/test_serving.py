@@ -120,7 +120,7 @@ def test_the_model_for_exports_holds_scales_and_the_final_plan(place: Path) -> N
         )
     )
     run = Run(config)
-    run.execute(resume=False, overwrite=False)
+    run.execute(overwrite=False)
     model = run.artifact
     assert model.kv_cache_scheme == {
         "num_bits": 8,

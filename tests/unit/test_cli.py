@@ -33,7 +33,7 @@ class Pipeline(types.ModuleType):
             to_dict=lambda: {"a": 1},
         )
         metrics = {"texts": {"wikitext2": {"perplexity": 12.345678}}}
-        for name in ("run", "plan", "dry_run", "inspect", "export"):
+        for name in ("run", "plan", "search", "dry_run", "inspect", "export"):
             setattr(self, name, self._recorder(name, answer))
         self.evaluate = self._recorder("evaluate", metrics)
 
@@ -99,6 +99,15 @@ def test_json_is_printed_on_request(
 ) -> None:
     assert call(command, config).stdout == "the text\n"
     assert json.loads(call(command, config, "--json").stdout) == {"a": 1}
+
+
+def test_plan_searches_when_it_is_told_to(pipeline: Pipeline, config: str) -> None:
+    sets = ("--set", "export=[{format: gguf}]", "--set", "quantize.method=rtn")
+    assert call("plan", config, *sets, "--budget", "4.5bpw").stdout == "the text\n"
+    assert call("plan", config, "--search", "--json").exit_code == 0
+    (first, (loaded,), _), (second, _, _) = pipeline.calls
+    assert (first, second) == ("search", "search")
+    assert loaded.budget.bits_per_weight == 4.5
 
 
 def test_eval_passes_its_options(pipeline: Pipeline) -> None:
@@ -168,6 +177,7 @@ def test_our_own_bugs_keep_their_traceback(pipeline: Pipeline, config: str) -> N
         ("run", "missing.yaml"),
         ("run", "x.yaml", "--resume", "--overwrite"),
         ("eval", "m", "--windows", "0"),
+        ("plan", "x.yaml", "--budget", "large"),
         ("export", "runs/x"),
         ("list", "quantiser"),
     ],

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from compress.config import load_config
+from compress.config import SweepConfig, load_config
 from compress.core.families import FAMILIES
 from compress.core.scheme import Scheme
 from compress.registry import names
@@ -89,6 +89,11 @@ def test_readme_names_every_family_and_plugin() -> None:
     wanted = [*kinds, *names("exporters")]
     wanted += [name for name in names("quantizers") if name in ("rtn", "gptq")]
     assert [word for word in wanted if f"`{word}`" not in text] == []
+
+
+def test_the_page_on_sweeps_describes_every_key() -> None:
+    text = (ROOT / "docs" / "sweep.md").read_text("utf-8")
+    assert [k for k in SweepConfig.model_fields if f"| `{k}` |" not in text] == []
 
 
 def test_mkdocs_lists_every_page() -> None:

@@ -97,6 +97,34 @@ def test_file_is_named_after_model_and_scheme(assets: Path, tmp_path: Path) -> N
     assert result.files[0].name == "SmolLM2-135M-Instruct-int4-g32.gguf"
 
 
+def test_a_mixed_file_is_named_after_its_bits(assets: Path, tmp_path: Path) -> None:
+    down = {f"model.layers.{i}.mlp.down_proj": "q8_0" for i in range(2)}
+    artifact = compressed("llama", assets=assets, also=down)
+    (path,) = exporter().write(artifact, tmp_path).files
+    file = gguf.GGUFReader(path)
+    weights = sum(int(t.n_elements) for t in file.tensors)
+    bits = 8 * sum(int(t.n_bytes) for t in file.tensors) / weights
+    assert path.name == f"Tiny-llama-mixed-{round(bits, 2)}bpw.gguf"
+    assert str(file.fields["general.name"].contents()) == path.stem
+
+
+def test_a_coded_embedding_makes_no_mixed_file(assets: Path, tmp_path: Path) -> None:
+    also = {"model.embed_tokens": "q8_0", "lm_head": "q5_0"}
+    result = exporter().write(compressed("llama", assets=assets, also=also), tmp_path)
+    assert result.files[0].name == "Tiny-llama-int4-g32.gguf"
+
+
+def test_stand_ins_make_no_mixed_file(assets: Path, tmp_path: Path) -> None:
+    artifact = compressed("llama", assets=assets)
+    layers = {n: replace(x, asked="q4_k") for n, x in artifact.plan.layers.items()}
+    name = "model.layers.0.mlp.up_proj"
+    other = compressed("llama", assets=assets, also={name: "q8_0"})
+    layers[name] = replace(other.plan.layers[name], asked="q4_k")
+    mixed = replace(other, plan=replace(other.plan, layers=layers))
+    result = exporter().write(mixed, tmp_path)
+    assert result.files[0].name == "Tiny-llama-int4-g32.gguf"
+
+
 def test_option_names_the_file(assets: Path, tmp_path: Path) -> None:
     result = exporter(name="mine").write(compressed("llama", assets=assets), tmp_path)
     assert result.files[0].name == "mine.gguf"

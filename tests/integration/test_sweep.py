@@ -1,0 +1,147 @@
+"""Sweeps: points on one level database, resumed, and the front that they make."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from pipeline_fixtures import (
+    call,
+    config_of,
+    save_checkpoint,
+    write_config,
+    write_text,
+)
+
+import compress
+from compress import pipeline
+from compress.core.errors import CompressError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+    save_checkpoint(tmp_path / "model")
+    write_text(tmp_path)
+    return tmp_path
+
+
+def base_of(folder: Path, **changes: Any) -> dict[str, Any]:
+    base = config_of(
+        folder / "model",
+        folder / "text.txt",
+        folder / "unused",
+        quantize=None,
+        **({"evaluate": None, "export": [{"format": "gguf"}]} | changes),
+    )
+    return base | {
+        "quantize": {"method": "rtn"},
+        "allocate": {"schemes": ["q4_0", "q5_0", "q8_0"], "samples": 4, "windows": 2},
+    }
+
+
+def sweep_of(folder: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "base": base_of(folder),
+        "budgets": ["8bpw", "9bpw"],
+        "workdir": str(folder / "sweep"),
+        **changes,
+    }
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+    """Return a list that fills with the budgets that a function is called for."""
+    calls: list[str] = []
+    real = getattr(pipeline, name)
+
+    def counted(config: Any, **options: Any) -> Any:
+        calls.append(str(config.budget.bits_per_weight))
+        return real(config, **options)
+
+    monkeypatch.setattr(pipeline, name, counted)
+    return calls
+
+
+def test_points_keep_their_budgets_and_share_the_levels(folder: Path) -> None:
+    first = compress.sweep(sweep_of(folder, budgets=["9bpw"])).data["points"]
+    levels = sorted((folder / "cache/levels").rglob("*.safetensors"))
+    times = [path.stat().st_mtime_ns for path in levels]
+    points = compress.sweep(sweep_of(folder, budgets=["9bpw", "8bpw"])).data["points"]
+    assert sorted((folder / "cache/levels").rglob("*.safetensors")) == levels
+    assert [path.stat().st_mtime_ns for path in levels] == times
+    assert points[1] == {**first[0], "on_front": True}
+    assert points[0]["bytes"] < points[1]["bytes"]
+    assert points[0]["kl"] > points[1]["kl"]
+    assert all(point["bytes"] <= point["budget_bytes"] for point in points)
+    assert not (folder / "sweep/points/9bpw/run/blocks").exists()  # only searched
+
+
+def test_finished_points_are_not_run_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = compress.sweep(sweep_of(folder)).data["points"]
+    calls = count_calls(monkeypatch, "search")
+    assert compress.sweep(sweep_of(folder)).data["points"] == before
+    assert calls == []
+    (folder / "sweep/points/8bpw/point.json").write_text("{")
+    compress.sweep(sweep_of(folder))
+    assert calls == ["8.0"]
+    compress.sweep(sweep_of(folder), overwrite=True)
+    assert calls == ["8.0", "8.0", "9.0"]
+
+
+def test_a_changed_base_is_run_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress.sweep(sweep_of(folder))
+    calls = count_calls(monkeypatch, "search")
+    changes = {"allocate.method": ["greedy"]}
+    compress.sweep(sweep_of(folder, set=changes))
+    assert calls == ["8.0", "9.0"]
+
+
+def test_a_grid_runs_every_combination(folder: Path) -> None:
+    changes = {"allocate.method": ["ilp", "uniform"], "quantize.method": ["rtn"]}
+    data = compress.sweep(sweep_of(folder, set=changes)).data
+    names = {point["name"]: point["settings"] for point in data["points"]}
+    assert set(names) == {"8bpw-ilp", "8bpw-uniform", "9bpw-ilp", "9bpw-uniform"}
+    assert names["8bpw-uniform"] == {"allocate.method": "uniform"}
+
+
+def test_an_evaluated_and_exported_point_says_what_was_measured(folder: Path) -> None:
+    text = str(folder / "text.txt")
+    evaluate = {"perplexity": [text], "windows": 2, "sequence_length": 32}
+    base = base_of(folder, evaluate=evaluate)
+    plain = compress.sweep(sweep_of(folder, base=base, budgets=["9bpw"])).data
+    run = folder / "sweep/points/9bpw/run"
+    assert not (run / "export").exists()
+    exported = sweep_of(folder, base=base, budgets=["9bpw"], export=True)
+    data = compress.sweep(exported).data
+    (point,), (before,) = data["points"], plain["points"]
+    (file,) = (run / "export/gguf").glob("*.gguf")
+    assert file.stat().st_size == point["bytes"] == before["bytes"]
+    report = json.loads((run / "report.json").read_text())
+    assert point["kl"] == before["kl"] == report["metrics"]["compressed"]["kl"]
+    assert point["text"] == next(iter(report["metrics"]["compressed"]["texts"]))
+
+
+def test_the_command_line_writes_table_page_and_figure(folder: Path) -> None:
+    others = folder / "others.json"
+    others.write_text('[{"name": "other <Q4>", "bytes": 150000, "kl": 0.02}]')
+    file = write_config(folder / "sweep.yaml", sweep_of(folder, points=str(others)))
+    result = call("sweep", file)
+    assert result.exit_code == 0, result.output
+    assert "other <Q4>" in result.stdout and "8bpw" in result.stdout
+    page = (folder / "sweep/sweep.html").read_text()
+    assert "other &lt;Q4&gt;" in page and "<Q4>" not in page
+    ElementTree.parse(folder / "sweep/pareto.svg")
+
+
+def test_every_budget_that_nothing_fits_is_told_before_work(folder: Path) -> None:
+    changes = sweep_of(folder, budgets=["9bpw", "100B", "1KB"])
+    with pytest.raises(CompressError, match="(?s)100B: .*\n1KB: "):
+        compress.sweep(changes)
+    assert not (folder / "sweep").exists()
