@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from compress.workdir import write_atomically
+
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("compress-llm", "torch", "transformers", "compressed-tensors")
 
@@ -24,6 +26,7 @@ def write_result(
     seed: int | None = 0,
     command: str | None = None,
     versions: Sequence[str] = PACKAGES,
+    raw: Any = None,
 ) -> Path:
     """Write ``results/NAME.json`` and return its path.
 
@@ -35,6 +38,8 @@ def write_result(
         seed: Of everything random.
         command: How it was called; read from ``sys.argv`` when left out.
         versions: Packages to name.
+        raw: What the figures were made from, for a script that adds to its result;
+            kept in the file, in no table.
     """
     result = {
         "name": name,
@@ -46,9 +51,11 @@ def write_result(
         "versions": {"python": platform.python_version(), **_versions(versions)},
         "figures": figures,
     }
-    FOLDER.mkdir(exist_ok=True)
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    if raw is not None:
+        text = f'{text[:-2]},\n "raw": {json.dumps(raw, ensure_ascii=False)}\n}}'
     path = FOLDER / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(path, f"{text}\n".encode())
     return path
 
 

@@ -11,7 +11,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -34,8 +34,9 @@ from compress.model.devices import choose_device, choose_dtype
 from compress.model.loading import ModelHandle, check_tensors, open_model
 from compress.planning.planner import make_plan, resolve_scale_dtype
 from compress.planning.rerun import config_of_export
-from compress.report import summary_table, write_report
+from compress.report import write_report
 from compress.reporting import build_report
+from compress.result import Result
 from compress.scoring import evaluate, inspect
 from compress.timing import timed
 from compress.transform import CompressedSource, PlanRunner, part_of_layer
@@ -58,28 +59,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run.
-
-    Attributes:
-        report: What ``report.json`` holds.
-        workdir: Where everything lies.
-    """
-
-    report: Mapping[str, Any]
-    workdir: Path
-
-    def summary(self) -> str:
-        """Return the table that ends a run."""
-        return summary_table(self.report)
-
-    @property
-    def failures(self) -> list[str]:
-        """What reading the exports back has disproved; empty if all is well."""
-        return exporting.failures(self.report["exports"])
 
 
 class Run:

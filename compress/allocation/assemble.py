@@ -1,15 +1,16 @@
 """Measuring assembled candidates: levels swapped into the model, KL to the dense one.
 
-Codes are kept in memory where they fit, on the device, and decoded when a layer
-changes. Hidden states at the start of each block are kept from the last candidate, so
-that the next one runs from the first block that differs. Log-probabilities of the dense
-model are computed once.
+Decoded levels are kept in memory where all of them fit, on the device; else codes are,
+as far as they fit, and decoded when a layer changes. Hidden states at the start of each
+block are kept from the last candidate, so that the next one runs from the first block
+that differs. Log-probabilities of the dense model are computed once.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.plan import LayerPlan
 from compress.core.tensors import QuantizedTensor
 from compress.model.resident import ResidentModel
+from compress.model.sources import check_finite
 from compress.model.states import BlockCall
 from compress.model.streaming import StreamedModel
 
@@ -27,7 +29,7 @@ _TOKENS_A_CALL = 4096
 _POSITIONS_AT_ONCE = 512
 # Log-probabilities beyond this are kept as float16, which moves KL by less than 1e-4.
 _EXACT_BYTES = 1 << 30
-_SHARE_OF_MEMORY = 0.4  # that weights may take, and that codes may take of the rest
+_SHARE_OF_MEMORY = 0.4  # that weights may take, and that levels may take of the rest
 
 
 def available_bytes(device: str) -> int:
@@ -48,16 +50,24 @@ class LevelSource(TensorSource):
     Args:
         source: Dense tensors.
         store: Where codes are read.
-        held_bytes: Of codes, one byte a weight, that may be kept in memory.
-        device: Where kept codes lie.
+        held_bytes: Of levels that may be kept in memory.
+        device: Where kept levels lie.
+        decoded: Whether they are kept as float32 weights, or as codes, a byte a weight.
     """
 
     def __init__(
-        self, source: TensorSource, store: LevelStore, *, held_bytes: int, device: str
+        self,
+        source: TensorSource,
+        store: LevelStore,
+        *,
+        held_bytes: int,
+        device: str,
+        decoded: bool = False,
     ) -> None:
         self._source, self._store = source, store
-        self._room, self._device = held_bytes, device
+        self._room, self._device, self._decoded = held_bytes, device, decoded
         self._held: dict[str, QuantizedTensor] = {}
+        self._values: dict[str, Tensor] = {}
         self.current: dict[str, Level] = {}
 
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -72,39 +82,67 @@ class LevelSource(TensorSource):
         return self.values(level)
 
     def values(self, level: Level) -> Tensor:
-        """Return the float32 weights ``[R, C]`` of a level."""
-        return self._codes(level.key).dequantize()
+        """Return the float32 weights ``[R, C]`` of a level; not to be changed.
+
+        Raises:
+            CheckpointError: They are not finite.
+        """
+        if level.key in self._values:
+            return self._values[level.key]
+        read = self._on_device if self._decoded else self._codes
+        values = read(level.key).dequantize()
+        check_finite(values, f"level {level.key}")
+        if self._decoded and values.nbytes <= self._room:
+            self._values[level.key] = values
+            self._room -= values.nbytes
+        return values
 
     def _codes(self, key: str) -> QuantizedTensor:
         if key in self._held:
             return self._held[key]
-        tensor = self._store.read(key)
-        parts = {k: v.to(self._device) for k, v in tensor.state().items()}
-        tensor = QuantizedTensor.from_state(parts, tensor.scheme, tensor.notes)
-        size = sum(part.nbytes for part in parts.values())
+        tensor = self._on_device(key)
+        size = sum(part.nbytes for part in tensor.state().values())
         if size <= self._room:
             self._held[key] = tensor
             self._room -= size
         return tensor
+
+    def _on_device(self, key: str) -> QuantizedTensor:
+        tensor = self._store.read(key)
+        parts = {k: v.to(self._device) for k, v in tensor.state().items()}
+        return QuantizedTensor.from_state(parts, tensor.scheme, tensor.notes)
 
 
 def assembled_model(
     description: ModelDescription,
     source: TensorSource,
     store: LevelStore,
+    levels: Collection[LayerPlan],
     *,
     device: str,
     dtype: torch.dtype,
 ) -> StreamedModel:
-    """Return the model on a :class:`LevelSource`; in memory as a whole if it fits."""
+    """Return the model on a :class:`LevelSource`; in memory as a whole if it fits.
+
+    Args:
+        description: The model.
+        source: Its dense tensors.
+        store: Where codes are read.
+        levels: All that may be put in; kept decoded if all of them fit.
+        device: Where the model runs.
+        dtype: Its arithmetic.
+    """
     free = available_bytes(device)
     weights = sum(info.elements for info in description.tensors.values())
     size = weights * dtype.itemsize
     resident = size <= _SHARE_OF_MEMORY * free
     held = int(_SHARE_OF_MEMORY * (free - size)) if resident else 0
-    levels = LevelSource(source, store, held_bytes=held, device=device)
+    decoded = sum(math.prod(layer.shape) for layer in levels) * torch.float32.itemsize
+    swapped = LevelSource(
+        source, store, held_bytes=held, device=device, decoded=decoded <= held
+    )
     kind = ResidentModel if resident else StreamedModel
-    return kind(description, levels, device=device, dtype=dtype)
+    return kind(description, swapped, device=device, dtype=dtype)
 
 
 class Assembly:
@@ -129,9 +167,11 @@ class Assembly:
         self._units, self._levels = units, levels
         self._source = model.source
         self._calls: list[BlockCall] = []
+        self._inputs: list[Tensor] = []  # of block 0, all windows; one or none
         self._trace: list[Tensor] = []  # inputs of each block, of the last candidate
         self._changed: set[str] = set()  # since that trace
         self._pinned: dict[str, Level] = {}
+        self._swap([None] * len(units))  # whatever was put in before
         self._dense: list[Tensor] = []
         self._dense = [p.to(self._kept_type(p)) for p in self._predict(len(windows))]
 
@@ -146,19 +186,27 @@ class Assembly:
             assignment: Choice of each unit; ``None`` leaves it dense.
             share: Part of the windows, from the first one on.
         """
-        self._swap(assignment)
         count = max(1, round(share * len(self._windows)))
-        total, tokens = 0.0, 0
-        for dense, logp in zip(self._dense, self._predict(count), strict=False):
+        return max(0.0, float(self.measure_windows(assignment, count).mean()))
+
+    def measure_windows(
+        self, assignment: Sequence[int | None], count: int | None = None
+    ) -> Tensor:
+        """Return the KL of each of the first ``count`` windows, float64 ``[count]``."""
+        self._swap(assignment)
+        predicted = self._predict(len(self._windows) if count is None else count)
+        found = []
+        for dense, logp in zip(self._dense, predicted, strict=False):
+            kl = logp.new_zeros((), dtype=torch.float64)
             for p, q in zip(
                 torch.split(dense, _POSITIONS_AT_ONCE),
                 torch.split(logp, _POSITIONS_AT_ONCE),
                 strict=True,
             ):
                 p = p.float()
-                total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-            tokens += len(logp)
-        return max(0.0, total / tokens)
+                kl += (p.exp() * (p - q)).sum(dtype=torch.float64)
+            found.append(kl / len(logp))
+        return torch.stack(found).cpu()
 
     def _kept_type(self, logp: Tensor) -> torch.dtype:
         size = logp.numel() * 4 * len(self._windows)
@@ -182,9 +230,7 @@ class Assembly:
         """Return float32 log-probabilities ``[T - 1, V]`` of the first windows."""
         start = self._first_block(count)
         if start == 0:
-            states = self._model.embed(self._windows[:count])
-            self._calls = states.calls
-            self._trace = [states.hidden.to(self._device)]
+            self._trace = [self._embedded()]
         hidden = self._trace[start][:count]
         self._trace = [states[:count] for states in self._trace[: start + 1]]
         blocks = range(start, self._model.description.block_count)
@@ -198,6 +244,16 @@ class Assembly:
             self._trace.append(hidden)
         self._changed = set()
         return self._log_probabilities(self._trace.pop())
+
+    def _embedded(self) -> Tensor:
+        """Return the inputs of block 0 of all windows."""
+        blocks = f"{self._model.description.family.blocks}."
+        outside = {name for name in self._changed if not name.startswith(blocks)}
+        if not self._inputs or outside - {self._model.description.family.head}:
+            states = self._model.embed(self._windows)
+            self._calls = states.calls
+            self._inputs = [states.hidden.to(self._device)]
+        return self._inputs[0]
 
     @property
     def _device(self) -> torch.device:

@@ -231,6 +231,7 @@ class Search:
             run.model,
             run.transformed.source,
             self._store,
+            self._levels.keys(),
             device=run.device,
             dtype=torch.float32,
         )

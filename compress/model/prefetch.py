@@ -38,7 +38,8 @@ class ReadAhead:
                     self._coming[name] = self._pool.submit(self._pinned, name)
 
     def _pinned(self, name: str) -> Tensor:
-        return self._source.read(name).pin_memory()
+        tensor = self._source.read(name)
+        return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
 
     def read(self, name: str) -> Tensor:
         """Return one tensor on the device, in its storage type."""

@@ -15,7 +15,8 @@ from compress.model.streaming import StreamedModel
 class ResidentModel(StreamedModel):
     """A :class:`StreamedModel` that reads each weight once and keeps it.
 
-    :meth:`refresh` reads weights again that have changed in the source.
+    :meth:`refresh` reads weights again that have changed in the source, which answers
+    for them.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class ResidentModel(StreamedModel):
             if name in self._kept or any(
                 layer == path or layer.startswith(f"{path}.") for path in self._filled
             ):
-                values = super()._tensor(name)
+                values = self.source.read(name).to(self._device, self._dtype)
                 if name in self._kept:
                     self._kept[name] = values
                     self._heads.pop(layer, None)
