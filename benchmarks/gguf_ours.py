@@ -4,8 +4,9 @@
                                    [--types Q4_K_M] [--device cuda]
 
 ``WORK/MODEL/TYPE.gguf`` are the files of ``gguf_rival.py``; for each one
-``OURS/MODEL/TYPE.gguf`` is a ``compress.run`` with its size as the budget: GPTQ on the
-same calibration tokens, the default allocator on measured levels. Files that are there
+``OURS/MODEL/TYPE.gguf`` is a ``compress.run`` with its size as the budget: GPTQ on half
+of the tokens that the importance matrix of the other has seen, and the default
+allocator. Files that are there
 are not made again. Levels are kept in the cache (``COMPRESS_CACHE``), so that the first
 file of a model takes the longest.
 """
@@ -19,14 +20,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gguf_rival import LENGTH, MODELS, SAMPLES, SEED, TYPES
+from gguf_rival import LENGTH, MODELS, SEED, TYPES
 
 import compress
 
-# Rows of ``rotated`` are multiples of 256; most of those of ``permuted`` are not.
+SAMPLES = 32
+# Rows of ``rotated`` are multiples of 256. Most of those of ``permuted`` are not; its
+# K types are for ``down_proj``.
+_K = ["q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0"]
 SCHEMES = {
-    "permuted": None,
-    "rotated": ["q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0"],
+    "permuted": [*_K, "iq4_nl", "q4_0", "q5_0", "q5_1"],
+    "rotated": ["q2_k", *_K],
 }
 
 
@@ -39,8 +43,9 @@ def config_of(model: Path, size: int, workdir: Path, device: str) -> dict[str, A
             "samples": SAMPLES,
             "sequence_length": LENGTH,
             "seed": SEED,
+            "dtype": "bfloat16",
         },
-        "quantize": {"method": "gptq", "options": {"refit": 1}},
+        "quantize": {"method": "gptq"},
         "budget": {"bytes": size},
         "allocate": {"method": "ilp", "schemes": SCHEMES[model.name]},
         "export": [{"format": "gguf"}],

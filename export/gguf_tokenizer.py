@@ -133,8 +133,10 @@ def tokenizer_metadata(folder: Path | None, rows: int) -> dict[str, MetadataValu
 
 def pre_tokenizer_of(data: Mapping[str, Any]) -> PreTokenizer | None:
     """Return the llama.cpp pre-tokenizer equal to that of a ``tokenizer.json``."""
-    normalizer = data.get("normalizer")
-    kind = None if normalizer is None else normalizer.get("type")
+    normalizer = data.get("normalizer") or {}
+    kind = normalizer.get("type")
+    if kind == "Sequence" and not normalizer["normalizers"]:
+        kind = None
     ignore = bool(data["model"].get("ignore_merges", False))
     rules = _rules(data.get("pre_tokenizer"))
     for known in PRE_TOKENIZERS:

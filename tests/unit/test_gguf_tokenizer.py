@@ -25,6 +25,14 @@ def test_published_pre_tokenizers_are_recognized(name: str, tmp_path: Path) -> N
     assert tokenizer_metadata(tmp_path, ROWS)["tokenizer.ggml.pre"].value == name
 
 
+def test_an_empty_list_of_normalizers_is_none(tmp_path: Path) -> None:
+    """As transformers 5.17 writes it for a tokenizer without one."""
+    save_tokenizer(tmp_path, "gpt-2")
+    empty = {"type": "Sequence", "normalizers": []}
+    edit(tmp_path, lambda data: data.update(normalizer=empty))
+    assert tokenizer_metadata(tmp_path, ROWS)["tokenizer.ggml.pre"].value == "gpt-2"
+
+
 def test_qwen2_split_is_that_of_transformers() -> None:
     module = pytest.importorskip("transformers.models.qwen2.tokenization_qwen2")
     known = {entry.name: entry for entry in PRE_TOKENIZERS}
