@@ -139,24 +139,32 @@ def _around_zero(x: Tensor, weights: Tensor | None, scheme: Scheme) -> Found:
         scale = block_search.by_coordinates(x, scheme.lowest, scheme.highest)
     else:
         used = x.square() if weights is None else weights
-        scale = block_search.around_zero(x, used, grid, reaches=_reaches(scheme))
+        scale, _ = block_search.around_zero(x, used, grid, reaches=_reaches(scheme))
     if scheme.scales is not Scales.SUPER:
         return Found(scale.half().float(), None, None)
     if weights is None or scheme.bits != 3:
         return Found(scale, None, super_scales.fitted(scale, None, scheme))
-    lowest = scheme.scale_codes[0]
-    step = block_search.around_zero(
-        super_scales.by_super_block(scale, scheme),
+    grouped = super_scales.by_super_block(scale, scheme)
+    codes = IntegerGrid(6, scheme.scale_codes[0])
+    fitted, inverse = block_search.around_zero(
+        grouped,
         super_scales.by_super_block(weights.sum(0), scheme),
-        IntegerGrid(6, lowest),
-        reaches=[lowest - 0.1 * tenth for tenth in _TENTHS],
+        codes,
+        reaches=[codes.lowest - 0.1 * tenth for tenth in _TENTHS],
     )
-    return Found(scale, None, super_scales.to_half(step))
+    step = super_scales.to_half(fitted)
+    rounded = codes.round_(grouped * inverse) * step
+    return Found(rounded.movedim(0, -1).flatten(1), None, step)
 
 
 def _reaches(scheme: Scheme) -> list[float]:
-    """Return where the largest weight of a group is tried."""
+    """Return where the largest weight of a group is tried, the finest grid first.
+
+    Under a large outlier all of them explain the same to the last bit of a float32, and
+    the first one stays.
+    """
     lowest = scheme.levels.lowest
     if scheme.grid == IQ4:
-        return [-lowest, *(lowest + step for step in range(-7, 8))]
+        steps = (*range(8), *range(-7, 0))
+        return [*(lowest + step for step in steps), -lowest]
     return [lowest - 0.1 * tenth for tenth in _TENTHS]
