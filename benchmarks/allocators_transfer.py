@@ -7,7 +7,9 @@ applied to all of it, and to a Qwen 3 of another width and depth. There is no te
 train one on: its weights are random, as its config draws them, so that it shows whether
 a policy carries over in form, and no more. ``v1`` are the paper's features, which look
 at no loss that was measured on the model; ``v2`` adds predicted losses. What a policy
-asks for is made to fit by predicted losses, and ``greedy`` is what these give alone.
+asks for is made to fit by predicted losses, and ``greedy`` is what these give alone;
+"on errors" both have the error of the layer's weights in their place, so that nothing
+of the target is known but its layers one by one.
 
 Policies are kept in ``--work`` and not trained again.
 """
@@ -30,11 +32,12 @@ from results import PACKAGES, write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from compress import registry
+from compress.core.allocation import Unit
 
 FEATURES = ("v1", "v2")
 MEASURED_NOTHING = ("uniform", "greedy", "ilp")
 QWEN: dict[str, Any] = {
-    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 2,
+    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 16,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
     "tie_word_embeddings": False,
 }  # fmt: skip
@@ -120,21 +123,35 @@ def rows_of(
     for bits in budgets:
         for name in MEASURED_NOTHING:
             rows.append(_row(case, label, name, bits, [_chosen(case, name, bits)]))
-        for features in FEATURES:
+        greedy = _chosen(case, "greedy", bits, on_errors=True)
+        rows.append(_row(case, label, "greedy on errors", bits, [greedy]))
+        for features, on_errors in (("v1", True), ("v1", False), ("v2", False)):
             mine = [p for k, p in trained.items() if k[:2] == (bits, features)]
-            found = [_chosen(case, "ramp", bits, policy=policy) for policy in mine]
-            rows.append(_row(case, label, f"policy {features}", bits, found))
-        for row in rows[-len(MEASURED_NOTHING) - len(FEATURES) :]:
-            print(row, flush=True)
+            found = [
+                _chosen(case, "ramp", bits, on_errors=on_errors, policy=policy)
+                for policy in mine
+            ]
+            name = f"policy {features}{' on errors' if on_errors else ''}"
+            rows.append(_row(case, label, name, bits, found))
     return rows
 
 
-def _chosen(case: Case, name: str, bits: float, **options: Any) -> tuple[int, ...]:
+def _chosen(
+    case: Case, name: str, bits: float, *, on_errors: bool = False, **options: Any
+) -> tuple[int, ...]:
     plugin = registry.get_allocator(name)
     problem = case.problem(bits, 0)
+    if on_errors:
+        problem = replace(problem, units=tuple(map(_on_errors, problem.units)))
     found = plugin(plugin.Options(**options)).allocate(problem)
     assert problem.fits(found.assignment)
     return found.assignment
+
+
+def _on_errors(unit: Unit) -> Unit:
+    """Return a unit whose losses are its relative errors, by its share of weights."""
+    choices = [replace(c, loss=c.error * unit.weights) for c in unit.choices]
+    return replace(unit, choices=tuple(choices))
 
 
 def _row(
@@ -148,6 +165,7 @@ def _row(
         row[f"KL {text}"] = mean(each)
         row[f"± {text}"] = stdev(each) if len(each) > 1 else None
     row["bits"] = mean(case.bits(assignment) for assignment in found)
+    print(row, flush=True)
     return row
 
 

@@ -80,18 +80,47 @@ def search(
     Args:
         groups: float32 ``[R, G, g]``.
         scheme: One that :func:`treats` knows.
-        importance: float32 ``[G, g]``, of each column; ``None`` if it is not known.
+        importance: float32 ``[G, g]``, of each column, or ``[G, g, g]``, of which the
+            diagonal is used; ``None`` if it is not known.
         by_magnitude: Whether large weights count more than their importance says.
     """
     x = groups.permute(2, 0, 1).contiguous()  # the members of a group first
-    weights = None
-    if importance is not None:
-        weights = importance.float().T.unsqueeze(1).expand_as(x)
+    weights = _of_columns(importance)
+    if weights is not None:
+        weights = weights.expand_as(x)
         if by_magnitude and scheme.bits != 6:
             weights = weights * (_mean_square(x, scheme) + x.square()).sqrt_()
     if scheme.zero is Zero.OFFSET:
         return _with_minimum(x, weights, scheme)
     return _around_zero(x, weights, scheme)
+
+
+def fitted_range(
+    groups: Tensor, scheme: Scheme, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return scales and minima fitted to the codes of many starts, as for Q4_1.
+
+    Args:
+        groups: float32 ``[R, G, g]``.
+        scheme: Has float minima.
+        importance: As in :func:`search`; ``None`` weighs all alike.
+
+    Returns:
+        float32 ``[R, G]`` each, not rounded to storage.
+    """
+    x = groups.permute(2, 0, 1).contiguous()
+    weights = _of_columns(importance)
+    if weights is None:
+        weights = x.new_ones(1)
+    starts = _INFORMED.inverses(scheme.highest)
+    return block_search.with_minimum(x, weights, scheme.highest, inverses=starts)
+
+
+def _of_columns(importance: Tensor | None) -> Tensor | None:
+    """Return the weight of each column as ``[g, 1, G]``, beside ``[g, R, G]``."""
+    if importance is not None and importance.dim() == 3:
+        importance = importance.diagonal(dim1=1, dim2=2)
+    return None if importance is None else importance.float().T.unsqueeze(1)
 
 
 def _mean_square(x: Tensor, scheme: Scheme) -> Tensor:

@@ -98,6 +98,18 @@ def test_the_error_is_that_of_ggml(kind: str, informed: bool) -> None:
     assert mine < 1.01 * other
 
 
+@pytest.mark.parametrize("kind", ["q4_0", "q5_0", "q8_0", "q4_1", "q5_1"])
+def test_older_types_lose_no_more_than_in_ggml(kind: str) -> None:
+    weight = weights()
+    theirs = decoded(encoded(weight, kind, importance()), kind)
+    ours = coded(weight, kind, importance()).dequantize()
+    mine, other = (
+        float((importance() * (values - weight).square()).sum())
+        for values in (ours, theirs)
+    )
+    assert mine < other
+
+
 @pytest.mark.parametrize("informed", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_with_an_outlier_are_as_good_as_those_of_ggml(
