@@ -182,12 +182,8 @@ def main() -> None:
     """Run what is wanted and not there, and write each line when it is done."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_case_arguments(parser)
-    parser.add_argument("--budgets", type=_floats, default="3.0,3.5,4.0")
-    parser.add_argument("--seeds", type=_integers, default="0,1,2,3,4")
+    add_search_arguments(parser, budgets="3.0,3.5,4.0", seeds="0,1,2,3,4")
     parser.add_argument("--allocators", type=_names, default=",".join(ALLOCATORS))
-    parser.add_argument("--evaluations", type=int, default=200)
-    parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2, help="of a worker")
     parser.add_argument("--name", default="allocators", help="of the result")
     arguments = parser.parse_args()
     settings = settings_of(arguments)
@@ -232,6 +228,17 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     for option in ("samples", "windows", "length", "test-windows", "test-length"):
         default = getattr(Settings, option.replace("-", "_"))
         parser.add_argument(f"--{option}", type=int, default=default)
+
+
+def add_search_arguments(
+    parser: argparse.ArgumentParser, *, budgets: str, seeds: str
+) -> None:
+    """Add what to search, how long, and how many side by side."""
+    parser.add_argument("--budgets", type=_floats, default=budgets)
+    parser.add_argument("--seeds", type=_integers, default=seeds)
+    parser.add_argument("--evaluations", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2, help="of a worker")
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:

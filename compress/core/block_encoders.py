@@ -80,18 +80,47 @@ def search(
     Args:
         groups: float32 ``[R, G, g]``.
         scheme: One that :func:`treats` knows.
-        importance: float32 ``[G, g]``, of each column; ``None`` if it is not known.
+        importance: float32 ``[G, g]``, of each column, or ``[G, g, g]``, of which the
+            diagonal is used; ``None`` if it is not known.
         by_magnitude: Whether large weights count more than their importance says.
     """
     x = groups.permute(2, 0, 1).contiguous()  # the members of a group first
-    weights = None
-    if importance is not None:
-        weights = importance.float().T.unsqueeze(1).expand_as(x)
+    weights = _of_columns(importance)
+    if weights is not None:
+        weights = weights.expand_as(x)
         if by_magnitude and scheme.bits != 6:
             weights = weights * (_mean_square(x, scheme) + x.square()).sqrt_()
     if scheme.zero is Zero.OFFSET:
         return _with_minimum(x, weights, scheme)
     return _around_zero(x, weights, scheme)
+
+
+def fitted_range(
+    groups: Tensor, scheme: Scheme, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return scales and minima fitted to the codes of many starts, as for Q4_1.
+
+    Args:
+        groups: float32 ``[R, G, g]``.
+        scheme: Has float minima.
+        importance: As in :func:`search`; ``None`` weighs all alike.
+
+    Returns:
+        float32 ``[R, G]`` each, not rounded to storage.
+    """
+    x = groups.permute(2, 0, 1).contiguous()
+    weights = _of_columns(importance)
+    if weights is None:
+        weights = x.new_ones(1)
+    starts = _INFORMED.inverses(scheme.highest)
+    return block_search.with_minimum(x, weights, scheme.highest, inverses=starts)
+
+
+def _of_columns(importance: Tensor | None) -> Tensor | None:
+    """Return the weight of each column as ``[g, 1, G]``, beside ``[g, R, G]``."""
+    if importance is not None and importance.dim() == 3:
+        importance = importance.diagonal(dim1=1, dim2=2)
+    return None if importance is None else importance.float().T.unsqueeze(1)
 
 
 def _mean_square(x: Tensor, scheme: Scheme) -> Tensor:
@@ -139,24 +168,32 @@ def _around_zero(x: Tensor, weights: Tensor | None, scheme: Scheme) -> Found:
         scale = block_search.by_coordinates(x, scheme.lowest, scheme.highest)
     else:
         used = x.square() if weights is None else weights
-        scale = block_search.around_zero(x, used, grid, reaches=_reaches(scheme))
+        scale, _ = block_search.around_zero(x, used, grid, reaches=_reaches(scheme))
     if scheme.scales is not Scales.SUPER:
         return Found(scale.half().float(), None, None)
     if weights is None or scheme.bits != 3:
         return Found(scale, None, super_scales.fitted(scale, None, scheme))
-    lowest = scheme.scale_codes[0]
-    step = block_search.around_zero(
-        super_scales.by_super_block(scale, scheme),
+    grouped = super_scales.by_super_block(scale, scheme)
+    codes = IntegerGrid(6, scheme.scale_codes[0])
+    fitted, inverse = block_search.around_zero(
+        grouped,
         super_scales.by_super_block(weights.sum(0), scheme),
-        IntegerGrid(6, lowest),
-        reaches=[lowest - 0.1 * tenth for tenth in _TENTHS],
+        codes,
+        reaches=[codes.lowest - 0.1 * tenth for tenth in _TENTHS],
     )
-    return Found(scale, None, super_scales.to_half(step))
+    step = super_scales.to_half(fitted)
+    rounded = codes.round_(grouped * inverse) * step
+    return Found(rounded.movedim(0, -1).flatten(1), None, step)
 
 
 def _reaches(scheme: Scheme) -> list[float]:
-    """Return where the largest weight of a group is tried."""
+    """Return where the largest weight of a group is tried, the finest grid first.
+
+    Under a large outlier all of them explain the same to the last bit of a float32, and
+    the first one stays.
+    """
     lowest = scheme.levels.lowest
     if scheme.grid == IQ4:
-        return [-lowest, *(lowest + step for step in range(-7, 8))]
+        steps = (*range(8), *range(-7, 0))
+        return [*(lowest + step for step in steps), -lowest]
     return [lowest - 0.1 * tenth for tenth in _TENTHS]

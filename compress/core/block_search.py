@@ -21,6 +21,8 @@ from torch import Tensor
 from compress.core.levels import Grid
 
 _TINY = 1e-30
+_CLEARLY = 1 + 1e-6
+"""Sums that differ by less are equal but for rounding: the first one stays."""
 _PASSES = 5
 
 
@@ -78,8 +80,12 @@ def with_minimum(
 
 def around_zero(
     x: Tensor, weights: Tensor, grid: Grid, *, reaches: Iterable[float]
-) -> Tensor:
-    """Return scales, of either sign, on a grid around zero.
+) -> tuple[Tensor, Tensor]:
+    """Return scales, of either sign, on a grid around zero, and where the extreme lay.
+
+    Codes of the search are ``grid.round_(x * reach / extreme)``, with the weight of
+    largest magnitude for ``extreme``; the scale fits them. The second result is this
+    ``reach / extreme``, 0 where all weights are.
 
     Args:
         x: float32 ``[n, ...]``.
@@ -90,18 +96,21 @@ def around_zero(
     extreme = x.gather(0, x.abs().argmax(0, keepdim=True)).squeeze(0)
     empty = extreme == 0
     extreme = torch.where(empty, torch.ones_like(extreme), extreme)
-    scale = torch.zeros_like(extreme)
+    scale, inverse = torch.zeros_like(extreme), torch.zeros_like(extreme)
     best = torch.zeros_like(extreme)
     for reach in reaches:
-        levels = grid.round_(x * (reach / extreme))
+        tried = reach / extreme
+        levels = grid.round_(x * tried)
         weighted = weights * levels
         squares = weighted.mul(levels).sum(0).clamp_(min=_TINY)
         found = weighted.mul_(x).sum(0) / squares
         explained = found * found * squares
-        better = explained > best
+        better = explained > best * _CLEARLY
         best = torch.where(better, explained, best)
         scale = torch.where(better, found, scale)
-    return torch.where(empty, torch.zeros_like(scale), scale)
+        inverse = torch.where(better, tried, inverse)
+    nothing = torch.zeros_like(scale)
+    return torch.where(empty, nothing, scale), torch.where(empty, nothing, inverse)
 
 
 def by_coordinates(x: Tensor, lowest: int, highest: int) -> Tensor:

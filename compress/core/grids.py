@@ -13,7 +13,7 @@ since they have one more negative code than positive ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +37,8 @@ class GridParameters:
     Attributes:
         scale: float32 ``[R, G]``, holding numbers that can be stored.
         zero: As ``scale``; ``None`` on a symmetric grid.
-        outer: float32 ``[R, 1]``, ``[1, 1]`` or a few numbers a row, what scales have
-            in common, if they do; see ``core/scales.py`` and ``core/super_scales.py``.
+        outer: float32 ``[R, 1]``, ``[1, 1]`` or a few numbers a row that scales have in
+            common, if they do; see ``core/scales.py`` and ``core/super_scales.py``.
     """
 
     scale: Tensor
@@ -229,15 +229,13 @@ def search_parameters(
 ) -> GridParameters:
     """Return, for each group, the parameters of least weighted squared error.
 
-    On ggml's K and IQ4 types they come from ggml's own searches, with factors of their
-    own (``core/block_encoders.py``).
+    On ggml's K and IQ4 types they come from ggml's searches (``core/block_encoders``).
 
     Args:
         groups: float32 ``[R, G, g]``.
         scheme: The grid.
         importance: float32 ``[G, g]`` weight of each column, normally the diagonal of
-            the Hessian, or ``[G, g, g]``, its blocks; ``None`` weighs all columns
-            alike.
+            the Hessian, or ``[G, g, g]``, its blocks; ``None`` weighs all alike.
         factors: Multiples of the full range to try; those of the scheme by default.
         outer: What scales have in common, if it is settled already.
         by_magnitude: On ggml's types, whether large weights count more than
@@ -253,30 +251,25 @@ def search_parameters(
         return _joined(parts)
     if factors is None:
         factors = scales.search_factors(scheme)
+    outers: Sequence[Tensor | None] = (outer,)
     if outer is None:
         outer = range_parameters(groups, scheme).outer
         outers = scales.outer_candidates(outer, scheme)
-    else:
-        outers = (outer,)
     if scheme.row_block != 1:  # rows that share scales are searched together
         rows = groups.shape[0]
-    parts = []
+    loss, parts = _Loss(scheme, importance), []
     for start in range(0, groups.shape[0], rows):
         run = slice(start, start + rows)
         shared = [o if o is None or len(o) == 1 else o[run] for o in outers]
-        loss = _Loss(scheme, importance)
         parts.append(_search_rows(groups[run], loss, factors, shared))
     found = _joined(parts)
-    if scheme.scales is Scales.RATIO:
-        return found
-    return GridParameters(found.scale, found.zero, outer)
+    is_own = scheme.scales is Scales.RATIO
+    return found if is_own else GridParameters(found.scale, found.zero, outer)
 
 
 def _block_parameters(
     groups: Tensor, scheme: Scheme, importance: Tensor | None, by_magnitude: bool
 ) -> GridParameters:
-    if importance is not None and importance.dim() == 3:
-        importance = importance.diagonal(dim1=1, dim2=2)
     found = block_encoders.search(groups, scheme, importance, by_magnitude=by_magnitude)
     if found.outer is None:
         return GridParameters(_usable(found.scale, scheme, None))
@@ -344,20 +337,31 @@ def _search_groups(
     groups: Tensor, loss: _Loss, factors: Sequence[float], outer: Tensor | None
 ) -> tuple[GridParameters, Tensor]:
     """Return the best parameters of each group, and their losses ``[R, G]``."""
-    scheme, extent = loss.scheme, _extent(groups, loss.scheme)
-    best = _range_of(extent, scheme, 1.0, outer, None)
+    candidates = _candidates(groups, loss, factors, outer)
+    best = next(candidates)
     least = loss.of(groups, best)
-    for factor in factors:
-        candidate = _range_of(extent, scheme, factor, outer, None)
+    for candidate in candidates:
         lost = loss.of(groups, candidate)
         better = lost < least
         least = torch.where(better, lost, least)
-        scale = torch.where(better, candidate.scale, best.scale)
-        zero = best.zero
+        scale, zero = torch.where(better, candidate.scale, best.scale), best.zero
         if zero is not None and candidate.zero is not None:
             zero = torch.where(better, candidate.zero, zero)
         best = GridParameters(scale, zero, outer)
     return best, least
+
+
+def _candidates(
+    groups: Tensor, loss: _Loss, factors: Sequence[float], outer: Tensor | None
+) -> Iterator[GridParameters]:
+    """Yield the full range, multiples of it and, with float minima, ggml's fit."""
+    scheme, extent = loss.scheme, _extent(groups, loss.scheme)
+    for factor in (1.0, *factors):
+        yield _range_of(extent, scheme, factor, outer, None)
+    if scheme.zero is Zero.OFFSET:
+        scale, low = block_encoders.fitted_range(groups, scheme, loss.importance)
+        stored = _usable(round_to_storage(scale, scheme), scheme, None)
+        yield GridParameters(stored, round_to_storage(low, scheme))
 
 
 def _squared(error: Tensor, importance: Tensor | None) -> Tensor:

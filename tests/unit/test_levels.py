@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.core.levels import FLOAT_GRIDS, IntegerGrid
+from compress.core.levels import FLOAT_GRIDS, NAMED_GRIDS, IntegerGrid
+from compress.core.scheme import IQ4
 
 TABLES = {
     "e2m1": [0, 0.5, 1, 1.5, 2, 3, 4, 6],
@@ -72,3 +73,15 @@ def test_integers_are_clamped_and_their_own_codes() -> None:
     levels = grid.round_(torch.tensor([-9.0, -0.5, 2.5, 7.6]))
     assert levels.tolist() == [-8, 0, 2, 7]
     assert grid.to_codes(levels).tolist() == [-8, 0, 2, 7]
+
+
+def test_a_table_rounds_to_the_nearest_level_and_ties_upwards() -> None:
+    grid = NAMED_GRIDS[IQ4]
+    levels = grid.to_levels(torch.arange(16))
+    halves = torch.arange(-300, 300) / 2
+    near = torch.nextafter(halves, torch.tensor(-1e3))
+    values = torch.cat([halves, near, inputs()]).clamp(-200, 200)
+    distance = (values[:, None].double() - levels).abs()
+    ties = distance == distance.amin(1, keepdim=True)
+    highest = torch.where(ties, levels, -torch.inf).amax(1)
+    assert torch.equal(grid.round_(values.clone()), highest)
