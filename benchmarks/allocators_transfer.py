@@ -9,7 +9,8 @@ a policy carries over in form, and no more. ``v1`` are the paper's features, whi
 at no loss that was measured on the model; ``v2`` adds predicted losses. What a policy
 asks for is made to fit by predicted losses, and ``greedy`` is what these give alone;
 "on errors" both have the error of the layer's weights in their place, so that nothing
-of the target is known but its layers one by one.
+of the target is known but its layers one by one. A policy that asks for more than
+`greedy` of every layer ends at `greedy`: the bits that it asked for tell.
 
 Policies are kept in ``--work`` and not trained again.
 """
@@ -32,6 +33,7 @@ from results import PACKAGES, write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from compress import registry
+from compress.allocators.ramp.training import asked
 from compress.core.allocation import Unit
 
 FEATURES = ("v1", "v2")
@@ -133,6 +135,8 @@ def rows_of(
             ]
             name = f"policy {features}{' on errors' if on_errors else ''}"
             rows.append(_row(case, label, name, bits, found))
+            wished = [asked(case.problem(bits, 0), policy) for policy in mine]
+            rows[-1]["asked bits"] = mean(map(case.bits, wished))
     return rows
 
 
@@ -165,7 +169,6 @@ def _row(
         row[f"KL {text}"] = mean(each)
         row[f"± {text}"] = stdev(each) if len(each) > 1 else None
     row["bits"] = mean(case.bits(assignment) for assignment in found)
-    print(row, flush=True)
     return row
 
 
@@ -204,6 +207,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for label, settings in targets.items():
         rows += rows_of(Case(settings), label, trained, arguments.budgets)
+        print(*rows, sep="\n", flush=True)
         figures["KL in nats"] = rows
         write_result(
             arguments.name,

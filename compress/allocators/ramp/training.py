@@ -54,6 +54,18 @@ def apply(problem: AllocationProblem, folder: Path) -> Allocation:
     Raises:
         AllocationError: The policy cannot be read, or is for another range of bits.
     """
+    measured = Measurements(problem)
+    table = ChoiceTable.of(problem)
+    measured(table.repair(asked(problem, folder)), note="policy")
+    return measured.allocation()
+
+
+def asked(problem: AllocationProblem, folder: Path) -> tuple[int, ...]:
+    """Return what a saved policy chooses; it may exceed the budget.
+
+    Raises:
+        AllocationError: As :func:`apply`.
+    """
     actor, card = load_policy(folder)
     least, most = bits_range(problem)
     if card.bits != (least, most):
@@ -62,13 +74,10 @@ def apply(problem: AllocationProblem, folder: Path) -> Allocation:
             f"bits, the problem offers {least} to {most}; allow the same schemes or "
             "train another"
         )
-    features = Features.of(problem, card.features)
-    table, walk = ChoiceTable.of(problem), Walk(features)
-    for count in table.counts:
-        walk.choose(bin_of(act(actor, walk.see()), int(count)))
-    measured = Measurements(problem)
-    measured(table.repair(walk.chosen), note="policy")
-    return measured.allocation()
+    walk = Walk(Features.of(problem, card.features))
+    for unit in problem.units:
+        walk.choose(bin_of(act(actor, walk.see()), len(unit.choices)))
+    return tuple(walk.chosen)
 
 
 def bits_range(problem: AllocationProblem) -> tuple[int, int]:
