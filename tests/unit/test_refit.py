@@ -1,4 +1,4 @@
-"""Least-squares refits of what is stored beside the levels, and rows kept as rounded."""
+"""Least-squares refits of what is stored beside levels, and rows kept as rounded."""
 
 from __future__ import annotations
 
