@@ -21,7 +21,8 @@ al. (2025), "GPTAQ", in another form. Differs from the paper:
   the loop, accepted only where the objective falls;
 * a row is merely rounded where the loop loses more than that.
 
-Limits: memory is a few ``[C, C]`` matrices; time grows as ``R C^2``.
+Limits: memory is a few ``[C, C]`` matrices and a few copies of up to 2^27 weights; time
+grows as ``R C^2``.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from compress.core.statistics import LayerStatistics
 from compress.core.tensors import QuantizedTensor
 
 _LARGEST_DAMP = 1.0
+_WEIGHTS_AT_ONCE = 1 << 27  # half a GiB for each of a handful of float32 copies
 
 
 class GPTQOptions(Options):
@@ -111,24 +113,39 @@ class GPTQ(Quantizer):
         if statistics.drift is not None and options.drift:
             owed = (target @ statistics.drift)[:, order]
             target[:, order] += options.drift * (owed @ factor.T @ factor)
+        rows = _rows_at_once(scheme, target)
+        parts = [
+            self._solved(run, hessian, scheme, order, factor)
+            for run in torch.split(target, rows)
+        ]
+        parameters = grids.joined([part for part, _ in parts])
+        codes = torch.cat([levels for _, levels in parts])
+        coded = grids.assemble(codes, parameters, scheme, notes=notes)
+        return low_rank.correct(target, coded, hessian=hessian)
+
+    def _solved(
+        self,
+        target: Tensor,
+        hessian: Tensor,
+        scheme: Scheme,
+        order: Tensor,
+        factor: Tensor,
+    ) -> feedback.Coded:
+        """Return parameters and levels of rows ``[R, C]``."""
         cost = torch.empty_like(factor[0])
         cost[order] = factor.diagonal() ** -2
-        parameters = self.parameters(target, scheme, cost)
+        parameters = self.parameters(target, scheme, cost / cost.mean())
         plain = grids.encode(grids.as_groups(target, scheme), parameters, scheme)
         first = parameters, plain.view(target.shape)
         codes = feedback.solve(
             target, hessian, parameters, scheme, order=order, factor=factor
         )
-        for _ in range(options.refits(scheme)):
+        for _ in range(self.options.refits(scheme)):
             parameters = refit.refit_scales(target, hessian, codes, parameters, scheme)
             codes = feedback.descend(
                 target, hessian, codes, parameters, scheme, order=order
             )
-        parameters, codes = feedback.better_rows(
-            target, hessian, scheme, first, (parameters, codes)
-        )
-        coded = grids.assemble(codes, parameters, scheme, notes=notes)
-        return low_rank.correct(target, coded, hessian=hessian)
+        return feedback.better_rows(target, hessian, scheme, first, (parameters, codes))
 
     def parameters(
         self, target: Tensor, scheme: Scheme, importance: Tensor
@@ -145,6 +162,16 @@ class GPTQ(Quantizer):
             return grids.range_parameters(groups, scheme)
         weights = importance.view(groups.shape[1], -1)
         return grids.search_parameters(groups, scheme, importance=weights)
+
+
+def _rows_at_once(scheme: Scheme, target: Tensor) -> int:
+    """Return how many rows are solved together: all, unless a head would be too many.
+
+    Rows are independent but for scales that they share.
+    """
+    shared = scheme.row_block != 1 or scheme.scales not in (Scales.FREE, Scales.SUPER)
+    rows, columns = target.shape
+    return rows if shared else max(1, _WEIGHTS_AT_ONCE // columns)
 
 
 def _regularized(hessian: Tensor, shrink: float) -> Tensor:

@@ -248,7 +248,7 @@ def search_parameters(
             _block_parameters(run, scheme, importance, by_magnitude)
             for run in torch.split(groups, rows)
         ]
-        return _joined(parts)
+        return joined(parts)
     if factors is None:
         factors = scales.search_factors(scheme)
     outers: Sequence[Tensor | None] = (outer,)
@@ -262,7 +262,7 @@ def search_parameters(
         run = slice(start, start + rows)
         shared = [o if o is None or len(o) == 1 else o[run] for o in outers]
         parts.append(_search_rows(groups[run], loss, factors, shared))
-    found = _joined(parts)
+    found = joined(parts)
     is_own = scheme.scales is Scales.RATIO
     return found if is_own else GridParameters(found.scale, found.zero, outer)
 
@@ -276,7 +276,7 @@ def _block_parameters(
     return super_parameters(found.scale, found.minimum, scheme, found.outer)
 
 
-def _joined(parts: Sequence[GridParameters]) -> GridParameters:
+def joined(parts: Sequence[GridParameters]) -> GridParameters:
     """Return the parameters of runs of rows as those of all rows."""
     zeros = [part.zero for part in parts if part.zero is not None]
     outers = [part.outer for part in parts if part.outer is not None]

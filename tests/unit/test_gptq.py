@@ -272,3 +272,19 @@ def test_the_weight_that_is_given_is_not_changed() -> None:
     inputs[:, 0] = 0
     solved(weight, "int4-g32", statistics_of(inputs, inputs * 1.1))
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32", "int4-g32-offset", "q4_k", "fp8-w8a8"])
+def test_rows_may_be_solved_in_parts(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(10, 256, generator=generator)
+    statistics = statistics_of(correlated_inputs(600, 256))
+    whole = solved(weight, scheme, statistics, refit=1)
+    monkeypatch.setattr("compress.quantizers.gptq._WEIGHTS_AT_ONCE", 3 * 256)
+    parts = solved(weight, scheme, statistics, refit=1)
+    # Sums of a product may be taken in another order, which moves a code now and then.
+    assert float((parts.codes != whole.codes).float().mean()) < 0.02
+    lost = [objective(weight, x, statistics.hessian) for x in (parts, whole)]
+    assert lost[0] == pytest.approx(lost[1], rel=0.01)
