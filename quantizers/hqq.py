@@ -92,9 +92,7 @@ class HQQ(Quantizer):
 
     def _best(self, groups: Tensor, scheme: Scheme) -> GridParameters:
         """Return the parameters of least squared error that all starts lead to."""
-        is_integer = scheme.zero is Zero.INTEGER
-        first = grids.search_parameters if is_integer else grids.range_parameters
-        best = first(groups, scheme)
+        best = grids.search_parameters(groups, scheme)
         levels = grids.encode(groups, best, scheme)
         least = (grids.decode_groups(levels, best, scheme) - groups).square().sum(-1)
         for factor in _STARTS:

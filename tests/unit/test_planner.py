@@ -85,10 +85,10 @@ def test_embedding_and_head_are_planned_when_they_are_named(tied: bool) -> None:
     assert ("lm_head" in plan.layers) != tied
 
 
-def test_methods_with_statistics_cannot_treat_the_embedding() -> None:
+def test_the_embedding_takes_the_method_of_the_plan() -> None:
     overrides = {"model.embed_tokens": {"scheme": "q8_0"}}
-    with pytest.raises(PlanError, match="embed_tokens: .*add method: rtn"):
-        plan_of(section(**overrides), quantizer=GPTQ)
+    found = plan_of({**section(**overrides), "method": "gptq"}, quantizer=GPTQ)
+    assert found.layers["model.embed_tokens"].method == "gptq"
 
 
 def test_a_tied_head_cannot_be_named() -> None:

@@ -30,7 +30,12 @@ def options_of(found: Searched) -> list[list[tuple[LayerPlan, ...]]]:
 def assembly_of(found: Searched, *, resident: bool = True) -> Assembly:
     if resident:
         model = assembled_model(
-            found.model, found.source, found.store, device="cpu", dtype=torch.float32
+            found.model,
+            found.source,
+            found.store,
+            found.levels,
+            device="cpu",
+            dtype=torch.float32,
         )
         assert isinstance(model, ResidentModel)
     else:

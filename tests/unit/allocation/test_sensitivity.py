@@ -54,7 +54,12 @@ def test_fisher_predicts_the_measured_kl(found: Searched) -> None:
         seed=0,
     )
     model = assembled_model(
-        found.model, found.source, found.store, device="cpu", dtype=torch.float32
+        found.model,
+        found.source,
+        found.store,
+        found.levels,
+        device="cpu",
+        dtype=torch.float32,
     )
     options = [[option.layers for option in unit.options] for unit in units]
     assembly = Assembly(model, WINDOWS, options, found.levels)
