@@ -4,9 +4,8 @@
                                    [--types Q4_K_M] [--device cuda]
 
 ``WORK/MODEL/TYPE.gguf`` are the files of ``gguf_rival.py``; for each one
-``OURS/MODEL/TYPE.gguf`` is a ``compress.run`` with its size as the budget: GPTQ on half
-of the tokens that the importance matrix of the other has seen, and the default
-allocator. Files that are there
+``OURS/MODEL/TYPE.gguf`` is a ``compress.run`` with its size as the budget: GPTQ on 32
+x 512 tokens of the bundled mix, and the default allocator. Files that are there
 are not made again. Levels are kept in the cache (``COMPRESS_CACHE``), so that the first
 file of a model takes the longest.
 """
