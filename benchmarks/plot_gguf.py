@@ -45,7 +45,8 @@ def main() -> None:
         ]
         theirs = points(mine, "llama.cpp")
         path = DOCS / f"gguf_{model}.svg"
-        path.write_text(render_svg({"points": ours, "foreign": theirs}), "utf-8")
+        data = {"points": ours, "foreign": theirs, "foreign_name": "llama-quantize"}
+        path.write_text(render_svg(data), "utf-8")
         print(path)
 
 

@@ -163,7 +163,8 @@ def _series(data: Data) -> list[tuple[str, list[Data]]]:
         found.setdefault(name or "compress", []).append(point)
     series = list(found.items())
     others = list(data["foreign"])
-    return [*series, ("other tools", others)] if others else series
+    name = str(data.get("foreign_name") or "other tools")
+    return [*series, (name, others)] if others else series
 
 
 def _plot(data: Data) -> str:
@@ -178,8 +179,9 @@ def _plot(data: Data) -> str:
         front = [p for p in data["points"] if p["on_front"] and p["model"] == model]
         body += _steps(front, x, y)
     for index, (_, found) in enumerate(series):
-        for point in found:
-            body += _mark(point, index, x, y)
+        places = [(x.at(p["bytes"] / 1e6), y.at(float(p["kl"]))) for p in found]
+        for point, place in zip(found, places, strict=True):
+            body += _mark(point, index, place, places)
     return body
 
 
@@ -206,13 +208,20 @@ def _stairs(places: Sequence[tuple[float, float]]) -> Iterable[str]:
         yield line(right, high, right, low, class_="limit")
 
 
-def _mark(point: Data, index: int, x: Axis, y: Axis) -> str:
-    px, py = x.at(point["bytes"] / 1e6), y.at(float(point["kl"]))
+def _mark(
+    point: Data,
+    index: int,
+    place: tuple[float, float],
+    others: Sequence[tuple[float, float]],
+) -> str:
+    """Return a mark, with a name beside it if it is another tool's."""
+    px, py = place
     is_foreign = "model" not in point
     hint = f"{point['name']}: {count(point['bytes'])} bytes, KL {nats(point['kl'])}"
     body = marker(index % SERIES, px, py, hint=hint, hollow=is_foreign, scale=1.4)
     if is_foreign:
-        side = "end" if px > (_LEFT + _RIGHT) / 2 else "start"
+        crowded = any(0 < x - px < 60 and abs(y - py) < 16 for x, y in others)
+        side = "end" if crowded or px > (_LEFT + _RIGHT) / 2 else "start"
         shift = -7 if side == "end" else 7
         body += label(
             px + shift, py + 4, str(point["name"]), anchor=side, class_="small halo"
