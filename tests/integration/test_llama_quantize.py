@@ -126,7 +126,7 @@ def test_inspect_takes_the_model_and_not_what_lies_beside(mixed: Path) -> None:
 
 def test_a_finished_run_gets_them_later(wide: Ground) -> None:
     quantize = {"method": "rtn", "scheme": "q4_0", "scale_dtype": "float16"}
-    workdir = wide.run("later", quantize=quantize, export=[])
+    workdir = wide.run("imatrix-later", quantize=quantize, export=[])
     before = digests(workdir / "blocks")
     result = call("export", workdir, "--to", "gguf", "--set", "imatrix=true")
     assert result.exit_code == 0, result.output
