@@ -32,6 +32,8 @@ SECTIONS = (
     "calibration",
     "transforms",
     "quantize",
+    "budget",
+    "allocate",
     "kv_cache",
     "evaluate",
     "export",
@@ -60,6 +62,9 @@ def render() -> str:
             parts += _options("name", TRANSFORMS)
         if name == "quantize":
             parts += _options("method", _built_in(registry.quantizers()))
+        if name == "allocate":
+            found = {entry.name: entry for entry in registry.entries("allocators")}
+            parts += _options("method", _built_in(found))
         if name == "export":
             parts += _options("format", _built_in(registry.exporters()))
     return "\n".join(parts)
@@ -97,11 +102,14 @@ def _options(word: str, plugins: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, plugin in plugins.items():
         schema = plugin.Options.model_json_schema()
+        if not schema["properties"]:
+            continue
         described: dict[str, str] = {}
         for base in reversed(plugin.Options.__mro__):  # options may extend others
             described |= _attributes(base.__doc__ or "")
         for key, value in schema["properties"].items():
-            value.setdefault("description", described[key])
+            if "description" not in value:
+                value["description"] = described[key]
         summary = plugin.summary[0].upper() + plugin.summary[1:]
         lines += [f"### Options of `{word}: {name}`", "", f"{summary}.", ""]
         lines += _table(schema, schema)

@@ -170,8 +170,9 @@ def _width_problem(layer: LayerPlan) -> str | None:
 
 def _has_packed_zeros(scheme: Scheme) -> bool:
     # int-quantized keeps them plain, and these load.
-    packed = ct.layout_of(scheme).format == "pack-quantized"
-    return scheme.zero is Zero.INTEGER and packed
+    if scheme.zero is not Zero.INTEGER or ct.obstacle(scheme) is not None:
+        return False
+    return ct.layout_of(scheme).format == "pack-quantized"
 
 
 def _has_float_scales(scheme: Scheme) -> bool:

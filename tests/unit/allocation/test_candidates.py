@@ -6,12 +6,13 @@ import random
 from pathlib import Path
 
 import pytest
-from allocation_fixtures import SCHEMES, candidates_of
+from allocation_fixtures import SCHEMES, candidates_of, quantizer
 from gguf_fixtures import describe, random_state, save_tokenizer, tiny_config
 from moe_fixtures import opened, save_mixture
 from streaming_fixtures import model_of
 
-from compress.allocation.candidates import Candidates
+from compress.allocation.candidates import Candidates, find_candidates
+from compress.config.schema import QuantizeSection
 from compress.core.artifact import ModelDescription
 from compress.core.contracts import Exporter
 from compress.core.errors import PlanError
@@ -166,3 +167,25 @@ def test_a_layer_with_no_choice_left_is_an_error(llama: ModelDescription) -> Non
 def test_nothing_to_choose_is_an_error(llama: ModelDescription) -> None:
     with pytest.raises(PlanError, match="every layer"):
         candidates_of(llama, method="rtn", overrides={"re:.*": {"scheme": "q8_0"}})
+
+
+def test_two_formats_share_what_both_can_hold(for_gguf: ModelDescription) -> None:
+    exporters: dict[str, Exporter] = {
+        "gguf": GGUFExporter(),
+        "safetensors": SafetensorsExporter(),
+    }
+    found = find_candidates(
+        QuantizeSection(method="rtn"),
+        for_gguf,
+        ("q2_k", "q4_0", "q4_1", "q8_0"),
+        exporters=exporters,
+        budget_format="gguf",
+        scale_dtype="float16",
+        quantizer=quantizer,
+    )
+    names = {o.layers[0].scheme.name for u in found.units for o in u.options}
+    assert names == {"int4-g32", "int8-g32"}
+    assert not any("embed_tokens" in unit.layers[0] for unit in found.units)
+    for assignment in random_assignments(found, 3):
+        plan = found.plan(assignment)
+        assert [e.check(plan, for_gguf) for e in exporters.values()] == [[], []]
