@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from export_fixtures import StateDictSource
-from gguf_fixtures import describe, tiny_config
+from model_fixtures import random_model
 from pipeline_fixtures import windows
 from torch import Tensor
 
@@ -26,17 +26,6 @@ from compress.workdir import WorkDir
 WINDOWS = windows(16, 24)
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 DENSE = {r"re:.*layers\.": {"scheme": "dense"}}
-
-
-def random_model(*, tied: bool) -> tuple[Any, ModelDescription, StateDictSource]:
-    from transformers import AutoModelForCausalLM
-
-    config = tiny_config("llama")
-    config.tie_word_embeddings = tied
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    state = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return model, describe(config, state, None), StateDictSource(state)
 
 
 def runner_of(
@@ -74,7 +63,7 @@ def hidden_at_head(model: Any) -> Tensor:
 
 
 def test_embedding_and_head_are_parts_of_their_own(tmp_path: Path) -> None:
-    _, description, source = random_model(tied=False)
+    _, description, source = random_model(tie_word_embeddings=False)
     overrides = {n: {"scheme": "q8_0", "method": "rtn"} for n in (EMBEDDING, HEAD)}
     runner = runner_of(tmp_path, description, source, overrides)
     runner.run(WINDOWS)
@@ -86,7 +75,7 @@ def test_embedding_and_head_are_parts_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_feedback_on_the_head_keeps_its_outputs(tied: bool, tmp_path: Path) -> None:
-    model, description, source = random_model(tied=tied)
+    model, description, source = random_model(tie_word_embeddings=tied)
     name = EMBEDDING if tied else HEAD
     x, weight = hidden_at_head(model), source.state[f"{name}.weight"]
     lost = {}
@@ -107,7 +96,7 @@ def test_feedback_on_the_head_keeps_its_outputs(tied: bool, tmp_path: Path) -> N
 def test_blocks_are_calibrated_on_the_coded_embedding(
     propagate: str, tmp_path: Path
 ) -> None:
-    _, description, source = random_model(tied=False)
+    _, description, source = random_model(tie_word_embeddings=False)
     overrides = {EMBEDDING: {"scheme": "int2-g32", "method": "rtn"}}
     runner = runner_of(tmp_path / "a", description, source, overrides, propagate)
     runner.run(WINDOWS)
@@ -126,7 +115,7 @@ def test_blocks_are_calibrated_on_the_coded_embedding(
 
 
 def test_a_run_that_lost_its_head_makes_the_same_again(tmp_path: Path) -> None:
-    _, description, source = random_model(tied=False)
+    _, description, source = random_model(tie_word_embeddings=False)
     overrides = {n: {"scheme": "int4-g32"} for n in (EMBEDDING, HEAD)}
     runner = runner_of(tmp_path, description, source, overrides)
     runner.run(WINDOWS)
@@ -141,7 +130,7 @@ def test_a_run_that_lost_its_head_makes_the_same_again(tmp_path: Path) -> None:
 def test_levels_of_the_ends_are_what_the_method_makes(
     tied: bool, tmp_path: Path
 ) -> None:
-    _, description, source = random_model(tied=tied)
+    _, description, source = random_model(tie_word_embeddings=tied)
     name = EMBEDDING if tied else HEAD
     overrides = {name: {"scheme": "int4-g32"}, **DENSE}
     runner = runner_of(tmp_path / "run", description, source, overrides)
@@ -160,7 +149,7 @@ def test_levels_of_the_ends_are_what_the_method_makes(
 def test_calibration_makes_a_coded_embedding_cost_less(
     tied: bool, tmp_path: Path
 ) -> None:
-    model, description, source = random_model(tied=tied)
+    model, description, source = random_model(tie_word_embeddings=tied)
     with torch.no_grad():
         dense = torch.log_softmax(model(WINDOWS).logits, -1)
     lost = {}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from export_fixtures import StateDictSource
-from gguf_fixtures import describe, tiny_config
+from model_fixtures import random_model
 from pipeline_fixtures import windows
 from torch import Tensor
 
@@ -27,16 +27,6 @@ from compress.transform import CompressedSource, PlanRunner, part_of_layer
 from compress.workdir import WorkDir
 
 WINDOWS = windows(6, 24)
-
-
-def random_model(kind: str = "llama") -> tuple[Any, ModelDescription, StateDictSource]:
-    from transformers import AutoModelForCausalLM
-
-    config = tiny_config(kind)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    state = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return model, describe(config, state, None), StateDictSource(state)
 
 
 def runner_of(
