@@ -98,9 +98,9 @@ class LevelMaker:
         blocks = self._by_block(missing)
         inside = {layer for block in blocks for layer in block}
         outside = [layer for layer in missing if layer not in inside]
-        head = self._ends(outside, missing, windows)
+        at_end = self._ends(outside, missing, windows)
         last = max((i for i, wanted in enumerate(blocks) if wanted), default=-1)
-        if head:
+        if at_end:
             last = len(blocks) - 1
         if last < 0:
             return
@@ -113,11 +113,13 @@ class LevelMaker:
                 walk = BlockWalk(model, index, block, states)
                 if blocks[index]:
                     self._run_block(index, walk, blocks[index], missing)
-                elif index < last or head:
+                elif index < last or at_end:
                     walk.pass_on({})
-        if head:
+        if at_end:
             found = ends.head_statistics(model, states)
-            for layer in head:
+            if self.description.tied:
+                found = ends.embedding_statistics(model, windows, found)
+            for layer in at_end:
                 self._store_end(layer, missing, found)
 
     def _ends(
@@ -126,21 +128,28 @@ class LevelMaker:
         missing: Mapping[LayerPlan, str],
         windows: Tensor,
     ) -> list[LayerPlan]:
-        """Make levels of the embedding; return those of a head with calibration."""
-        calibrated = [x for x in layers if self.quantizers[x.method].needs_statistics]
+        """Make levels of embedding and head, but for those that need the last states.
+
+        These are returned: of a calibrated head, or of a matrix that is both.
+        """
+        family, left = self.description.family, []
+        embedding: LayerStatistics | None = None
         for layer in layers:
-            if layer not in calibrated:
+            if not self.quantizers[layer.method].needs_statistics:
                 self._store_end(layer, missing, None)
-        head = [x for x in calibrated if x.name == self.description.family.head]
-        embedding = [layer for layer in calibrated if layer not in head]
-        if embedding:
-            model = StreamedModel(
-                self.description, self.source, device=self.device, dtype=self.dtype
-            )
-            found = ends.embedding_statistics(model, windows)
-            for layer in embedding:
-                self._store_end(layer, missing, found)
-        return head
+            elif self.description.tied or layer.name == family.head:
+                left.append(layer)
+            else:
+                if embedding is None:
+                    model = StreamedModel(
+                        self.description,
+                        self.source,
+                        device=self.device,
+                        dtype=self.dtype,
+                    )
+                    embedding = ends.embedding_statistics(model, windows)
+                self._store_end(layer, missing, embedding)
+        return left
 
     def _store_end(
         self,

@@ -34,18 +34,22 @@ _SEQUENCES, _TOKENS = 16, 256
 _AT_ONCE = 4  # windows whose states of all blocks are in memory
 
 
-def embedding_statistics(model: StreamedModel, windows: Tensor) -> LayerStatistics:
+def embedding_statistics(
+    model: StreamedModel, windows: Tensor, head: LayerStatistics | None = None
+) -> LayerStatistics:
     """Return the statistics of an embedding ``[V, C]``, or of a tied matrix.
 
     Args:
         model: Dense.
         windows: int64 ``[N, T]`` calibration tokens.
+        head: Of the head's inputs in the dense model, if they are at hand; else a tied
+            matrix costs one more pass.
     """
     count = windows.numel()
     fisher, spread = _look_ups(model, windows[:_SEQUENCES, :_TOKENS])
     if not model.description.tied:
         return LayerStatistics(2 * count * fisher, count)
-    head = _dense_head(model, windows)
+    head = _dense_head(model, windows) if head is None else head
     return LayerStatistics(spread * head.hessian + 2 * count * fisher, count)
 
 
