@@ -1,7 +1,7 @@
 """The plug-in contracts. Built-ins and outside plug-ins register the same way.
 
 A plug-in is a class named by an entry point in ``compress.quantizers``,
-``compress.allocators`` or ``compress.exporters``. Its options are a frozen pydantic
+``compress.pruners``, ``compress.allocators`` or ``compress.exporters``. Its options are a frozen pydantic
 model, checked with the same messages as the rest of the config.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compress.core.allocation import Allocation, AllocationProblem
 from compress.core.artifact import CompressedModel, ModelDescription
+from compress.core.neurons import GatedMLP, NeuronStatistics, keep_largest
 from compress.core.plan import Plan
 from compress.core.scheme import Scheme
 from compress.core.statistics import LayerStatistics
@@ -121,6 +122,44 @@ class Quantizer(Plugin):
             importance: float32 ``[C]``, proportional to ``E[x^2]`` of each input.
         """
         raise NotImplementedError(f"{self.name} does not take importances")
+
+
+class Pruner(Plugin):
+    """Ranks the neurons of one MLP; how many stay is not its business.
+
+    Attributes:
+        needs_activations: Whether it asks for statistics; if not, it gets ``None``.
+        needs_gradients: Whether these must hold ``effect``, a backward pass of the
+            whole model.
+        budgets: How the neurons to remove are dealt to blocks unless a config says it.
+        depth_share: Part of the removed parameters that goes as whole blocks, likewise.
+    """
+
+    needs_activations: ClassVar[bool] = True
+    needs_gradients: ClassVar[bool] = False
+    budgets: ClassVar[str] = "cfsp"
+    depth_share: ClassVar[float] = 0.0
+
+    @abstractmethod
+    def scores(self, mlp: GatedMLP, statistics: NeuronStatistics | None) -> Tensor:
+        """Return a finite score for each neuron, ``[I]``; the largest are kept."""
+
+    def select(
+        self,
+        mlp: GatedMLP,
+        statistics: NeuronStatistics | None,
+        keep: int,
+        protected: Tensor | None = None,
+    ) -> Tensor:
+        """Return the ascending indices of the neurons that stay, int64 ``[keep]``.
+
+        Args:
+            mlp: Dense; not changed.
+            statistics: Of its inner activations, if the method needs them.
+            keep: How many stay, at least one.
+            protected: Indices that have to be among them.
+        """
+        return keep_largest(self.scores(mlp, statistics), keep, protected)
 
 
 class Allocator(Plugin):
