@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from export_fixtures import StateDictSource
+from export_fixtures import StateDictSource, round_to_nearest
 from safetensors.torch import save_file
 from streaming_fixtures import model_of
 
-from compress.core.artifact import ModelDescription, TensorInfo
+from compress.core.artifact import CompressedModel, ModelDescription, TensorInfo
+from compress.core.plan import LayerPlan, Plan
+from compress.core.scheme import Scheme
 from compress.core.shapes import modeling_files, stored_config, with_widths
-from compress.core.tensors import TORCH_DTYPES
+from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
 from compress.model.skeleton import rebuild_mlps_
 
 WIDTHS = (96, 32, 64)
@@ -56,3 +58,43 @@ def save_uneven(
         (folder / name).write_text(text)
     save_file(source.state, folder / "model.safetensors", metadata={"format": "pt"})
     return model, description, source
+
+
+def uneven_artifact(
+    kind: str = "llama",
+    *,
+    scheme: str | None = None,
+    assets: Path | None = None,
+    dtype: str = "float32",
+    scale_dtype: str = "float16",
+    **changes: Any,
+) -> tuple[Any, CompressedModel]:
+    """Return such a model with codes in the linears of its blocks, and their values.
+
+    Args:
+        kind: ``model_type``.
+        scheme: Of the linears; ``None`` leaves them dense.
+        assets: Tokenizer folder.
+        dtype: Of the weights.
+        scale_dtype: Of the scales.
+        changes: As for :func:`uneven_model`.
+
+    Returns:
+        A transformers model with the values of the codes, and the artifact.
+    """
+    model, description, source = uneven_model(kind, dtype=dtype, **changes)
+    layers = {}
+    for name in description.linears() if scheme else ():
+        rows, columns = source.state[f"{name}.weight"].shape
+        parsed = Scheme.parse(str(scheme)).with_scales(scale_dtype)
+        layers[name] = LayerPlan(name, (rows, columns), "rtn", parsed)
+
+    def quantized(name: str) -> QuantizedTensor:
+        return round_to_nearest(source.state[f"{name}.weight"], layers[name].scheme)
+
+    with torch.no_grad():
+        for name in layers:
+            weight = model.get_submodule(name).weight
+            weight.copy_(quantized(name).dequantize())
+    described = replace(description, assets=assets)
+    return model, CompressedModel(described, Plan("tiny", layers), source, quantized)
