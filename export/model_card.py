@@ -105,7 +105,8 @@ def _what(artifact: CompressedModel, size_bytes: int, *, dense: bool) -> str:
         f"A {description.config.get('model_type', 'language')} model of "
         f"{description.block_count} blocks{shape}. {coded} is {description.dtype}."
         f"{moved} The weight files take {size_bytes:,} bytes, "
-        f"{size_bytes * 8 / weights:.2f} bits for each weight of the model. Measured quality is in the "
+        f"{size_bytes * 8 / weights:.2f} bits for each weight of the model. "
+        "Measured quality is in the "
         "`report.md` of the run that made these files."
     )
 

@@ -40,6 +40,7 @@ _CLASSES = {
     "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
     "phi3": ("Phi3Config", "Phi3ForCausalLM"),
 }
+_DIVIDING = ("llama", "gemma2", "gemma3_text")  # their heads divide hidden_size
 _MODELING = '''"""{base_model} with an MLP width for each block.
 
 Written by compress-llm. Load the folder with ``trust_remote_code=True``. The config's
@@ -84,20 +85,12 @@ def mlp_widths(config: Mapping[str, Any]) -> tuple[int, ...]:
     blocks, largest = config["num_hidden_layers"], config["intermediate_size"]
     if not has_widths(config):
         return (int(largest),) * int(blocks)
-    widths = config[WIDTHS]
-    if not isinstance(widths, Sequence) or len(widths) != blocks:
-        raise CheckpointError(f"{WIDTHS} is {widths!r}; {blocks} blocks need as many")
-    wrong = [x for x in widths if type(x) is not int or x < 1]
-    if wrong:
-        raise CheckpointError(
-            f"{WIDTHS} holds {wrong[0]!r}; a width is a whole number from 1, a block "
-            "that has no MLP is not supported"
-        )
+    widths = _checked(config[WIDTHS], blocks)
     if max(widths) != largest:
         raise CheckpointError(
             f"intermediate_size is {largest}, the largest of {WIDTHS} {max(widths)}"
         )
-    return tuple(widths)
+    return widths
 
 
 def with_widths(config: Mapping[str, Any], widths: Sequence[int]) -> dict[str, Any]:
@@ -110,10 +103,10 @@ def with_widths(config: Mapping[str, Any], widths: Sequence[int]) -> dict[str, A
     Raises:
         CheckpointError: As :func:`mlp_widths`.
     """
+    checked = _checked(widths, config["num_hidden_layers"])
     kept = {key: value for key, value in config.items() if key != WIDTHS}
-    changed = kept | {"intermediate_size": max(widths), WIDTHS: list(widths)}
-    mlp_widths(changed)
-    return changed if len(set(widths)) > 1 else {**kept, "intermediate_size": widths[0]}
+    kept["intermediate_size"] = max(checked)
+    return kept | ({WIDTHS: list(checked)} if len(set(checked)) > 1 else {})
 
 
 def stored_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,6 +173,40 @@ def widths_obstacle(config: Mapping[str, Any]) -> str | None:
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def heads_obstacle(config: Mapping[str, Any]) -> str | None:
+    """Return why transformers refuses a number of heads, if it does.
+
+    Some of its configs ask for one that divides the width of the model, also where
+    ``head_dim`` is stated and the rule means nothing (5.23); others do not ask.
+    """
+    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    if config["model_type"] not in _DIVIDING or hidden % heads == 0:
+        return None
+    return (
+        f"transformers opens no {config['model_type']} of {heads} heads and "
+        f"hidden_size {hidden}: the heads that are left must divide it; remove more of "
+        "them, or fewer"
+    )
+
+
+def heads_fill(config: Mapping[str, Any]) -> bool:
+    """Whether all heads together are as wide as the model."""
+    width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    return heads * int(config.get("head_dim") or width // heads) == width
+
+
+def _checked(widths: Any, blocks: int) -> tuple[int, ...]:
+    if not isinstance(widths, Sequence) or len(widths) != blocks:
+        raise CheckpointError(f"{WIDTHS} is {widths!r}; {blocks} blocks need as many")
+    wrong = [x for x in widths if type(x) is not int or x < 1]
+    if wrong or not widths:
+        raise CheckpointError(
+            f"{WIDTHS} holds {wrong[:1]}; a width is a whole number from 1, a block "
+            "that has no MLP is not supported"
+        )
+    return tuple(widths)
 
 
 def _known(kind: str) -> tuple[str, tuple[str, str]]:

@@ -217,8 +217,8 @@ def _with_defaults(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """Return the config with transformers' defaults filled in (``head_dim``...)."""
     try:
         full: dict[str, Any] = as_transformers(config).to_dict()
-    except Exception as error:  # whatever a model's config class objects to
-        raise CheckpointError(f"{file}: {type(error).__name__}: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
     return {**full, "model_type": config["model_type"]}
 
 

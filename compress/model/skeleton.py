@@ -19,12 +19,16 @@ def as_transformers(config: Mapping[str, Any]) -> Any:
     """Return the config object that transformers makes of plain data.
 
     Raises:
-        Exception: Whatever the config's class objects to.
+        CheckpointError: transformers refuses it.
     """
     from transformers import AutoConfig
 
     data = dict(config)
-    return AutoConfig.for_model(data.pop("model_type"), **data)
+    kind = data.pop("model_type", None)
+    try:
+        return AutoConfig.for_model(kind, **data)
+    except Exception as error:  # each config class, and each release, has its own
+        raise CheckpointError(f"transformers cannot build {kind!r}: {error}") from error
 
 
 def build_skeleton(config: Mapping[str, Any]) -> Any:
@@ -39,11 +43,10 @@ def build_skeleton(config: Mapping[str, Any]) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    kind = config["model_type"]
+    parsed = as_transformers(config)
     # Flash and SDPA kernels have no soft cap on attention scores (Gemma 2).
     attention = "eager" if config.get("attn_logit_softcapping") else "sdpa"
     try:
-        parsed = as_transformers(config)
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(
@@ -51,7 +54,9 @@ def build_skeleton(config: Mapping[str, Any]) -> Any:
             )
             rebuild_mlps_(model, config)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"transformers cannot build {kind!r}: {error}") from error
+        raise CheckpointError(
+            f"transformers cannot build {parsed.model_type!r}: {error}"
+        ) from error
     for module in model.modules():
         if any(
             buffer.is_meta for buffer in module._buffers.values() if buffer is not None
@@ -60,7 +65,7 @@ def build_skeleton(config: Mapping[str, Any]) -> Any:
                 if buffer is not None:
                     module._buffers[name] = torch.empty_like(buffer, device="cpu")
             model._init_weights(module)
-    split_experts_(model, family_of(kind))
+    split_experts_(model, family_of(parsed.model_type))
     return model.eval().requires_grad_(False)
 
 

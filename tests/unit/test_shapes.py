@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from shapes_fixtures import WIDTHS, save_uneven, uneven_model
-from streaming_fixtures import FAMILIES, WINDOWS
+from streaming_fixtures import FAMILIES, SIZES, WINDOWS
 
 import compress
 from compress.core.errors import CheckpointError
 from compress.core.shapes import (
     MODELING_FILE,
+    heads_obstacle,
     memory_config,
     mlp_widths,
     modeling_files,
@@ -22,6 +23,7 @@ from compress.core.shapes import (
     with_widths,
 )
 from compress.model.loading import check_tensors, open_model
+from compress.model.skeleton import build_skeleton
 from compress.model.streaming import StreamedModel
 
 # The order of sums differs: eager attention here, another there.
@@ -63,7 +65,7 @@ def test_a_stored_config_comes_back(kind: str) -> None:
     ("change", "message"),
     [
         ({"intermediate_size_per_layer": [64, 96]}, "3 blocks need as many"),
-        ({"intermediate_size_per_layer": [64, 0, 96]}, "holds 0"),
+        ({"intermediate_size_per_layer": [64, 0, 96]}, r"holds \[0\]"),
         ({"intermediate_size_per_layer": [64, 32, 64]}, "the largest of .* 64"),
         ({"intermediate_size_per_layer": 96}, "is 96"),
         ({"model_type": "compress_mixtral"}, "'mixtral' cannot differ"),
@@ -79,6 +81,20 @@ def test_widths_that_make_no_model_are_refused(
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_the_streamed_model_computes_what_the_whole_one_does(kind: str) -> None:
     model, description, source = uneven_model(kind)
+    streamed = StreamedModel(description, source)
+    for ours, theirs in zip(streamed.logits(WINDOWS), logits_of(model), strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_heads_that_do_not_divide_the_model(kind: str) -> None:
+    changes = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16}
+    obstacle = heads_obstacle(SIZES | changes | {"model_type": kind})
+    if obstacle is not None:
+        with pytest.raises(CheckpointError, match="is not a multiple"):
+            build_skeleton(SIZES | changes | {"model_type": kind})
+        return
+    model, description, source = uneven_model(kind, **changes)
     streamed = StreamedModel(description, source)
     for ours, theirs in zip(streamed.logits(WINDOWS), logits_of(model), strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
