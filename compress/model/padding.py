@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
@@ -57,9 +58,10 @@ class _Pad:
         return tuple(x + more * (n == self.axis) for n, x in enumerate(shape))
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        split = tensor.unflatten(self.axis, (self.parts, -1)).movedim(self.axis + 1, -1)
-        filled = nn.functional.pad(split, (0, self.zeros)).movedim(-1, self.axis + 1)
-        return filled.flatten(self.axis, self.axis + 1).contiguous()
+        behind = [0, 0] * (tensor.dim() - 1 - self.axis) + [0, self.zeros]
+        parts = torch.chunk(tensor, self.parts, self.axis)
+        filled = [nn.functional.pad(part, behind) for part in parts]
+        return torch.cat(filled, self.axis)
 
 
 def _pads(model: ModelDescription, zeros: list[int]) -> dict[str, _Pad]:
