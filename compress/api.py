@@ -20,6 +20,7 @@ from compress.core.contracts import ExportResult
 from compress.core.errors import CalibrationError, ConfigError
 from compress.core.families import Family, family_of
 from compress.core.plan import Plan
+from compress.core.shapes import memory_config
 from compress.core.tensors import QuantizedTensor
 from compress.exporting import check_exports
 from compress.model.devices import choose_dtype
@@ -176,7 +177,7 @@ def _describe(model: nn.Module, tokenizer: Any) -> ModelDescription:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "model_type"):
         raise ConfigError("expected a transformers model with a config")
-    data = config.to_dict()
+    data = memory_config(config.to_dict())
     family = family_of(data["model_type"])
     source = unstacked(ModuleSource(model), family)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")

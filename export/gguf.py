@@ -26,6 +26,7 @@ from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.contracts import Exporter, ExportResult, Problem
 from compress.core.errors import CheckpointError, ExportError
 from compress.core.plan import Plan
+from compress.core.shapes import WIDTHS, has_widths
 from compress.core.tensors import QuantizedTensor
 from compress.export.gguf_blocks import (
     CODED_TYPES,
@@ -140,7 +141,7 @@ class GGUFExporter(Exporter):
 
     def bound_layers(self, model: ModelDescription) -> Sequence[tuple[str, ...]]:
         """Return the experts of each block that are stored as one tensor."""
-        architecture = model.family.gguf_architecture
+        architecture = model.gguf_architecture
         if architecture is None:
             return ()
         find = name_finder(architecture, model.block_count)
@@ -278,8 +279,14 @@ class GGUFExporter(Exporter):
 
 
 def _own_problem(model: ModelDescription) -> Problem | None:
-    if model.family.gguf_architecture is not None:
+    if model.gguf_architecture is not None:
         return None
+    if has_widths(model.config):
+        return Problem(
+            WIDTHS,
+            f"blocks of {model.family.name} cannot differ in the width of their MLPs "
+            "in llama.cpp; prune with `shape: uniform` or `shape: padded`",
+        )
     return Problem(
         "template",
         f"our own GGUF writer does not know {model.family.name}; give "

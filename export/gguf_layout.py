@@ -119,7 +119,7 @@ def own_layout(
         embedding: Type of the embedding and the head where the plan has no codes.
         reencode: Type of layers whose codes GGUF cannot hold, or ``None``.
     """
-    architecture = model.family.gguf_architecture
+    architecture = model.gguf_architecture
     assert architecture is not None, "check() refuses families without one"
     find = name_finder(architecture, model.block_count)
     placements: list[Placement] = []
@@ -148,7 +148,9 @@ def own_layout(
             notes += _embedding_notes(name, kind, embedding)
         if layer is not None and not exact:
             notes.append(f"{name}: {layer.scheme.name} re-encoded as {kind}")
-        heads = rotary_heads(model.family, model.config, name.rpartition(".")[0])
+        heads = rotary_heads(
+            architecture, model.family, model.config, name.rpartition(".")[0]
+        )
         size = row_bytes(kind, info.shape[-1]) * _rows(info.shape)
         held = None if layer is None else module
         placements.append(

@@ -1,6 +1,9 @@
 """GGUF metadata of the architectures that our own writer knows.
 
-``llama`` (also mistral, mixtral), ``qwen2``, ``qwen3`` and ``qwen3moe``. What GGUF or
+``llama`` (also mistral, mixtral), ``qwen2``, ``qwen3`` and ``qwen3moe``; ``deci`` for
+a llama, mistral or qwen2 whose blocks differ in width, and for a qwen2 that has lost
+heads. It is llama's graph, and the only one here whose sizes may be an array with an
+entry for each block. What GGUF or
 llama.cpp's graph cannot express is an error here, not a file that computes something
 else.
 
@@ -19,9 +22,10 @@ from torch import Tensor
 
 from compress.core.artifact import ModelDescription
 from compress.core.contracts import Problem
+from compress.core.shapes import mlp_widths
 from compress.export.gguf_experts import expert_metadata
 from compress.export.gguf_reader import GGUFFile, MetadataValue
-from compress.export.gguf_writer import real, text, whole
+from compress.export.gguf_writer import real, text, whole, wholes
 
 ROPE_TENSOR = "rope_freqs.weight"
 FILE_TYPES = {
@@ -123,10 +127,11 @@ def architecture_metadata(model: ModelDescription) -> dict[str, MetadataValue]:
         model: Its family names a GGUF architecture and :func:`config_problems` is
             empty.
     """
-    name = model.family.gguf_architecture
+    name = model.gguf_architecture
     assert name is not None, "check() refuses families without an architecture"
     config = model.config
     heads = int(config["num_attention_heads"])
+    shared = int(config.get("num_key_value_heads") or heads)
     width = head_width(config)
     rope = rope_parameters(config)
     values = {
@@ -135,7 +140,7 @@ def architecture_metadata(model: ModelDescription) -> dict[str, MetadataValue]:
         "embedding_length": whole(config["hidden_size"]),
         "feed_forward_length": whole(config["intermediate_size"]),
         "attention.head_count": whole(heads),
-        "attention.head_count_kv": whole(config.get("num_key_value_heads") or heads),
+        "attention.head_count_kv": whole(shared),
         "attention.key_length": whole(width),
         "attention.value_length": whole(width),
         "attention.layer_norm_rms_epsilon": real(config["rms_norm_eps"]),
@@ -153,6 +158,11 @@ def architecture_metadata(model: ModelDescription) -> dict[str, MetadataValue]:
         values["rope.scaling.original_context_length"] = whole(original)
         for ours, theirs in (("beta_fast", 32.0), ("beta_slow", 1.0)):
             values[f"rope.scaling.yarn_{ours}"] = real(rope.get(ours) or theirs)
+    if name == "deci":
+        count = model.block_count
+        values["feed_forward_length"] = wholes(mlp_widths(config))
+        values["attention.head_count"] = wholes([heads] * count)
+        values["attention.head_count_kv"] = wholes([shared] * count)
     values |= expert_metadata(model)
     general = {"general.architecture": text(name), "general.type": text("model")}
     return general | {f"{name}.{key}": value for key, value in values.items()}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.core.families import Family
+from compress.core.families import Family, interleaves_rotary
 
 _SUFFIXES = (".weight", ".bias")
 
@@ -44,15 +44,18 @@ def name_finder(architecture: str, blocks: int) -> Callable[[str], str | None]:
     return find
 
 
-def rotary_heads(family: Family, config: Mapping[str, Any], module: str) -> int:
+def rotary_heads(
+    architecture: str, family: Family, config: Mapping[str, Any], module: str
+) -> int:
     """Return how many heads' rows GGUF interleaves in ``module``; 0 means none.
 
     Args:
+        architecture: GGUF's name of the architecture.
         family: Row of the family table.
         config: The transformers config as plain data.
         module: Module name such as ``model.layers.0.self_attn.q_proj``.
     """
-    if not family.gguf_permutes_rotary:
+    if not interleaves_rotary(architecture):
         return 0
     roles = {linear.path: linear.role for linear in family.linears}
     path = module.removeprefix(f"{family.blocks}.").partition(".")[2]

@@ -10,6 +10,7 @@ from typing import Any
 
 from compress.core import compressed_tensors as ct
 from compress.core.artifact import CompressedModel, ModelDescription
+from compress.core.shapes import stored_config
 from compress.export import experts
 from compress.export.model_card import groups_of
 
@@ -64,6 +65,7 @@ def model_config(artifact: CompressedModel, *, dense: bool) -> dict[str, Any]:
             "weights": "decoded",
             "schemes": {scheme.name: len(names) for scheme, names in schemes.items()},
         }
+    config = stored_config(config)
     coded = bool(plan.layers) and not dense
     if coded or artifact.kv_cache_scheme is not None:
         config["quantization_config"] = quantization_config(artifact, dense=dense)

@@ -10,6 +10,7 @@ from compress.core import compressed_tensors as ct
 from compress.core.artifact import CompressedModel
 from compress.core.plan import LayerPlan
 from compress.core.scheme import Scales, Scheme, Zero
+from compress.core.shapes import has_widths, mlp_widths
 
 
 def model_card(
@@ -46,7 +47,7 @@ def model_card(
         _what(artifact, size_bytes, dense=dense),
         _table(schemes, description.dtype, dense=dense),
         _cache(artifact),
-        _loading({} if dense else schemes),
+        _loading({} if dense else schemes, own_code=has_widths(description.config)),
         "## Notes\n\n" + "\n".join(f"- {note}" for note in notes) if notes else "",
         _origin(artifact.provenance, licence),
     ]
@@ -90,6 +91,10 @@ def _what(artifact: CompressedModel, size_bytes: int, *, dense: bool) -> str:
             f"{len(layers)} weight matrices are codes (method: {methods}); everything "
             "else"
         )
+    shape = ""
+    if has_widths(description.config):
+        widths = mlp_widths(description.config)
+        shape = f", whose MLPs are {min(widths)} to {max(widths)} neurons wide"
     moved = ""
     if description.transforms:
         names = ", ".join(description.transforms)
@@ -98,9 +103,10 @@ def _what(artifact: CompressedModel, size_bytes: int, *, dense: bool) -> str:
     return (
         f"# {description.label}, compressed\n\n"
         f"A {description.config.get('model_type', 'language')} model of "
-        f"{description.block_count} blocks. {coded} is {description.dtype}.{moved} "
-        f"The weight files take {size_bytes:,} bytes, {size_bytes * 8 / weights:.2f} "
-        "bits for each weight of the model. Measured quality is in the "
+        f"{description.block_count} blocks{shape}. {coded} is {description.dtype}."
+        f"{moved} The weight files take {size_bytes:,} bytes, "
+        f"{size_bytes * 8 / weights:.2f} bits for each weight of the model. "
+        "Measured quality is in the "
         "`report.md` of the run that made these files."
     )
 
@@ -141,16 +147,15 @@ def _kinds(names: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
 
 
-def _loading(schemes: Mapping[Scheme, Sequence[str]]) -> str:
+def _loading(schemes: Mapping[Scheme, Sequence[str]], *, own_code: bool) -> str:
     formats = {ct.layout_of(scheme).format for scheme in schemes}
     packed = "pack-quantized" in formats
     asymmetric = packed and any(scheme.zero is Zero.INTEGER for scheme in schemes)
     extra = ", CompressedTensorsConfig" if asymmetric else ""
-    option = (
-        '"FOLDER", quantization_config=CompressedTensorsConfig(dequantize=True)'
-        if asymmetric
-        else '"FOLDER"'
-    )
+    trust = ", trust_remote_code=True" if own_code else ""
+    serve = " --model-impl transformers --trust-remote-code" if own_code else ""
+    decoding = "CompressedTensorsConfig(dequantize=True)"
+    option = f", quantization_config={decoding}" if asymmetric else ""
     lines = ["## How to load", ""]
     if schemes:
         names = ", ".join(f"`{name}`" for name in sorted(formats))
@@ -163,12 +168,13 @@ def _loading(schemes: Mapping[Scheme, Sequence[str]]) -> str:
         "```python",
         f"from transformers import AutoModelForCausalLM, AutoTokenizer{extra}",
         "",
-        f"model = AutoModelForCausalLM.from_pretrained({option})",
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust}{option})',
+        f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})',
         "```",
         "",
-        "In vLLM, which we have not run: `vllm serve FOLDER`; the notes say what it "
-        'does not load. Without compressed-tensors: `compress.load("FOLDER")`.',
+        f"In vLLM, which we have not run: `vllm serve FOLDER{serve}`; the notes say "
+        "what it does not load. Without compressed-tensors: "
+        '`compress.load("FOLDER")`.',
     ]
     return "\n".join(lines)
 

@@ -26,6 +26,7 @@ from compress.core.artifact import CompressedModel, ModelDescription, TensorInfo
 from compress.core.contracts import Exporter, ExportResult, Options, Problem
 from compress.core.errors import CheckpointError, ExportError
 from compress.core.plan import Plan
+from compress.core.shapes import modeling_files
 from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
 from compress.export import safetensors_checks, stock_transformers, vllm_rules
 from compress.export.experts import expert_layers, is_target
@@ -147,6 +148,7 @@ class SafetensorsExporter(Exporter):
         card = model_card(artifact, size_bytes=size, notes=notes, dense=dense)
         config = model_config(artifact, dense=dense)
         texts = {"config.json": as_json(config), "README.md": card}
+        texts |= modeling_files(model.config)
         generation = generation_config(model)
         if generation:
             texts["generation_config.json"] = generation

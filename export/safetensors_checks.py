@@ -20,6 +20,7 @@ from compress.core.contracts import Problem
 from compress.core.errors import ExportError, SchemeError
 from compress.core.plan import LayerPlan, Plan
 from compress.core.scheme import Scales, Scheme, Zero
+from compress.core.shapes import MODELING_FILE, WIDTHS, has_widths, widths_obstacle
 from compress.export import vllm_rules
 from compress.export.experts import (
     expert_notes,
@@ -45,6 +46,7 @@ def problems(
         for name, layer in plan.layers.items()
         if (message := _layer_problem(layer, model, dense=dense)) is not None
     ]
+    found += _shape_problems(model, runtime)
     if dense:
         return found
     found += expert_problems(plan, model)
@@ -73,8 +75,14 @@ def notes(plan: Plan, model: ModelDescription, *, dense: bool) -> tuple[str, ...
     layers = plan.layers.values()
     schemes = list(groups_of(plan.layers))
     found: list[str] = []
+    if has_widths(model.config):
+        found.append(
+            "Blocks differ in the width of their MLPs, which transformers loads with "
+            f"trust_remote_code=True only: the few lines that it then runs are "
+            f"{MODELING_FILE} of this folder."
+        )
     if dense:
-        return _dense_notes(schemes, model)
+        return (*found, *_dense_notes(schemes, model))
     if any(_has_packed_zeros(scheme) for scheme in schemes):
         found.append(
             "Integer zero points: load in transformers with "
@@ -104,6 +112,25 @@ def notes(plan: Plan, model: ModelDescription, *, dense: bool) -> tuple[str, ...
     found += expert_notes(plan, model)
     found += vllm_rules.notes(plan, model, layers)
     return tuple(found)
+
+
+def _shape_problems(model: ModelDescription, runtime: str) -> list[Problem]:
+    """List what a folder or the runtime cannot be told about the width of MLPs."""
+    if not has_widths(model.config):
+        return []
+    obstacle = widths_obstacle(model.config)
+    if obstacle is not None:
+        return [Problem(WIDTHS, obstacle)]
+    if runtime == "vllm":
+        return [
+            Problem(
+                WIDTHS,
+                f"vLLM's own {model.family.name} has one width for all blocks; prune "
+                "with `shape: uniform` or `shape: padded`, or set runtime: "
+                "transformers",
+            )
+        ]
+    return []
 
 
 def check_input_amax(artifact: CompressedModel) -> None:

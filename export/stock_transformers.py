@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import CheckpointError, MissingDependencyError
+from compress.core.shapes import memory_config, modeling_files
 
 _LOG = logging.getLogger(__name__)
 
@@ -92,7 +93,8 @@ def _load(folder: Path) -> Any:
     """Load the folder as any user of transformers would, and have it decoded."""
     from transformers import AutoModelForCausalLM
 
-    quantization = read_config(folder).get("quantization_config")
+    config = read_config(folder)
+    quantization = config.get("quantization_config")
     options: dict[str, Any] = {}
     if quantization:
         try:
@@ -108,7 +110,10 @@ def _load(folder: Path) -> Any:
             options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     with _no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, **options
+            folder,
+            dtype=torch.float32,
+            trust_remote_code=_has_own_code(folder, config),
+            **options,
         ).eval()
         if quantization and not options:
             model.hf_quantizer.compressor.decompress_model(model)
@@ -117,6 +122,15 @@ def _load(folder: Path) -> Any:
                 if parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
     return model
+
+
+def _has_own_code(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether the code of a folder is what we write there, to the letter."""
+    files = modeling_files(memory_config(config))
+    return bool(files) and all(
+        (folder / name).is_file() and (folder / name).read_text("utf-8") == text
+        for name, text in files.items()
+    )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compress.core.families import Family, Linear, expert_count
 from compress.core.plan import Plan
+from compress.core.shapes import has_widths, heads_fill
 from compress.core.statistics import InputSquares
 from compress.core.tensors import QuantizedTensor
 
@@ -78,6 +79,14 @@ class ModelDescription:
     def block_count(self) -> int:
         """Number of decoder blocks."""
         return int(self.config["num_hidden_layers"])
+
+    @property
+    def gguf_architecture(self) -> str | None:
+        """Name in GGUF if our own writer knows such models."""
+        family, config = self.family, self.config
+        if has_widths(config) or (family.gguf_heads_fill and not heads_fill(config)):
+            return family.gguf_uneven_architecture
+        return family.gguf_architecture
 
     def experts(self, index: int) -> int:
         """Number of experts of block ``index``; 0 where its MLP is an ordinary one."""

@@ -97,7 +97,10 @@ class Family:
         experts: How experts are named, if the MLP can be a mixture of them.
         norm_offset: 1 where norms multiply by ``1 + weight``.
         gguf_architecture: Name in GGUF if our own writer knows the family.
-        gguf_permutes_rotary: Whether GGUF reorders rows of q and k.
+        gguf_uneven_architecture: The one that holds blocks of different widths, if one
+            computes the same.
+        gguf_heads_fill: Whether ``gguf_architecture`` takes only heads that together
+            are as wide as the model; others need the uneven one.
         attention_norm: Norm that feeds the linears with input ``attention``.
         mlp_norm: Norm that feeds the linears with input ``mlp``.
         output_norms: Norms between a sub-layer and the residual stream.
@@ -111,7 +114,8 @@ class Family:
     experts: Experts | None = None
     norm_offset: int = 0
     gguf_architecture: str | None = None
-    gguf_permutes_rotary: bool = False
+    gguf_uneven_architecture: str | None = None
+    gguf_heads_fill: bool = False
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     output_norms: tuple[str, ...] = ()
@@ -183,7 +187,7 @@ FAMILIES: tuple[Family, ...] = (
         _PLAIN,
         slice_groups=_PLAIN_SLICES,
         gguf_architecture="llama",
-        gguf_permutes_rotary=True,
+        gguf_uneven_architecture="deci",
     ),
     Family(
         "mistral",
@@ -191,7 +195,7 @@ FAMILIES: tuple[Family, ...] = (
         _PLAIN,
         slice_groups=_PLAIN_SLICES,
         gguf_architecture="llama",
-        gguf_permutes_rotary=True,
+        gguf_uneven_architecture="deci",
     ),
     Family("smollm3", ("smollm3",), _PLAIN, slice_groups=_PLAIN_SLICES),
     Family(
@@ -200,6 +204,8 @@ FAMILIES: tuple[Family, ...] = (
         _PLAIN,
         slice_groups=_PLAIN_SLICES,
         gguf_architecture="qwen2",
+        gguf_uneven_architecture="deci",
+        gguf_heads_fill=True,
     ),
     Family(
         "qwen3",
@@ -248,7 +254,6 @@ FAMILIES: tuple[Family, ...] = (
         _ATTENTION,
         experts=Experts("block_sparse_moe", "w1", "w3", "w2"),
         gguf_architecture="llama",
-        gguf_permutes_rotary=True,
     ),
     Family(
         "qwen3_moe",
@@ -276,6 +281,11 @@ def family_of(model_type: str) -> Family:
             f"Supported: {', '.join(sorted(known))}"
         )
     return known[model_type]
+
+
+def interleaves_rotary(architecture: str | None) -> bool:
+    """Whether GGUF stores rows of q and k in another order than transformers."""
+    return architecture in ("llama", "deci")
 
 
 def expert_count(config: Mapping[str, Any]) -> int:

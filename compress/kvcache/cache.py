@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from compress.core.artifact import ModelDescription
 from compress.core.errors import ConfigError
+from compress.core.families import interleaves_rotary
 from compress.kvcache.blocks import BLOCK, fake_quantize_blocks
 from compress.kvcache.names import EXACT, FP8, CachePair, CacheType
 from compress.kvcache.scales import fake_quantize_fp8
@@ -67,7 +68,8 @@ class CacheRounding:
         k_scale, v_scale = scale_names(self.model, block)
         # llama.cpp pairs neighbours where transformers rotates halves: its blocks of
         # keys hold other channels than runs of 32 here would.
-        paired = self.model.family.gguf_permutes_rotary and bool(self.pair.keys.group)
+        turned = interleaves_rotary(self.model.gguf_architecture)
+        paired = turned and bool(self.pair.keys.group)
         rounded = self._round(
             _paired(keys) if paired else keys, self.pair.keys, k_scale
         )

@@ -1,8 +1,9 @@
 """Transformers configs from GGUF metadata.
 
-``llama``, ``qwen2``, ``qwen3`` and ``qwen3moe`` are read here: transformers' own reader
-(5.23) leaves out rope scaling, biases, the width of Qwen3's heads and of its experts,
-and takes its classes' defaults instead. Other architectures go through that reader.
+``llama``, ``deci``, ``qwen2``, ``qwen3`` and ``qwen3moe`` are read here: transformers'
+own reader (5.23) leaves out rope scaling, biases, the width of Qwen3's heads and of its
+experts, and takes its classes' defaults instead. Other architectures go through that
+reader.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from typing import Any
 import torch
 
 from compress.core.errors import CheckpointError
+from compress.core.shapes import with_widths
 from compress.export.gguf_metadata import ROPE_TENSOR, rope_divisors
 from compress.export.gguf_reader import GGUFFile, open_gguf
 
-KNOWN_ARCHITECTURES = {
+KNOWN_ARCHITECTURES = frozenset({"llama", "deci", "qwen2", "qwen3", "qwen3moe"})
+_CLASSES = {  # by model_type
     "llama": "LlamaForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
-    "qwen3moe": "Qwen3MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
-_MIXTRAL = "MixtralForCausalLM"  # the llama architecture, with experts
 # Llama 3.1 and 3.2: the only settings in use besides the factor, which varies.
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -81,6 +84,9 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
 def _model_type(file: GGUFFile) -> str:
     if file.architecture == "llama" and file.architecture_value("expert_count", 0):
         return "mixtral"
+    if file.architecture == "deci":  # llama's graph; which model only its biases tell
+        q, o = (f"blk.0.attn_{part}.bias" in file.tensors for part in ("q", "output"))
+        return "qwen2" if q and not o else "llama"
     return {"qwen3moe": "qwen3_moe"}.get(file.architecture, file.architecture)
 
 
@@ -96,13 +102,10 @@ def _known_config(file: GGUFFile) -> dict[str, Any]:
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(f"{file.path}: tensor token_embd.weight is missing")
     config = {
-        "architectures": [
-            _MIXTRAL if kind == "mixtral" else KNOWN_ARCHITECTURES[file.architecture]
-        ],
+        "architectures": [_CLASSES[kind]],
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
-        "intermediate_size": _whole(file, "feed_forward_length"),
-        "num_hidden_layers": _whole(file, "block_count"),
+        **_widths(file),
         "num_attention_heads": heads,
         "num_key_value_heads": _whole(file, "attention.head_count_kv", heads),
         "head_dim": width,
@@ -142,8 +145,24 @@ def _experts(file: GGUFFile, kind: str) -> dict[str, Any]:
     return config
 
 
+def _widths(file: GGUFFile) -> dict[str, Any]:
+    """Return the keys that say how many blocks there are, and how wide their MLPs."""
+    blocks = {"num_hidden_layers": _whole(file, "block_count")}
+    stored = file.architecture_value("feed_forward_length")
+    if file.architecture != "deci" or not isinstance(stored, list):
+        return blocks | {"intermediate_size": _whole(file, "feed_forward_length")}
+    try:
+        return with_widths(blocks, stored)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{file.path}: deci.feed_forward_length: {error}"
+        ) from error
+
+
 def _whole(file: GGUFFile, suffix: str, default: int | None = None) -> int:
     value = file.architecture_value(suffix, default)
+    if isinstance(value, list) and value and value.count(value[0]) == len(value):
+        value = value[0]
     if not isinstance(value, int):
         raise CheckpointError(
             f"{file.path}: {file.architecture}.{suffix} is {value!r}; one whole number "

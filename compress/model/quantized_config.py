@@ -35,11 +35,11 @@ class ConfigGroup:
         return tuple(self.entry.get("targets", ()))
 
 
-def quantization_of(folder: Path) -> dict[str, Any] | None:
-    """Return the ``quantization_config`` of a folder's config, if it has one.
+def folder_config(folder: Path) -> dict[str, Any]:
+    """Return ``config.json`` of a folder.
 
     Raises:
-        CheckpointError: There is no readable ``config.json``.
+        CheckpointError: There is none that can be read.
     """
     path = folder / "config.json"
     try:
@@ -48,7 +48,16 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{path}: cannot read: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: not a model config")
-    quantization = config.get("quantization_config")
+    return config
+
+
+def quantization_of(folder: Path) -> dict[str, Any] | None:
+    """Return the ``quantization_config`` of a folder's config, if it has one.
+
+    Raises:
+        CheckpointError: There is no readable ``config.json``.
+    """
+    quantization = folder_config(folder).get("quantization_config")
     return dict(quantization) if quantization else None
 
 

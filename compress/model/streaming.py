@@ -9,7 +9,6 @@ recorders: so every architecture keeps its own rules, and none is copied here.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,9 +20,8 @@ from tqdm import tqdm
 
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import CheckpointError
-from compress.core.families import family_of
-from compress.model.experts import split_experts_
 from compress.model.prefetch import ReadAhead
+from compress.model.skeleton import build_skeleton
 from compress.model.sources import check_finite
 from compress.model.states import Activations, BlockCall, Mover, allocate, batches
 
@@ -319,42 +317,6 @@ class StreamedModel:
             for name, buffer in buffers.items():
                 owner, _, leaf = name.rpartition(".")
                 module.get_submodule(owner)._buffers[leaf] = buffer
-
-
-def build_skeleton(config: Mapping[str, Any]) -> Any:
-    """Return the transformers model of a config, in eval mode, without weights.
-
-    Experts are linear layers of their own, named as in the checkpoint.
-    Buffers that the model computes (rotary frequencies, embedding scales) are real.
-
-    Raises:
-        CheckpointError: transformers cannot build the model.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    data = dict(config)
-    kind = data.pop("model_type")
-    # Flash and SDPA kernels have no soft cap on attention scores (Gemma 2).
-    attention = "eager" if data.get("attn_logit_softcapping") else "sdpa"
-    try:
-        parsed = AutoConfig.for_model(kind, **data)
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(
-                parsed, attn_implementation=attention, dtype=torch.float32
-            )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"transformers cannot build {kind!r}: {error}") from error
-    for module in model.modules():
-        if any(
-            buffer.is_meta for buffer in module._buffers.values() if buffer is not None
-        ):
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = torch.empty_like(buffer, device="cpu")
-            model._init_weights(module)
-    split_experts_(model, family_of(kind))
-    return model.eval().requires_grad_(False)
 
 
 @contextmanager

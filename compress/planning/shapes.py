@@ -44,13 +44,13 @@ class Shapes:
         inner: Width inside of the MLP.
         vocabulary: Rows of embedding and head.
         blocks: Number of decoder blocks.
-        block: Weights of one block.
-        active: Those of them that one token meets.
+        block: Weights of the largest block of those with planned layers.
+        active: Weights that one token meets in a block, on average.
         parameters: Weights of the model.
         largest: Weights of the largest tensor.
         stored_bytes: Of one weight in the checkpoint.
-        inside: Planned layers of the first block that has any, those together that are
-            coded as one matrix.
+        inside: Planned layers of that largest block, those together that are coded as
+            one matrix; time counts them for each block.
         inputs: Width of each of their inputs, shared ones once, and the share of all
             tokens that passes it, which is below 1 for experts.
         outside: Planned layers that are in no block.
@@ -76,23 +76,15 @@ class Shapes:
         """Read the sizes of a model and its plan."""
         config, sizes = model.config, [x.elements for x in model.tensors.values()]
         inner = config.get("moe_intermediate_size") or config["intermediate_size"]
-        index = next(
-            (i for i in range(model.block_count) if _inside(model, plan, i)), 0
-        )
+        indices = range(model.block_count)
+        planned_blocks = [i for i in indices if _inside(model, plan, i)] or [0]
+        weights = _block_weights(model)
+        index = max(planned_blocks, key=lambda i: weights[i])
         inside = _inside(model, plan, index)
         prefix = f"{model.family.blocks}."
-        block = sum(
-            info.elements
-            for name, info in model.tensors.items()
-            if name.startswith(f"{model.family.block(index)}.")
-        )
-        count = model.experts(index)
-        share = int(config["num_experts_per_tok"]) / count if count else 1.0
+        share = _share(model, index)
         experts = {x.path for x in model.block_linears(index) if x.expert is not None}
-        idle = (1 - share) * sum(
-            model.tensors[f"{model.family.block(index)}.{path}.weight"].elements
-            for path in experts
-        )
+        active = [weights[i] - _idle(model, i) for i in indices]
         planned = [x for x in model.block_linears(index) if x.path in inside]
         inputs = {
             linear.input: (
@@ -106,8 +98,8 @@ class Shapes:
             inner=int(inner),
             vocabulary=int(config["vocab_size"]),
             blocks=model.block_count,
-            block=block,
-            active=block - idle,
+            block=weights[index],
+            active=sum(active) / len(active),
             parameters=sum(sizes),
             largest=max(sizes),
             stored_bytes=_WIDTH.get(model.dtype, 2),
@@ -118,6 +110,32 @@ class Shapes:
             ),
             planned=tuple(plan.layers.values()),
         )
+
+
+def _block_weights(model: ModelDescription) -> list[int]:
+    """Return the weights of each block."""
+    found = [0] * model.block_count
+    for name, info in model.tensors.items():
+        if name.startswith(f"{model.family.blocks}."):
+            number = name.removeprefix(f"{model.family.blocks}.").partition(".")[0]
+            found[int(number)] += info.elements
+    return found
+
+
+def _share(model: ModelDescription, index: int) -> float:
+    """Return the share of all tokens that an expert of a block gets."""
+    count = model.experts(index)
+    return int(model.config["num_experts_per_tok"]) / count if count else 1.0
+
+
+def _idle(model: ModelDescription, index: int) -> float:
+    """Return how many weights of a block's experts a token does not meet."""
+    block = model.family.block(index)
+    return (1 - _share(model, index)) * sum(
+        model.tensors[f"{block}.{linear.path}.weight"].elements
+        for linear in model.block_linears(index)
+        if linear.expert is not None
+    )
 
 
 def _inside(model: ModelDescription, plan: Plan, index: int) -> dict[str, LayerPlan]:

@@ -12,8 +12,11 @@ from torch import Tensor
 from compress.core.artifact import TensorSource
 from compress.core.errors import CheckpointError
 from compress.core.families import family_of
+from compress.core.shapes import memory_config
 from compress.model.experts import stacked, unstacked
+from compress.model.quantized_config import folder_config
 from compress.model.quantized_source import PackedSource, quantization_of
+from compress.model.skeleton import as_transformers, rebuild_mlps_
 from compress.model.sources import SafetensorsSource
 
 if TYPE_CHECKING:
@@ -65,18 +68,20 @@ def load(
 def _skeleton(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     """Return the model with its weights on the meta device and its buffers computed."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    stored = folder_config(path)
+    stored.pop("quantization_config", None)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        config = as_transformers(memory_config(stored))
+        config.name_or_path = str(path)
         # Buffers such as rotary frequencies are in no file: they must be computed.
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype or config.dtype or torch.float32
             )
-    except (ValueError, KeyError, TypeError, OSError) as error:
+            rebuild_mlps_(model, config.to_dict())
+    except (ValueError, KeyError, TypeError, CheckpointError) as error:
         raise CheckpointError(
             f"{path}/config.json: transformers cannot build this model: {error}"
         ) from error

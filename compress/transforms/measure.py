@@ -68,7 +68,6 @@ def decide(
     """
     streamed = StreamedModel(model, source, device=device)
     states = streamed.embed(windows)
-    places = places_of(model, transform.kinds)
     scales: dict[str, Tensor] = {}
     records: list[dict[str, Any]] = []
     bar = tqdm(
@@ -76,6 +75,7 @@ def decide(
     )
     for index in bar:
         path = model.family.block(index)
+        places = places_of(model, transform.kinds, index)
         with streamed.block(index) as block, torch.no_grad():
             sums = {p.readers[0]: _Sums(transform.needs_hessian) for p in places}
             watch = {reader: entry.add for reader, entry in sums.items()}
@@ -108,7 +108,7 @@ def step_of(
     operations: dict[str, list[Operation]] = {}
     for index in range(model.block_count):
         path = model.family.block(index)
-        for place in places_of(model, transform.kinds):
+        for place in places_of(model, transform.kinds, index):
             scale = scales.get(key(path, place))
             if scale is not None:
                 for name, operation in fold(place, scale, path, model).items():

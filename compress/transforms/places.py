@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from compress.core.artifact import ModelDescription
+from compress.core.shapes import mlp_widths
 from compress.transforms.operations import (
     DivideGain,
     DivideRows,
@@ -65,15 +66,18 @@ class Place:
         return how(heads, dim=1).reshape(-1)
 
 
-def places_of(model: ModelDescription, kinds: tuple[str, ...]) -> tuple[Place, ...]:
+def places_of(
+    model: ModelDescription, kinds: tuple[str, ...], index: int
+) -> tuple[Place, ...]:
     """Return the places of a block, in order of execution.
 
     Args:
         model: Of a dense family.
         kinds: Which of :data:`KINDS`.
+        index: Number of the block.
     """
     family, config = model.family, model.config
-    inner = int(config["intermediate_size"])
+    inner = mlp_widths(config)[index]
     hidden = int(config["hidden_size"])
     heads = int(config["num_attention_heads"])
     shared = int(config.get("num_key_value_heads") or heads)

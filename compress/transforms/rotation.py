@@ -118,7 +118,7 @@ def _turn_stream(
     add(embedding, RotateColumns(turn))
     for index in range(model.block_count):
         block = family.block(index)
-        for place in places_of(model, ("norm",)):
+        for place in places_of(model, ("norm",), index):
             readers = [f"{block}.{path}" for path in place.readers]
             fold(f"{block}.{place.before}", *readers)
         for linear in family.linears:
@@ -137,7 +137,7 @@ def _turn_heads(
     """Add R2 to ``operations``."""
     for index in range(model.block_count):
         block = model.family.block(index)
-        for place in places_of(model, ("value",)):
+        for place in places_of(model, ("value",), index):
             for kind in ("weight", "bias"):
                 name = f"{block}.{place.before}.{kind}"
                 if name in model.tensors:

@@ -47,6 +47,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied": ("llama", {"tie_word_embeddings": True}),
     "llama biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama wide heads": ("llama", {"head_dim": 32}),
+    "qwen2 wide heads": ("qwen2", {"head_dim": 32}),
+    "qwen3 wide heads": ("qwen3", {"head_dim": 32}),
     "llama3 rope": ("llama", {"rope_parameters": LLAMA3}),
     "linear rope": ("llama", {"rope_parameters": LINEAR}),
     "yarn rope": ("qwen2", {"rope_parameters": YARN}),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from export_fixtures import linears, make_artifact
 from moe_fixtures import opened, save_mixture
+from shapes_fixtures import uneven_model
 
 from compress.core.plan import LayerPlan, Plan
 from compress.core.scheme import Scheme
@@ -182,3 +183,25 @@ def test_groups_fit_the_small_matrix(scheme: str, columns: int) -> None:
 def test_speeds_are_those_of_this_machine() -> None:
     assert 1e8 < duration.matmul_speed(torch.float32) < 1e16
     assert 1e-12 < duration.pass_time() < 1e-6
+
+
+def test_blocks_of_different_widths_are_counted_by_their_own() -> None:
+    _, description, _ = uneven_model(widths=(32, 96, 64))
+    names = description.linears()
+    tensors = description.tensors
+    plan = Plan(
+        "tiny",
+        {n: replace(layer(*tensors[f"{n}.weight"].shape), name=n) for n in names},
+    )
+    shapes = Shapes.of(description, plan)
+    widest = [x for x in names if ".1.mlp." in x]
+    assert shapes.inner == 96
+    assert {x.name for stack in shapes.inside for x in stack} >= set(widest)
+    sizes = [
+        sum(
+            i.elements for n, i in tensors.items() if n.startswith(f"model.layers.{b}.")
+        )
+        for b in range(3)
+    ]
+    assert shapes.block == max(sizes) == sizes[1]
+    assert shapes.active == sum(sizes) / 3

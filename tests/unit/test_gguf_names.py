@@ -27,9 +27,10 @@ def test_from_gguf_rows_is_inverse() -> None:
 def test_only_q_and_k_of_llama_are_permuted() -> None:
     llama, qwen = family_of("llama"), family_of("qwen2")
     module = "model.layers.1.self_attn.{}_proj"
-    heads = [rotary_heads(llama, CONFIG, module.format(x)) for x in "qkvo"]
+    heads = [rotary_heads("llama", llama, CONFIG, module.format(x)) for x in "qkvo"]
     assert heads == [4, 2, 0, 0]
-    assert rotary_heads(qwen, CONFIG, module.format("q")) == 0
+    assert rotary_heads("qwen2", qwen, CONFIG, module.format("q")) == 0
+    assert rotary_heads("deci", qwen, CONFIG, module.format("q")) == 4
 
 
 def test_names_are_those_of_gguf() -> None:

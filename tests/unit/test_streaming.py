@@ -12,7 +12,8 @@ from compress.core.errors import CheckpointError
 from compress.model import devices
 from compress.model import states as states_module
 from compress.model.devices import choose_dtype
-from compress.model.streaming import StreamedModel, build_skeleton
+from compress.model.skeleton import build_skeleton
+from compress.model.streaming import StreamedModel
 
 
 def own_logits(model: Any) -> torch.Tensor:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from compress.calibration.observe import observe
 from compress.core.errors import ConfigError
+from compress.core.families import interleaves_rotary
 from compress.kvcache.cache import CacheRounding, FakeQuantCache, ObservingCache
 from compress.kvcache.measure import rounded_cache
 from compress.kvcache.names import CachePair
@@ -134,7 +135,7 @@ def test_a_prefill_loses_what_steps_of_one_token_lose() -> None:
 
 def test_keys_are_blocked_in_the_order_that_gguf_stores_them() -> None:
     _, description, _ = model_of("llama", head_dim=64)
-    assert description.family.gguf_permutes_rotary
+    assert interleaves_rotary(description.gguf_architecture)
     keys = torch.zeros(1, 1, 1, 64)
     keys[..., 0], keys[..., 40] = 1.0, 100.0  # pairs 0 and 8: both in the first block
     keys[..., 20] = 1.0  # pair 20: in the second

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from shapes_fixtures import uneven_model
 from transforms_fixtures import (
     EVERYWHERE,
     FAMILIES,
@@ -43,6 +44,15 @@ def test_no_logit_changes(
     seen, made = apply(chain, description, source, tmp_path)
     assert float(expected.std()) > 0.05
     found = streamed_logits(seen, made.source)
+    assert float((found - expected).abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_blocks_may_differ_in_width(kind: str, tmp_path: Path) -> None:
+    model, description, source = uneven_model(kind, vocab_size=256)
+    chain = chain_of(*ALL, **options_for(kind))
+    seen, made = apply(chain, description, source, tmp_path)
+    found, expected = streamed_logits(seen, made.source), own_logits(model)
     assert float((found - expected).abs().max()) <= 1e-4
 
 

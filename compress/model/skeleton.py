@@ -1,0 +1,91 @@
+"""The module tree of a config, built by transformers without weights."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from compress.core.errors import CheckpointError
+from compress.core.families import family_of
+from compress.core.shapes import has_widths, mlp_widths
+from compress.model.experts import split_experts_
+
+
+def as_transformers(config: Mapping[str, Any]) -> Any:
+    """Return the config object that transformers makes of plain data.
+
+    Raises:
+        CheckpointError: transformers refuses it.
+    """
+    from transformers import AutoConfig
+
+    data = dict(config)
+    kind = data.pop("model_type", None)
+    try:
+        return AutoConfig.for_model(kind, **data)
+    except Exception as error:  # each config class, and each release, has its own
+        raise CheckpointError(f"transformers cannot build {kind!r}: {error}") from error
+
+
+def build_skeleton(config: Mapping[str, Any]) -> Any:
+    """Return the transformers model of a config, in eval mode, without weights.
+
+    Experts are linear layers of their own, named as in the checkpoint; MLPs are as wide
+    as the config says for their block.
+    Buffers that the model computes (rotary frequencies, embedding scales) are real.
+
+    Raises:
+        CheckpointError: transformers cannot build the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    parsed = as_transformers(config)
+    # Flash and SDPA kernels have no soft cap on attention scores (Gemma 2).
+    attention = "eager" if config.get("attn_logit_softcapping") else "sdpa"
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(
+                parsed, attn_implementation=attention, dtype=torch.float32
+            )
+            rebuild_mlps_(model, config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"transformers cannot build {parsed.model_type!r}: {error}"
+        ) from error
+    for module in model.modules():
+        if any(
+            buffer.is_meta for buffer in module._buffers.values() if buffer is not None
+        ):
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.empty_like(buffer, device="cpu")
+            model._init_weights(module)
+    split_experts_(model, family_of(parsed.model_type))
+    return model.eval().requires_grad_(False)
+
+
+def rebuild_mlps_(model: Any, config: Mapping[str, Any]) -> None:
+    """Give each block's MLP the width of its own, if the config has one for each.
+
+    The new modules are made where and in the type that torch makes them by default;
+    their weights are those of a new module.
+
+    Args:
+        model: What transformers builds of ``config``, all blocks equally wide.
+        config: Of a family whose MLP is gated and dense.
+
+    Raises:
+        CheckpointError: Widths that :func:`~compress.core.shapes.mlp_widths` refuses.
+    """
+    if not has_widths(config):
+        return
+    blocks = model.get_submodule(family_of(str(config["model_type"])).blocks)
+    for block, width in zip(blocks, mlp_widths(config), strict=True):
+        own = copy.copy(model.config)
+        own.intermediate_size = width
+        block.mlp = type(block.mlp)(own)

@@ -1,0 +1,100 @@
+"""Random models whose blocks have MLPs of different widths, and their folders."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from export_fixtures import StateDictSource, round_to_nearest
+from safetensors.torch import save_file
+from streaming_fixtures import model_of
+
+from compress.core.artifact import CompressedModel, ModelDescription, TensorInfo
+from compress.core.plan import LayerPlan, Plan
+from compress.core.scheme import Scheme
+from compress.core.shapes import modeling_files, stored_config, with_widths
+from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
+from compress.model.skeleton import rebuild_mlps_
+
+WIDTHS = (96, 32, 64)
+
+
+def uneven_model(
+    kind: str = "llama",
+    *,
+    widths: tuple[int, ...] = WIDTHS,
+    dtype: str = "float32",
+    **changes: Any,
+) -> tuple[Any, ModelDescription, StateDictSource]:
+    """Return a random model with an MLP width for each block, as ``model_of`` does."""
+    model, description, _ = model_of(kind, dtype=dtype, **changes)
+    config = with_widths(description.config, widths)
+    torch.manual_seed(1)
+    rebuild_mlps_(model, config)
+    model = model.eval().to(TORCH_DTYPES[dtype])
+    state = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mlp." in name:  # louder than a fresh layer is: its part must show
+                parameter.mul_(3)
+            state[name] = parameter.detach().clone()
+    tensors = {n: TensorInfo(tuple(t.shape), dtype) for n, t in state.items()}
+    described = replace(description, config=config, tensors=tensors)
+    return model, described, StateDictSource(state)
+
+
+def save_uneven(
+    folder: Path, kind: str = "llama", **changes: Any
+) -> tuple[Any, ModelDescription, StateDictSource]:
+    """Save such a model as a folder that stock transformers opens, and return it."""
+    model, description, source = uneven_model(kind, **changes)
+    folder.mkdir(exist_ok=True)
+    config = stored_config(description.config) | {"dtype": description.dtype}
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    for name, text in modeling_files(description.config).items():
+        (folder / name).write_text(text)
+    save_file(source.state, folder / "model.safetensors", metadata={"format": "pt"})
+    return model, description, source
+
+
+def uneven_artifact(
+    kind: str = "llama",
+    *,
+    scheme: str | None = None,
+    assets: Path | None = None,
+    dtype: str = "float32",
+    scale_dtype: str = "float16",
+    **changes: Any,
+) -> tuple[Any, CompressedModel]:
+    """Return such a model with codes in the linears of its blocks, and their values.
+
+    Args:
+        kind: ``model_type``.
+        scheme: Of the linears; ``None`` leaves them dense.
+        assets: Tokenizer folder.
+        dtype: Of the weights.
+        scale_dtype: Of the scales.
+        changes: As for :func:`uneven_model`.
+
+    Returns:
+        A transformers model with the values of the codes, and the artifact.
+    """
+    model, description, source = uneven_model(kind, dtype=dtype, **changes)
+    layers = {}
+    for name in description.linears() if scheme else ():
+        rows, columns = source.state[f"{name}.weight"].shape
+        parsed = Scheme.parse(str(scheme)).with_scales(scale_dtype)
+        layers[name] = LayerPlan(name, (rows, columns), "rtn", parsed)
+
+    def quantized(name: str) -> QuantizedTensor:
+        return round_to_nearest(source.state[f"{name}.weight"], layers[name].scheme)
+
+    with torch.no_grad():
+        for name in layers:
+            weight = model.get_submodule(name).weight
+            weight.copy_(quantized(name).dequantize())
+    described = replace(description, assets=assets)
+    return model, CompressedModel(described, Plan("tiny", layers), source, quantized)
