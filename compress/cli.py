@@ -278,7 +278,9 @@ def sweep(
 def list_plugins(
     kind: Annotated[
         str | None,
-        typer.Argument(help="quantizers, allocators or exporters.", show_default=False),
+        typer.Argument(
+            help="quantizers, pruners, allocators, exporters.", show_default=False
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

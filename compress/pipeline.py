@@ -17,23 +17,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import exporting, preview, provenance, serving
+from compress import exporting, preparing, preview, provenance, reshaping, serving
 from compress.allocation.outcome import Outcome
 from compress.allocation.search import Search
 from compress.calibration.data import CalibrationTokens, load_tokens
 from compress.calibration.importance import importances_of
 from compress.calibration.sources import check_sources
 from compress.config import Config, load_config
-from compress.config.plugins import create_chain, create_exporter, create_quantizer
+from compress.config.plugins import create_chain, create_exporter
 from compress.core.artifact import CompressedModel, ModelDescription
-from compress.core.contracts import Quantizer
 from compress.core.errors import ConfigError
 from compress.core.plan import Plan
-from compress.evaluation.texts import check_evaluation_text
 from compress.model.devices import choose_device, choose_dtype
-from compress.model.loading import ModelHandle, check_tensors, open_model
+from compress.model.loading import ModelHandle, check_tensors, locate
 from compress.planning.planner import make_plan, resolve_scale_dtype
 from compress.planning.rerun import config_of_export
+from compress.pruning.stage import FOLDER as PRUNED_FOLDER
 from compress.report import write_report
 from compress.reporting import build_report
 from compress.result import Result
@@ -62,25 +61,45 @@ _log = logging.getLogger(__name__)
 
 
 class Run:
-    """One config on its way through the stages."""
+    """One config on its way through the stages.
+
+    Args:
+        config: What to do.
+        command: How it was started, for the report.
+        assets: Folder for tokenizer files made from a GGUF source.
+        pruned: The model that pruning made, and what it did; without it, a config that
+            prunes is set up on a model of the size to come, and cannot be executed.
+    """
 
     def __init__(
-        self, config: Config, command: str | None = None, assets: Path | None = None
+        self,
+        config: Config,
+        command: str | None = None,
+        assets: Path | None = None,
+        pruned: tuple[ModelHandle, Mapping[str, Any]] | None = None,
     ) -> None:
         self.config = config
         self.command = command
         self.workdir = WorkDir(config.run.workdir)
-        self._assets = assets or self.workdir.assets
         self.seconds: dict[str, float] = {}
         self.device = choose_device(config.run.device)
-        self._check_inputs()
+        preparing.check_inputs(config)
         with self.timed("load"):
-            self.handle = self._open()
-        self.quantizers = self._quantizers()
+            self.handle = preparing.open_original(config, assets or self.workdir.assets)
+        self.pruning = reshaping.pruning_of(
+            config, self.handle, root=self.workdir.root, device=self.device
+        )
+        self.subject = self.handle
+        self.pruned: Mapping[str, Any] | None = None
+        if pruned is not None:
+            self.subject, self.pruned = pruned
+        elif self.pruning is not None:
+            self.subject = reshaping.provisional(self.pruning, self.handle)
+        self.quantizers = preparing.quantizers_of(config)
         self.chain = create_chain(config.transform_entries, self.quantizers.values())
         self.base: ModelDescription = self.handle.description
-        self.model = self.chain.describe(self.base)
-        original = TransformedSource(self.handle.source, self.model.dtype)
+        self.model = self.chain.describe(self.subject.description)
+        original = TransformedSource(self.subject.source, self.model.dtype)
         self.transformed = Transformed(original, [])
         self.exporters = {
             entry.format: create_exporter(
@@ -100,7 +119,7 @@ class Run:
         serving.check(self)
         self.runner = PlanRunner(
             self.model,
-            self.handle.source,
+            self.subject.source,
             self.plan,
             self.quantizers,
             self.workdir,
@@ -112,7 +131,7 @@ class Run:
         self.artifact = CompressedModel(
             self.model,
             self.plan,
-            self.handle.source,
+            self.subject.source,
             self._codes,
             {"compress": provenance.versions()["compress"]},
             input_squares=partial(exporting.input_squares, self),
@@ -121,51 +140,6 @@ class Run:
     def timed(self, stage: str) -> AbstractContextManager[None]:
         """Add the time of a block of code to a stage."""
         return timed(self.seconds, stage)
-
-    def _check_inputs(self) -> None:
-        names = [entry.format for entry in self.config.export]
-        if len(set(names)) < len(names):
-            raise ConfigError("export: each format may be named once")
-        for name in self.config.evaluate.perplexity if self.config.evaluate else ():
-            check_evaluation_text(name)
-        if self._uses_data():
-            check_sources(self.config.calibration.data)
-
-    def _methods(self) -> set[str]:
-        quantize = self.config.quantize
-        if quantize is None:
-            return set()
-        overrides = quantize.overrides.values()
-        return {quantize.method, *(o.method for o in overrides if o.method)}
-
-    def _uses_data(self) -> bool:
-        if self.config.budget is not None:
-            return True
-        methods = [create_quantizer(method) for method in self._methods()]
-        return create_chain(self.config.transform_entries, methods).needs_inputs or any(
-            method.needs_statistics for method in methods
-        )
-
-    def _quantizers(self) -> dict[str, Quantizer]:
-        quantize = self.config.quantize
-        if quantize is None:
-            return {}
-        return {
-            method: create_quantizer(
-                method, quantize.options if method == quantize.method else None
-            )
-            for method in self._methods()
-        }
-
-    def _open(self) -> ModelHandle:
-        section = self.config.model
-        return open_model(
-            section.path,
-            dtype=section.dtype,
-            resident=section.resident,
-            trust_remote_code=section.trust_remote_code,
-            cache=self._assets,
-        )
 
     def _plan(self) -> Plan:
         if self.search is not None:
@@ -182,7 +156,7 @@ class Run:
 
     def execute(self, *, overwrite: bool, write_exports: bool = True) -> Result:
         """Carry out all stages that are not in the work directory yet."""
-        check_tensors(self.handle)
+        check_tensors(self.subject)
         tokens = self._calibration_tokens()
         fingerprint = provenance.fingerprint(self, tokens)
         self.workdir.begin(fingerprint, overwrite=overwrite)
@@ -223,7 +197,7 @@ class Run:
         with self.timed("transform"):
             self.transformed = self.chain.run(
                 self.model,
-                self.handle.source,
+                self.subject.source,
                 self.plan,
                 windows=windows,
                 workdir=self.workdir,
@@ -252,7 +226,7 @@ class Run:
     def search_only(self) -> Outcome:
         """Return what the search chooses, of which nothing is carried out."""
         assert self.search is not None
-        check_tensors(self.handle)
+        check_tensors(self.subject)
         tokens = self._calibration_tokens()
         assert tokens is not None
         self._transform(tokens.tokens)
@@ -273,11 +247,19 @@ class Run:
         if not (
             self.search is not None
             or self.runner.needs_calibration
+            or (self.pruning is not None and self.pruning.needs_windows)
             or self.chain.needs_inputs
             or serving.needs_tokens(self)
         ):
             return None
         return self.load_tokens()
+
+    def subject_digest(self) -> str:
+        """Return a digest of the weights that are compressed."""
+        path = locate(self.config.model.path)
+        if self.pruned is not None and self.pruning is not None:
+            path = self.pruning.root / PRUNED_FOLDER
+        return provenance.model_digest(self.subject.description, path)
 
     def load_tokens(self) -> CalibrationTokens:
         """Return the calibration tokens of the config."""
@@ -329,9 +311,21 @@ def run(
     """
     loaded = _prepared(config)
     WorkDir(loaded.run.workdir).check(resume=resume, overwrite=overwrite)
-    return Run(loaded, command).execute(
-        overwrite=overwrite, write_exports=write_exports
-    )
+    current = Run(loaded, command)
+    if current.pruning is not None:
+        current, overwrite = _pruned(current, overwrite=overwrite), False
+    return current.execute(overwrite=overwrite, write_exports=write_exports)
+
+
+def _pruned(provisional: Run, *, overwrite: bool) -> Run:
+    """Prune, and return the run that goes on with the pruned model."""
+    check_tensors(provisional.handle)
+    if overwrite:
+        provisional.workdir.clear()
+    made = reshaping.carry_out(provisional)
+    final = Run(provisional.config, provisional.command, pruned=made)
+    final.seconds = provisional.seconds | final.seconds
+    return final
 
 
 def plan(config: Config | Mapping[str, Any] | str | Path) -> preview.PlanPreview:
@@ -361,7 +355,10 @@ def search(config: Config | Mapping[str, Any] | str | Path) -> Outcome:
         )
     with tempfile.TemporaryDirectory() as folder:
         section = loaded.run.model_copy(update={"workdir": Path(folder)})
-        return Run(loaded.model_copy(update={"run": section})).search_only()
+        current = Run(loaded.model_copy(update={"run": section}))
+        if current.pruning is not None:
+            current = _pruned(current, overwrite=False)
+        return current.search_only()
 
 
 def export(workdir: str | Path, to: str, options: Mapping[str, Any]) -> Result:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from compress.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from compress.core.contracts import Allocator, Exporter, Plugin, Quantizer
+    from compress.core.contracts import Allocator, Exporter, Plugin, Pruner, Quantizer
 
-KINDS = ("quantizers", "allocators", "exporters")
+KINDS = ("quantizers", "pruners", "allocators", "exporters")
 
 
 class PluginError(ConfigError):
@@ -46,6 +46,7 @@ class PluginEntry:
 
         contract = {
             "quantizers": contracts.Quantizer,
+            "pruners": contracts.Pruner,
             "allocators": contracts.Allocator,
             "exporters": contracts.Exporter,
         }[self.kind]
@@ -128,6 +129,15 @@ def get_quantizer(name: str) -> type[Quantizer]:
 
     plugin = _find(name, _entries("quantizers"), "quantizer").load()
     assert issubclass(plugin, Quantizer)
+    return plugin
+
+
+def get_pruner(name: str) -> type[Pruner]:
+    """Return the class of a pruner; see :func:`get_quantizer`."""
+    from compress.core.contracts import Pruner
+
+    plugin = _find(name, _entries("pruners"), "pruner").load()
+    assert issubclass(plugin, Pruner)
     return plugin
 
 

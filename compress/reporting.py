@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from compress import preview, provenance
+from compress import preview, provenance, reshaping
 from compress.calibration.data import CalibrationTokens
 from compress.calibration.experts import FEW_TOKENS
 from compress.core.artifact import ModelDescription
@@ -71,6 +71,7 @@ def build_report(
         "metrics": {
             key: headline(texts) if texts else None for key, texts in metrics.items()
         },
+        "pruning": reshaping.about(run.pruned, run),
         "transforms": run.transformed.reports,
         "inputs": run.serving.upgrades,
         "kv_cache": run.cache,

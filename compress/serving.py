@@ -169,7 +169,8 @@ class Serving:
             return run.plan
 
         def compute() -> dict[str, Any]:
-            base = StreamedModel(run.base, run.handle.source, device=run.device)
+            subject = run.subject
+            base = StreamedModel(subject.description, subject.source, device=run.device)
             upgrader = Upgrader(
                 base,
                 self.build(),
@@ -246,7 +247,8 @@ class Serving:
         if section is None or not section.perplexity:
             return {"base": None, COMPRESSED: None}
         models = {}
-        if run.plan.layers or self.kv_scales or run.chain.transforms:
+        changed = run.chain.transforms or run.pruned is not None
+        if run.plan.layers or self.kv_scales or changed:
             models[COMPRESSED] = self.served()
         if self.rounding():
             models[WEIGHTS_ONLY] = self.build()

@@ -30,6 +30,8 @@ _OURS = (
     "blocks",
     "results",
     "export",
+    "pruning",
+    "pruned",
 )
 _REPORTS = ("report.json", "report.md", "report.html")
 _TEMPORARY = ".part"
@@ -107,7 +109,7 @@ class WorkDir:
                 message names what changed.
         """
         if overwrite:
-            self._clear()
+            self.clear()
         state = self.root / "state.json"
         if state.is_file():
             earlier = self._read_json(state)["fingerprint"]
@@ -121,7 +123,8 @@ class WorkDir:
         self._sweep()
         self.write_json("state.json", {"version": 1, "fingerprint": dict(fingerprint)})
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Remove whatever an earlier run left; nothing of others."""
         for name in (*_OURS, *_REPORTS):
             path = self.root / name
             if path.is_dir():

@@ -51,7 +51,8 @@ class CFSP(Pruner):
         if self.options.fine == "act":
             return norms
         if self.options.fine == "wx":
-            return mlp.down.norm(dim=0) * norms
+            sizes: Tensor = mlp.down.norm(dim=0)
+            return sizes * norms
         parts = (
             _share(mlp.down.abs() * norms, axis=1).mean(0),
             _share(mlp.gate.abs(), axis=0).mean(1),

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress import provenance
 from compress.allocation.assemble import Assembly, assembled_model
 from compress.allocation.budget import budget_bytes, format_of_budget
 from compress.allocation.candidates import (
@@ -43,7 +42,6 @@ from compress.core.allocation import (
 )
 from compress.core.errors import ConfigError, PlanError
 from compress.core.plan import LayerPlan
-from compress.model.loading import locate
 from compress.model.streaming import StreamedModel
 from compress.registry import get_allocator
 from compress.timing import timed
@@ -194,9 +192,7 @@ class Search:
             run.quantizers,
             self._store,
             {
-                "model": provenance.model_digest(
-                    run.base, locate(run.config.model.path)
-                ),
+                "model": run.subject_digest(),
                 "transforms": run.chain.identity(),
                 "calibration": tokens.digest,
                 "dtype": str(run.runner.dtype),

@@ -129,21 +129,28 @@ def head_gradients(
 ) -> Tensor:
     """Return ``d/dh sum_t log p(s_t)`` for each draw, float32 ``[D, N, T, C]``."""
     result = torch.empty(draws, *hidden.shape)
-    with model.head() as head:
+    with model.head(on_device=True) as head:
         for n, states in enumerate(hidden):
             states = states.clone().requires_grad_()
             logits = head(states)
             p = torch.softmax(logits.detach(), -1)
-            labels = torch.multinomial(p, draws, replacement=True, generator=generator)
+            labels = _drawn(p, draws, generator)
             for draw in range(draws):
                 # d log p(s) / d logits = onehot(s) - p
-                slope = p.neg().scatter_add_(
-                    1, labels[:, draw, None], torch.ones(len(p), 1)
-                )
+                slope = p.neg()
+                slope.scatter_add_(1, labels[:, draw, None], torch.ones_like(p[:, :1]))
                 (result[draw, n],) = torch.autograd.grad(
                     logits, states, slope, retain_graph=draw + 1 < draws
                 )
     return result
+
+
+def _drawn(p: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """Return int64 ``[T, D]``, drawn from rows of ``p``; alike on every device."""
+    levels = torch.rand(len(p), draws, generator=generator).to(p)
+    heights = p.cumsum(-1)
+    found = torch.searchsorted(heights, levels * heights[:, -1:])
+    return found.clamp_(max=p.shape[-1] - 1)
 
 
 def _through_block(

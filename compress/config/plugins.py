@@ -12,14 +12,20 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from compress.config.diagnostics import Findings, KeyPath, Origin, suggest
+from compress.config.prune_section import PruneSection
 from compress.config.schema import DENSE, QuantizeSection
 from compress.core.errors import ConfigError, SchemeError
 from compress.core.scheme import Scheme
-from compress.registry import get_allocator, get_exporter, get_quantizer
+from compress.registry import (
+    get_allocator,
+    get_exporter,
+    get_pruner,
+    get_quantizer,
+)
 
 if TYPE_CHECKING:
     from compress.config.schema import TransformEntry
-    from compress.core.contracts import Allocator, Exporter, Plugin, Quantizer
+    from compress.core.contracts import Allocator, Exporter, Plugin, Pruner, Quantizer
     from compress.transforms.chain import Chain
     from compress.transforms.contract import Transform
 
@@ -54,6 +60,14 @@ def create_allocator(
 ) -> Allocator:
     """Return an allocator with checked options; see :func:`create_quantizer`."""
     plugin = get_allocator(name)
+    return plugin(_checked_options(plugin, options or {}, path))
+
+
+def create_pruner(
+    name: str, options: Mapping[str, Any] | None = None, *, path: KeyPath = ()
+) -> Pruner:
+    """Return a pruner with checked options; see :func:`create_quantizer`."""
+    plugin = get_pruner(name)
     return plugin(_checked_options(plugin, options or {}, path))
 
 
@@ -112,6 +126,9 @@ def check_plugins(data: Mapping[str, Any], findings: Findings) -> None:
     if isinstance(section, dict):
         _check_quantize(section, findings)
     _check_allocation(data, findings)
+    prune = data.get("prune")
+    if isinstance(prune, dict):
+        _check_prune(prune, findings)
     entries = data.get("export")
     if isinstance(entries, list):
         _check_exports(entries, findings)
@@ -141,6 +158,21 @@ def _check_quantize(section: dict[str, Any], findings: Findings) -> None:
         place = (*path, "method" if own is None else "scheme")
         if own is not None or special is not made:
             _check_scheme(special, scheme if own is None else own, place, findings)
+
+
+def _check_prune(section: dict[str, Any], findings: Findings) -> None:
+    method = section.get("method", PruneSection.model_fields["method"].default)
+    options = section.get("options", {})
+    if not isinstance(method, str) or not isinstance(options, dict):
+        return
+    try:
+        plugin = get_pruner(method)
+        plugin.Options.model_validate(options)
+    except ConfigError as error:
+        findings.add(("prune", "method"), str(error))
+    except ValidationError as error:
+        schema = plugin.Options.model_json_schema()
+        findings.add_validation(error, schema, ("prune", "options"))
 
 
 def _check_allocation(data: Mapping[str, Any], findings: Findings) -> None:

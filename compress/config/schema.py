@@ -32,6 +32,7 @@ from compress.config.fields import (
     Text,
     check_scheme,
 )
+from compress.config.prune_section import PruneSection
 from compress.core.errors import ConfigError
 from compress.kvcache.names import DEFAULT_PAIRS, CachePair
 
@@ -344,6 +345,7 @@ class Config(Section):
         ],
         Field(strict=False),
     ] = ()
+    prune: PruneSection | None = None
     quantize: QuantizeSection | None = None
     budget: BudgetSection | None = None
     allocate: AllocateSection | None = None

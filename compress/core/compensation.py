@@ -1,8 +1,8 @@
 """What the neurons that stay can take over from those that go.
 
 With ``G`` the second moment of the inputs ``x`` of a matrix ``W [R, I]`` and ``S`` the
-columns that stay, the best ``W'`` minimises ``E|W x - W' x_S|^2``. All in float64: ``G``
-has a condition number beyond float32 as soon as activations are massive.
+columns that stay, the best ``W'`` minimises ``E|W x - W' x_S|^2``. All in float64:
+``G`` has a condition number beyond float32 as soon as activations are massive.
 
 * :func:`least_squares`: ``W' = W_S + W_P G_PS (G_SS + ridge)^-1``, ridge towards
   ``W_S``.
@@ -55,7 +55,8 @@ def least_squares(
     small = with_ridge(gram[kept][:, kept], ridge)
     right = gram[gone][:, kept].double().T @ wide[:, gone].T  # [S, R]
     taken = torch.cholesky_solve(right, torch.linalg.cholesky(small))
-    return (wide[:, kept] + taken.T).float()
+    found: Tensor = wide[:, kept] + taken.T
+    return found.float()
 
 
 def scaled_columns(
@@ -72,7 +73,8 @@ def scaled_columns(
     scales = torch.linalg.solve(small, moments[kept].sum(1) + extra)
     if not bool((scales.abs() <= _LARGEST_SCALE).all()):
         scales = torch.ones_like(scales)
-    return (wide[:, kept] * scales).float()
+    found: Tensor = wide[:, kept] * scales
+    return found.float()
 
 
 def complement(kept: Tensor, count: int) -> Tensor:
@@ -105,21 +107,19 @@ class Downdate:
         scale = damped.diagonal().rsqrt()
         self._correlation = damped * scale * scale[:, None]
 
-    def remove(self, chosen: Tensor) -> Tensor:
-        """Take columns away; return the loss that each of them adds alone, float64.
+    def remove(self, chosen: Tensor) -> None:
+        """Take columns away.
 
         Args:
             chosen: Positions in :attr:`alive`.
         """
         inverse, weight = self.inverse, self.weight
-        loss = weight[:, chosen].square().sum(0) / inverse.diagonal()[chosen]
         left = complement(chosen, len(self.alive))
         across = inverse[chosen][:, left]
         solved = torch.linalg.solve(inverse[chosen][:, chosen], across)
         self.weight = weight[:, left] - weight[:, chosen] @ solved
         self.inverse = inverse[left][:, left] - across.T @ solved
         self.alive = self.alive[left]
-        return loss
 
     def lowest(self, scores: Tensor, count: int, limit: float = 0.9) -> Tensor:
         """Return positions of the ``count`` lowest scores, of twins only one.

@@ -1,8 +1,8 @@
 """The plug-in contracts. Built-ins and outside plug-ins register the same way.
 
 A plug-in is a class named by an entry point in ``compress.quantizers``,
-``compress.pruners``, ``compress.allocators`` or ``compress.exporters``. Its options are a frozen pydantic
-model, checked with the same messages as the rest of the config.
+``compress.pruners``, ``compress.allocators`` or ``compress.exporters``. Its options are
+a frozen pydantic model, checked with the same messages as the rest of the config.
 """
 
 from __future__ import annotations

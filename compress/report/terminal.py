@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from compress.report.allocation import budget_table, scheme_table, unit_table
+from compress.report.pruning import pruning_table
 from compress.report.serving import cache_table, parts_table, upgrades_table
 from compress.report.tables import (
     Report,
@@ -31,12 +32,17 @@ def summary_table(report: Report) -> str:
     Says size, bits per weight, perplexity, KL and top-1 before and after for each text,
     how each export was verified, warnings, and where the files are.
     """
-    tables = [size_table(report), budget_table(report), scheme_table(report)]
+    tables = [
+        size_table(report),
+        pruning_table(report),
+        budget_table(report),
+        scheme_table(report),
+    ]
     tables += [quality_table(report), parts_table(report)]
     tables += [upgrades_table(report), cache_table(report), export_table(report)]
     parts = [_heading(report)]
     parts += [draw_table(table) for table in tables if table.rows]
-    parts += [t.caption for t in (cache_table(report),) if t.rows]
+    parts += [t.caption for t in (pruning_table(report), cache_table(report)) if t.rows]
     warnings = report.get("warnings") or []
     if warnings:
         parts.append("\n".join(f"WARNING: {warning}" for warning in warnings))

@@ -173,6 +173,9 @@ def methods_used(report: Mapping[str, Any]) -> str:
     parts = [f"{name} ({total} layers)" for name, total in ordered[:4]]
     if len(ordered) > 4:
         parts.append(f"{len(ordered) - 4} more kinds")
+    pruned = branch(report, "pruning")
+    if pruned:
+        parts.insert(0, f"pruned by {pruned.get('method')}")
     return sentence_list(parts) if parts else "no layer was quantized"
 
 

@@ -1,0 +1,95 @@
+"""The section ``prune``: neurons and blocks that are removed for good."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from compress.config.fields import Section, Text
+from compress.core.sizes import parse_size
+
+
+def _check_size(size: int | str) -> int | str:
+    parse_size(str(size))
+    return size
+
+
+class PruneSection(Section):
+    """How much goes, by which criterion, and what the rest does about it.
+
+    One of ``sparsity``, ``parameters``, ``expansion_ratio`` and ``size`` says how much;
+    with ``blocks`` alone, only whole blocks go.
+    """
+
+    method: Text = Field(
+        default="taylor", description="Name of a pruner (compress list pruners)."
+    )
+    sparsity: float | None = Field(
+        default=None, ge=0, lt=1, description="Share of the MLP neurons to remove."
+    )
+    parameters: float | None = Field(
+        default=None, gt=0, lt=1, description="Share of all weights to remove."
+    )
+    expansion_ratio: float | None = Field(
+        default=None, gt=0, description="MLP width over hidden size that is left."
+    )
+    size: Annotated[int | str, AfterValidator(_check_size)] | None = Field(
+        default=None, description="Bytes of the pruned, dense checkpoint, such as 1GB."
+    )
+    blocks: int | None = Field(
+        default=None,
+        ge=0,
+        description="Whole blocks to remove, instead of what depth_share comes to.",
+    )
+    depth_share: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Share of the removed weights that goes as whole blocks; null asks "
+        "the method (0, but 0.5 for comp).",
+    )
+    depth_by: Literal["importance", "perplexity"] = Field(
+        default="importance",
+        description="Drop the block that changes its input least, or the one without "
+        "which calibration text is predicted best; both anew after each block.",
+    )
+    budgets: Literal[
+        "auto", "uniform", "cfsp", "standardised", "effect", "measured"
+    ] = Field(
+        default="auto",
+        description="How neurons are dealt to blocks; auto asks the method. Shape "
+        "uniform has one width for all.",
+    )
+    shape: Literal["uniform", "per-layer", "padded"] = Field(
+        default="uniform",
+        description="uniform loads anywhere; per-layer needs trust_remote_code in "
+        "transformers, and becomes a deci GGUF; padded fills up with zeros, for tests.",
+    )
+    round_to: int | None = Field(
+        default=None,
+        ge=1,
+        description="Widths are multiples of this; null takes 256 for K-quants, 128 "
+        "for groups of 128, else 64.",
+    )
+    repair: Literal["auto", "least_squares", "mask", "bias", "none"] = Field(
+        default="auto",
+        description="What the neurons that stay take over: auto is least_squares with "
+        "calibration text, else none.",
+    )
+    propagate: Literal["dense", "pruned"] = Field(
+        default="dense",
+        description="What later blocks are repaired on: inputs as the original model "
+        "has them, or as the pruned blocks before give them.",
+    )
+    options: dict[str, Any] = Field(default={}, description="Options of the method.")
+
+    @model_validator(mode="after")
+    def _says_how_much(self) -> PruneSection:
+        units = ("sparsity", "parameters", "expansion_ratio", "size")
+        given = [name for name in units if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} contradict; give one of them")
+        if not given and not self.blocks:
+            raise ValueError(f"say how much to remove: one of {', '.join(units)}")
+        return self

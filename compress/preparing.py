@@ -1,0 +1,75 @@
+"""What a run needs before it is set up: the model, the methods, and checks of both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compress.calibration.sources import check_sources
+from compress.config.plugins import create_chain, create_quantizer
+from compress.config.schema import Config
+from compress.core.contracts import Quantizer
+from compress.core.errors import ConfigError
+from compress.evaluation.texts import check_evaluation_text
+from compress.model.loading import ModelHandle, open_model
+
+
+def check_inputs(config: Config) -> None:
+    """Raise if texts or formats that a config names cannot be had.
+
+    Raises:
+        ConfigError: With what to do.
+    """
+    names = [entry.format for entry in config.export]
+    if len(set(names)) < len(names):
+        raise ConfigError("export: each format may be named once")
+    for name in config.evaluate.perplexity if config.evaluate else ():
+        check_evaluation_text(name)
+    if config.prune is not None or _quantizing_uses_data(config):
+        check_sources(config.calibration.data)
+
+
+def open_original(config: Config, assets: Path) -> ModelHandle:
+    """Open the model of a config.
+
+    Args:
+        config: Names it.
+        assets: Folder for tokenizer files that are made from a GGUF file.
+    """
+    section = config.model
+    return open_model(
+        section.path,
+        dtype=section.dtype,
+        resident=section.resident,
+        trust_remote_code=section.trust_remote_code,
+        cache=assets,
+    )
+
+
+def quantizers_of(config: Config) -> dict[str, Quantizer]:
+    """Return all methods of a config, by name."""
+    quantize = config.quantize
+    if quantize is None:
+        return {}
+    return {
+        method: create_quantizer(
+            method, quantize.options if method == quantize.method else None
+        )
+        for method in _methods(config)
+    }
+
+
+def _methods(config: Config) -> set[str]:
+    quantize = config.quantize
+    if quantize is None:
+        return set()
+    overrides = quantize.overrides.values()
+    return {quantize.method, *(o.method for o in overrides if o.method)}
+
+
+def _quantizing_uses_data(config: Config) -> bool:
+    if config.budget is not None:
+        return True
+    methods = [create_quantizer(method) for method in _methods(config)]
+    return create_chain(config.transform_entries, methods).needs_inputs or any(
+        method.needs_statistics for method in methods
+    )

@@ -1,0 +1,1 @@
+"""Structured pruning: measuring, dealing budgets, cutting, repairing, saving."""

@@ -1,0 +1,136 @@
+"""How many neurons each block keeps, of a total that is given.
+
+* ``uniform``: the same everywhere.
+* ``cfsp``: by how far a block turns the residual stream. With ``d_l`` the mean of
+  ``arccos(cos(h, h')) / pi`` over tokens, shares are ``sigmoid(13.1 (d_l - mean d))``;
+  a share above the width is drawn to the mean. The gain is that of 128 x 1024 tokens in
+  the released code, which sums over tokens, so that the text's length matters there.
+* ``standardised``: one threshold on scores that have mean 0 and deviation 1 in each
+  block (FLAP, arXiv 2312.11983, equation 6).
+* ``effect``: one threshold on what neurons are worth to the predictions, in nats.
+* ``measured``: each block's loss is measured at a ladder of widths with the method's
+  own choice and repair; of all combinations of that total the least sum, exactly.
+
+Source: Wang et al., CFSP (arXiv 2409.13199), section 3.2; FLAP for ``standardised``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Budgets = Literal["uniform", "cfsp", "standardised", "effect", "measured"]
+BUDGETS: tuple[str, ...] = get_args(Budgets)
+_GAIN = 13.1
+_FLOOR = 0.25  # share of its neurons that a block keeps at least
+
+
+def cfsp_shares(distances: Sequence[float], keep: float) -> list[float]:
+    """Return the share of its neurons that each block keeps; the mean is ``keep``.
+
+    Args:
+        distances: Mean angular distance of each block, in half turns.
+        keep: In (0, 1].
+    """
+    d = torch.tensor(distances, dtype=torch.float64)
+    s = torch.sigmoid(_GAIN * (d - d.mean()))
+    shares = keep * s / s.mean()
+    if keep < 1 and shares.max() >= 1:
+        mean = s.mean()
+        factor = mean * (1 / keep - 1) / (s.max() - mean) / 1.05
+        s = mean + factor * (s - mean)
+        shares = keep * s / s.mean()
+    found: list[float] = shares.tolist()
+    return found
+
+
+def threshold_shares(scores: Sequence[Tensor], keep: float) -> list[float]:
+    """Return shares by one threshold on the scores of all blocks.
+
+    A block that would keep less than a quarter keeps that; the threshold moves up for
+    the others.
+
+    Args:
+        scores: ``[I_l]`` for each block.
+        keep: Share of all neurons.
+    """
+    limits = [max(1, round(_FLOOR * len(s))) for s in scores]
+    ordered = [s.double().sort(descending=True).values for s in scores]
+    wanted = round(keep * sum(map(len, scores)))
+    free = torch.cat([s[limit:] for s, limit in zip(ordered, limits, strict=True)])
+    room = wanted - sum(limits)
+    if room <= 0:
+        return [keep] * len(scores)
+    threshold = free.sort(descending=True).values[min(room, len(free)) - 1]
+    return [
+        (limit + int((s[limit:] >= threshold).sum())) / len(s)
+        for s, limit in zip(ordered, limits, strict=True)
+    ]
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """Return scores with mean 0 and deviation 1."""
+    wide = scores.double()
+    return (wide - wide.mean()) / wide.std().clamp(min=1e-30)
+
+
+def deal(
+    shares: Sequence[float], widths: Sequence[int], total: int, unit: int
+) -> list[int]:
+    """Return widths near given shares that add up to a total, by largest remainder.
+
+    Each is a multiple of ``unit`` (or the block's own width), at least one unit, at
+    most the block's width; their sum is within one unit of ``total``.
+
+    Args:
+        shares: Of each block's neurons.
+        widths: Neurons that each block has.
+        total: To keep.
+        unit: What widths are multiples of.
+    """
+    limits = [max(1, width // unit) for width in widths]
+    ideal = [
+        min(max(share * width / unit, 1.0), float(limit))
+        for share, width, limit in zip(shares, widths, limits, strict=True)
+    ]
+    units = [min(int(x), limit) for x, limit in zip(ideal, limits, strict=True)]
+    missing = round(total / unit) - sum(units)
+    while missing:
+        step = 1 if missing > 0 else -1
+        open_blocks = [
+            b for b in range(len(units)) if 1 <= units[b] + step <= limits[b]
+        ]
+        if not open_blocks:
+            break
+        best = max(open_blocks, key=lambda b: (step * (ideal[b] - units[b]), -b))
+        units[best] += step
+        missing -= step
+    return [
+        width if count == limit else count * unit
+        for count, limit, width in zip(units, limits, widths, strict=True)
+    ]
+
+
+def least_loss(ladders: Sequence[Sequence[tuple[int, float]]], total: int) -> list[int]:
+    """Return a width for each block with the least sum of losses, exactly.
+
+    Args:
+        ladders: For each block, pairs of width in units and loss.
+        total: Largest sum of widths, in units.
+    """
+    best = {0: (0.0, ())}  # type: dict[int, tuple[float, tuple[int, ...]]]
+    for ladder in ladders:
+        after: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for used, (loss, chosen) in best.items():
+            for width, more in ladder:
+                sum_ = used + width
+                if sum_ <= total and loss + more < after.get(sum_, (torch.inf,))[0]:
+                    after[sum_] = (loss + more, (*chosen, width))
+        best = after
+    if not best:
+        least = sum(min(width for width, _ in ladder) for ladder in ladders)
+        raise ValueError(f"the narrowest widths add up to {least}, above {total}")
+    return list(min(best.values(), key=lambda entry: entry[0])[1])

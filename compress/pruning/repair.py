@@ -1,0 +1,88 @@
+"""What the rest of an MLP does about neurons that are gone.
+
+* ``least_squares``: ``down`` of what stays takes over what goes, as well as it can on
+  the calibration text.
+* ``mask``: one factor for each neuron that stays; for little memory or text.
+* ``bias``: what the neurons added on average becomes a bias of ``down`` (FLAP). Only
+  Llama's config has one.
+* ``none``.
+
+Source: ``core/compensation.py``; the bias of An et al., FLAP (arXiv 2312.11983).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from compress.core.compensation import complement, least_squares, scaled_columns
+from compress.core.neurons import GatedMLP, NeuronStatistics
+
+Repair = Literal["auto", "least_squares", "mask", "bias", "none"]
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What becomes of a ``down`` matrix.
+
+    Attributes:
+        down: float32 ``[H, len(kept)]``.
+        bias: float32 ``[H]`` to be added, if there is one.
+        error: ``E|y - y'|^2 / E|y|^2`` of its output on the calibration text; ``None``
+            without statistics.
+    """
+
+    down: Tensor
+    bias: Tensor | None
+    error: float | None
+
+
+def repaired(
+    mlp: GatedMLP,
+    statistics: NeuronStatistics | None,
+    kept: Tensor,
+    repair: str,
+) -> Repaired:
+    """Return ``down`` for the neurons that stay.
+
+    Args:
+        mlp: Dense.
+        statistics: Of its inner activations; needed by every repair but ``none``.
+        kept: int64, ascending.
+        repair: Resolved, that is, not ``auto``.
+    """
+    if statistics is None:
+        assert repair == "none", f"{repair} needs statistics"
+        return Repaired(mlp.down[:, kept], None, None)
+    bias = None
+    if repair == "least_squares":
+        down = least_squares(mlp.down, statistics.gram, kept)
+    elif repair == "mask":
+        down = scaled_columns(mlp.down, statistics.gram, kept)
+    else:
+        down = mlp.down[:, kept]
+    if repair == "bias":
+        gone = complement(kept, mlp.neurons)
+        bias = mlp.down[:, gone] @ statistics.mean[gone]
+    return Repaired(down, bias, output_error(mlp.down, down, statistics, kept, bias))
+
+
+def output_error(
+    dense: Tensor,
+    down: Tensor,
+    statistics: NeuronStatistics,
+    kept: Tensor,
+    bias: Tensor | None = None,
+) -> float:
+    """Return the mean squared error of the output, relative to its mean square."""
+    change = dense.double().clone()
+    change[:, kept] -= down.double()
+    gram, power = statistics.gram.double(), dense.double()
+    error = ((change @ gram) * change).sum()
+    if bias is not None:
+        moved = change @ statistics.mean.double()
+        error = error - 2 * bias.double() @ moved + bias.double().square().sum()
+    total = ((power @ gram) * power).sum().clamp(min=1e-30)
+    return max(0.0, float(error / total))

@@ -1,0 +1,75 @@
+"""What pruning removed: the table of the whole model, and that of its blocks."""
+
+from __future__ import annotations
+
+from compress.report.tables import Report, Table
+from compress.report.wording import (
+    MISSING,
+    branch,
+    count,
+    number_at,
+    percent,
+    significant,
+)
+
+_HEADERS = ("what", "before", "after", "kept")
+_BLOCK_HEADERS = ("block", "neurons before", "after", "kept", "error of MLP output")
+_ERRORS = (
+    "Error: mean square of the MLP's output error over that of the output, on "
+    "calibration text, after the repair."
+)
+
+
+def pruning_table(report: Report) -> Table:
+    """Return neurons, blocks and weights before and after."""
+    found = branch(report, "pruning")
+    rows: list[tuple[str, ...]] = []
+    if found:
+        blocks = found.get("blocks") or []
+        dropped = found.get("dropped") or []
+        pairs = {
+            "MLP neurons": branch(found, "neurons"),
+            "blocks": {"before": len(blocks) + len(dropped), "after": len(blocks)},
+            "weights": branch(found, "parameters"),
+        }
+        for what, pair in pairs.items():
+            before, after = number_at(pair, "before"), number_at(pair, "after")
+            kept = after / before if before and after is not None else None
+            rows.append((what, count(before), count(after), percent(kept)))
+    return Table("Pruning", _HEADERS, "lrrr", tuple(rows), pruning_note(report))
+
+
+def pruning_note(report: Report) -> str:
+    """Return how it was pruned, in one sentence; empty without pruning."""
+    found = branch(report, "pruning")
+    if not found:
+        return ""
+    dropped = found.get("dropped") or []
+    parts = [
+        f"Method {found.get('method')}, budgets {found.get('budgets')}, shape "
+        f"{found.get('shape')} in multiples of {found.get('round_to')}, repair "
+        f"{found.get('repair')}."
+    ]
+    if dropped:
+        parts.append(f"Dropped blocks: {', '.join(map(str, dropped))}.")
+    return " ".join(parts)
+
+
+def block_table(report: Report) -> Table:
+    """Return the width of each block before and after."""
+    rows = []
+    for block in branch(report, "pruning").get("blocks") or []:
+        before, after = number_at(block, "before"), number_at(block, "after")
+        kept = after / before if before and after is not None else None
+        error = number_at(block, "error")
+        rows.append(
+            (
+                str(block.get("block")),
+                count(before),
+                count(after),
+                percent(kept),
+                MISSING if error is None else significant(error),
+            )
+        )
+    caption = _ERRORS if any(row[4] != MISSING for row in rows) else ""
+    return Table("Blocks after pruning", _BLOCK_HEADERS, "rrrrr", tuple(rows), caption)
