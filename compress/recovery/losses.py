@@ -136,7 +136,8 @@ def linear_kl(
     def score(logits: Tensor, rows: slice, wanted: bool) -> tuple[Tensor, Tensor]:
         logp = teacher_head.logits(states[rows])
         logp = torch.log_softmax(logp.div_(temperature), -1)
-        logq = torch.log_softmax(logits / temperature, -1)
+        own = logits if temperature == 1 else logits / temperature
+        logq = torch.log_softmax(own, -1)
         p = logp.exp()
         loss = (p * logp.sub_(logq)).sum() * (temperature**2 / count)
         if not wanted:
