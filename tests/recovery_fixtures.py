@@ -13,11 +13,14 @@ from compress.model.loading import ModelHandle, open_model
 from compress.recovery.text import RecoveryText
 
 VOCABULARY = 128
+torch.set_num_threads(1)  # tiny products: threads would only wait for one another
 
 
-def save_pair(folder: Path, *, kind: str = "llama", keep: int = 64) -> tuple[Path, Path]:
+def save_pair(
+    folder: Path, *, kind: str = "llama", keep: int = 64
+) -> tuple[Path, Path]:
     """Save a random model and a copy with the first ``keep`` neurons of each block."""
-    teacher, _, _ = model_of(kind, tied=True, initializer_range=0.3)
+    teacher, _, _ = model_of(kind, tied=True, initializer_range=0.15)
     teacher.save_pretrained(folder / "teacher")
     student, _, _ = model_of(kind, tied=True, intermediate_size=keep)
     cut = {
@@ -37,9 +40,11 @@ def opened(folder: Path) -> ModelHandle:
     return open_model(str(folder), cache=folder / "cache")
 
 
-def text_of(windows: int = 24, held_out: int = 4, length: int = 16) -> RecoveryText:
+def text_of(windows: int = 200, held_out: int = 4, length: int = 16) -> RecoveryText:
     generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(VOCABULARY, (windows + held_out, length), generator=generator)
+    tokens = torch.randint(
+        VOCABULARY, (windows + held_out, length), generator=generator
+    )
     return RecoveryText(tokens[held_out:], tokens[:held_out], (), "digest")
 
 
@@ -48,7 +53,7 @@ def options_of(**changes: Any) -> RecoverOptions:
         "steps": 12,
         "batch": 4,
         "evaluations": 4,
-        "learning_rate": 3e-3,
+        "learning_rate": 5e-4,
         "rank": 8,
         "dtype": "float32",
     }

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from compress.config.fields import Section, Text
 
+_MINUTES = 10.0
+
 
 class RecoverOptions(Section):
     """What all methods of recovery share: text, loss and schedule."""
@@ -18,13 +20,14 @@ class RecoverOptions(Section):
     minutes: float | None = Field(
         default=None,
         gt=0,
-        description="Stop after this long; text of the teacher's own included.",
+        description="Stop after this long, text of the teacher's own included; if "
+        "neither this nor steps is given, after 10.",
     )
     steps: int | None = Field(
         default=None,
         ge=1,
-        description="Stop after so many steps. One of minutes and steps is needed; "
-        "with both, what comes first ends the run.",
+        description="Stop after so many steps; with minutes, what comes first ends "
+        "the run.",
     )
     samples: int = Field(
         default=512, ge=1, description="Windows of calibration.data to train on."
@@ -85,12 +88,18 @@ class RecoverOptions(Section):
     )
 
     @model_validator(mode="after")
-    def _ends_and_has_a_loss(self) -> RecoverOptions:
-        if self.minutes is None and self.steps is None:
-            raise ValueError("give minutes, steps or both: one has to end the run")
+    def _has_a_loss(self) -> RecoverOptions:
         if self.kl == 0 and self.ce == 0:
             raise ValueError("kl and ce are both 0; give one of the losses a weight")
         return self
+
+    @property
+    def seconds(self) -> float | None:
+        """When time ends the run, if it does."""
+        minutes = self.minutes
+        if minutes is None and self.steps is None:
+            minutes = _MINUTES
+        return None if minutes is None else 60 * minutes
 
 
 class DistillOptions(RecoverOptions):

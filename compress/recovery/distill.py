@@ -114,8 +114,7 @@ class Training:
         self._train, self._held_out = train.to(self._device), held_out.to(self._device)
         self._options, self._team = options, team
         self._file, self._fingerprint = file, fingerprint
-        seconds = None if options.minutes is None else 60 * options.minutes
-        self._budget = Budget(options.steps, seconds)
+        self._budget = Budget(options.steps, options.seconds)
         size = options.batch * options.accumulate * team.size
         self._order = Order(len(train), size, options.seed)
         self._names = trained.parameters
@@ -200,10 +199,10 @@ class Training:
             group["lr"] = learning_rate * group["factor"]
         rows = self._team.share(self._order.rows(self.progress.step))
         total = torch.zeros((), device=self._device)
-        for part in rows.split(options.batch):
+        for part in torch.split(rows, options.batch):
             ids = self._train[part.to(self._device, non_blocking=True)]
             loss = self._loss(ids) / options.accumulate
-            loss.backward()
+            torch.autograd.backward(loss)
             total += loss.detach()
         self._team.average_gradients_(self._parameters)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, options.clip)
@@ -229,7 +228,9 @@ class Training:
             loss = loss + options.ce * ce
         return loss
 
-    def _divergence(self, states: Tensor, ids: Tensor, temperature: float = 0) -> Tensor:
+    def _divergence(
+        self, states: Tensor, ids: Tensor, temperature: float = 0
+    ) -> Tensor:
         with torch.no_grad():
             known = self._teacher.states(ids)
         return linear_kl(
@@ -244,9 +245,9 @@ class Training:
     @torch.no_grad()
     def _held_out_kl(self) -> float:
         """Return the mean KL at temperature 1 on the held-out windows, in nats."""
-        rows = torch.arange(len(self._held_out))
+        rows = torch.arange(len(self._held_out))[self._team.rank :: self._team.size]
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for part in rows[self._team.rank :: self._team.size].split(self._options.batch):
+        for part in torch.split(rows, self._options.batch) if len(rows) else ():
             ids = self._held_out[part.to(self._device)]
             kl = self._divergence(self.trained.states(ids), ids, temperature=1)
             sums += torch.stack([kl.double() * len(ids), kl.new_tensor(len(ids))])

@@ -38,7 +38,9 @@ def check_weights(source: Path, trained: Trained) -> None:
     Raises:
         CheckpointError: Names one that is not.
     """
-    stored = {name for file in source.glob(f"*{_WEIGHTS}") for name in read_header(file)}
+    stored = {
+        name for file in source.glob(f"*{_WEIGHTS}") for name in read_header(file)
+    }
     missing = sorted(trained.weights - stored)
     if missing:
         raise CheckpointError(

@@ -104,17 +104,13 @@ def _continue(
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    windows = torch.empty(
-        len(prompts), length, dtype=torch.int64, device=model.device
-    )
+    windows = torch.empty(len(prompts), length, dtype=torch.int64, device=model.device)
     filled = prompts.shape[1]
     windows[:, :filled] = prompts.to(model.device)
     fresh = windows[:, :filled]
     while filled < length:
         with model.arithmetic():
-            output = model.body(
-                input_ids=fresh, past_key_values=cache, use_cache=True
-            )
+            output = model.body(input_ids=fresh, past_key_values=cache, use_cache=True)
         logits = model.head.logits(output.last_hidden_state[:, -1])
         chances = torch.softmax(logits, -1)
         fresh = torch.multinomial(chances, 1, generator=generator)

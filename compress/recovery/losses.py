@@ -155,7 +155,13 @@ gradient of the logits; it may use the logits up."""
 def _chunked(hidden: Tensor, head: Head, score: Score, chunk: int) -> Tensor:
     flat = hidden.reshape(-1, hidden.shape[-1])
     loss: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
-        flat, head.weight, head.bias, head.softcap, score, chunk, torch.is_grad_enabled()
+        flat,
+        head.weight,
+        head.bias,
+        head.softcap,
+        score,
+        chunk,
+        torch.is_grad_enabled(),
     )
     return loss
 
@@ -204,7 +210,7 @@ class _Chunked(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         found = [
             None if part is None else (part * gradient).to(dtype)

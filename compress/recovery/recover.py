@@ -156,7 +156,7 @@ def _train(
     evaluations = progress.evaluations
     tokens = options.batch * options.accumulate * members.size * train.shape[1]
     return {
-        "method": "distill" if trained.weights else "soft_prompt",
+        "method": "soft_prompt" if isinstance(trained, SoftPrompt) else "distill",
         "options": options.model_dump(mode="json"),
         "steps": progress.step,
         "seconds": progress.seconds,

@@ -44,7 +44,7 @@ def load_recovery_text(
         sequence_length=options.sequence_length,
         seed=options.seed,
     )
-    held_out, train = found.tokens.split([options.held_out, options.samples])
+    held_out, train = torch.split(found.tokens, [options.held_out, options.samples])
     return RecoveryText(train, held_out, found.sources, found.digest)
 
 
@@ -70,7 +70,7 @@ class Order:
         places = torch.arange(step * self.batch, (step + 1) * self.batch)
         epochs = places // self.count
         rows = torch.empty_like(places)
-        for epoch in epochs.unique().tolist():
+        for epoch in sorted(set(epochs.tolist())):
             own = epochs == epoch
             rows[own] = self._permutation(epoch)[places[own] % self.count]
         return rows

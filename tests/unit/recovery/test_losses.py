@@ -41,7 +41,9 @@ def plain_logits(hidden: Tensor, head: Head) -> Tensor:
 
 
 def gradients(loss: Tensor, *leaves: Tensor | None) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None]))
+    return list(
+        torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None])
+    )
 
 
 @pytest.mark.parametrize("tokens, chunk", RAGGED)
@@ -77,9 +79,7 @@ def test_divergence_is_that_of_torch(
         reduction="batchmean",
         log_target=True,
     )
-    found = linear_kl(
-        hidden, own, other, teacher, temperature=temperature, chunk=chunk
-    )
+    found = linear_kl(hidden, own, other, teacher, temperature=temperature, chunk=chunk)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     leaves = hidden, own.weight, own.bias
     for mine, theirs in zip(
@@ -181,7 +181,9 @@ def test_no_more_logits_are_made_than_those_of_a_chunk() -> None:
     tokens, vocabulary, chunk = 512, 997, 16
     hidden, own, teacher = states(tokens), head(vocabulary), head(vocabulary, seed=4)
     with largest() as seen:
-        loss = linear_ce(hidden, own, torch.zeros(tokens, dtype=torch.int64), chunk=chunk)
+        loss = linear_ce(
+            hidden, own, torch.zeros(tokens, dtype=torch.int64), chunk=chunk
+        )
         loss = loss + linear_kl(hidden, own, hidden.detach(), teacher, chunk=chunk)
         loss.backward()
     assert seen.elements == chunk * vocabulary  # and never tokens x vocabulary
