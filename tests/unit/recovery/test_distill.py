@@ -176,9 +176,7 @@ def test_vanished_gradients_end_training(
 def test_the_best_state_is_kept_when_training_spoils_the_student(
     tmp_path: Path,
 ) -> None:
-    record = trained(
-        tmp_path, steps=40, learning_rate=0.5, evaluations=40, patience=3
-    )
+    record = trained(tmp_path, steps=40, learning_rate=0.5, evaluations=40, patience=3)
     assert record["steps"] < 40  # and patience ends the run
     assert record["kl_after"] <= record["kl_before"]
     if record["best_step"] == 0:

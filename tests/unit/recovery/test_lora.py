@@ -42,9 +42,7 @@ def test_an_importance_is_a_positive_number(bad: float) -> None:
 def lora(folder: Path, *, seed: int = 0, norms: bool = True) -> LoraWeights:
     handle = opened(folder)
     model = WholeModel(handle, device="cpu", dtype=torch.float32)
-    return LoraWeights(
-        model, handle, ranks=[2, 4, 6], plus=8.0, norms=norms, seed=seed
-    )
+    return LoraWeights(model, handle, ranks=[2, 4, 6], plus=8.0, norms=norms, seed=seed)
 
 
 def test_training_begins_at_the_student(tmp_path: Path) -> None:
