@@ -13,7 +13,6 @@ from compress.model.loading import ModelHandle, open_model
 from compress.recovery.text import RecoveryText
 
 VOCABULARY = 128
-torch.set_num_threads(1)  # tiny products: threads would only wait for one another
 
 
 def save_pair(

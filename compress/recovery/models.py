@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -100,8 +99,3 @@ class WholeModel:
         """Compute each block again in the backward pass, instead of keeping it."""
         for block in self.blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def sizes(tensors: Mapping[str, Tensor]) -> int:
-    """Return the number of values of all tensors."""
-    return sum(tensor.numel() for tensor in tensors.values())

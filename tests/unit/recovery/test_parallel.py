@@ -56,7 +56,13 @@ def run_two(folder: Path, **options: object) -> None:
             [sys.executable, script, folder, TESTS, json.dumps(options)],
             env=os.environ
             | shared
-            | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "PYTHONPATH": path},
+            | {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": "2",
+                "PYTHONPATH": path,
+                "OMP_NUM_THREADS": "1",
+            },
             stderr=subprocess.PIPE,
             text=True,
         )
