@@ -24,8 +24,9 @@ class Progress:
     """What training has done so far.
 
     Attributes:
+        prepared_seconds: What came before the first step: models, the teacher's text.
         step: Steps that are done.
-        seconds: That they took, with all that came before them.
+        seconds: That they took.
         skipped: Steps without a finite gradient, which changed nothing.
         idle: Steps whose gradients were all zero.
         evaluations: Measurements in their order: ``step``, ``seconds``, ``kl`` on
@@ -33,6 +34,7 @@ class Progress:
         best: Number of the measurement with the lowest KL.
     """
 
+    prepared_seconds: float
     step: int = 0
     seconds: float = 0.0
     skipped: int = 0

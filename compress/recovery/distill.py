@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from compress.config.recover_section import RecoverOptions
-from compress.core.errors import CompressError
+from compress.core.errors import CompressError, ConfigError
 from compress.recovery.checkpoints import (
     Checkpoint,
     Progress,
@@ -46,8 +46,8 @@ from compress.recovery.trained import Trained
 _log = logging.getLogger(__name__)
 
 _BETAS = (0.9, 0.95)
-# Tokens whose logits are held at once, by kind of device: enough to keep it busy.
-_CHUNKS = {"cuda": 4096}
+# Logits of one model that are held at once: on a GPU enough to keep it busy.
+_LOGITS_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,11 @@ class Training:
         self.trained = trained
         self._teacher = teacher
         self._device = trained.model.device
-        self._chunk = _CHUNKS.get(self._device.type, 1024)
+        room = _LOGITS_BYTES.get(self._device.type, _LOGITS_BYTES["cpu"])
+        self._chunk = max(64, room // (4 * len(teacher.head.weight)))
         self._train, self._held_out = train.to(self._device), held_out.to(self._device)
         self._options, self._team = options, team
         self._file, self._fingerprint = file, fingerprint
-        self._budget = Budget(options.steps, options.seconds)
         size = options.batch * options.accumulate * team.size
         self._order = Order(len(train), size, options.seed)
         self._names = trained.parameters
@@ -122,13 +122,15 @@ class Training:
         self._optimizer = torch.optim.AdamW(
             _groups(trained), betas=_BETAS, weight_decay=0.0, fused=True
         )
-        self.progress = Progress()
+        now = time.monotonic()
+        self.progress = Progress(prepared_seconds=now - started)
         self._best = trained.snapshot()
         # Since the last evaluation, on the device: loss, and steps that were skipped
         # or had no gradient.
         self._sums = torch.zeros(3, device=self._device)
-        self._started, self._saved = started, time.monotonic()
+        self._started = self._saved = now
         self._resume()
+        self._budget = _budget(options, self.progress)
 
     def _resume(self) -> None:
         checkpoint = Checkpoint.load(self._file, self._fingerprint)
@@ -295,6 +297,20 @@ class Training:
         )
         checkpoint.save(self._file, self._fingerprint)
         self._saved = time.monotonic()
+
+
+def _budget(options: RecoverOptions, progress: Progress) -> Budget:
+    """Return what is left for training, after what came before it."""
+    if options.seconds is None:
+        return Budget(options.steps, None)
+    left = options.seconds - progress.prepared_seconds
+    if left <= 0:
+        raise ConfigError(
+            f"recover.options.minutes: {options.seconds / 60:g}, of which reading the "
+            f"models and writing text took {progress.prepared_seconds / 60:.1f}; give "
+            "more, or lower recover.options.generated"
+        )
+    return Budget(options.steps, left)
 
 
 def _groups(trained: Trained) -> list[dict[str, Any]]:

@@ -4,8 +4,8 @@ A student that sees a small text many times learns it by heart. The teacher's ow
 samples are free, never repeat, and lie where its predictions have their mass; a text's
 truth is not needed, since the loss is the distance to the teacher.
 
-Windows begin with 1, 2, 4 ... 32 tokens from somewhere in the given text, in turn, and
-go on by sampling at temperature 1.
+Windows begin with 1, 2, 4 ... 32 tokens from somewhere in the given text, and go on by
+sampling at temperature 1.
 
 Source: Liu et al. (2023), LLM-QAT, arXiv 2305.17888, who begin with a random word;
 prompts of several lengths are ours.
@@ -23,9 +23,11 @@ from compress.recovery.models import WholeModel
 from compress.workdir import write_atomically
 
 _PROMPTS = (1, 2, 4, 8, 16, 32)
-# Keys and values of one batch: what bounds how many windows are written at once.
-_CACHE_BYTES = {"cuda": 8 << 30, "cpu": 1 << 28}
-_MOST_AT_ONCE = 1024
+# Keys and values of one batch bound how many windows are written at once: a share of
+# the memory of a GPU, where a step takes as long for many windows as for few.
+_CACHE_SHARE = 0.3
+_CACHE_BYTES = 1 << 28
+_MOST_AT_ONCE = 4096
 
 
 @torch.no_grad()
@@ -42,15 +44,14 @@ def generate_windows(
         seed: Of prompts and samples.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
-    places = torch.Generator().manual_seed(seed)
-    size = min(_batch(model, text.shape[1]), count)
+    prompts, lengths = _prompts(text, count, torch.Generator().manual_seed(seed))
+    size = _batch(model, text.shape[1])
+    parts = zip(torch.split(prompts, size), torch.split(lengths, size), strict=True)
     made = []
-    starts = range(0, count, size)
-    bar = tqdm(starts, desc="teacher's text", leave=False, disable=None)
-    for number, start in enumerate(bar):
-        length = min(_PROMPTS[number % len(_PROMPTS)], text.shape[1] - 1)
-        prompts = _prompts(text, min(size, count - start), length, places)
-        made.append(_continue(model, prompts, text.shape[1], generator).cpu())
+    for given, own in tqdm(
+        parts, total=-(-count // size), desc="teacher's text", leave=False, disable=None
+    ):
+        made.append(_continue(model, given, own, text.shape[1], generator).cpu())
     return torch.cat(made)
 
 
@@ -77,43 +78,62 @@ def _batch(model: WholeModel, length: int) -> int:
         int(config["hidden_size"]) // int(config["num_attention_heads"])
     )
     window = 2 * model.description.block_count * heads * width * length
-    room = _CACHE_BYTES.get(model.device.type, _CACHE_BYTES["cpu"])
+    room = _CACHE_BYTES
+    if model.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(model.device).total_memory
+        room = int(_CACHE_SHARE * memory)
     return max(1, min(_MOST_AT_ONCE, room // (window * model.dtype.itemsize)))
 
 
 def _prompts(
-    text: Tensor, count: int, length: int, generator: torch.Generator
-) -> Tensor:
-    """Return ``[count, length]`` tokens from random places, after BOS if there is."""
+    text: Tensor, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return tokens from random places, after BOS if there is, and how many count.
+
+    Returns:
+        int64 ``[count, P]`` and ``[count]``.
+    """
     first = text[:, 0]
     begins = len(text) > 1 and bool((first == first[0]).all())
-    low, high = int(begins), text.shape[1] - length + 1
+    low = int(begins)
+    longest = min(_PROMPTS[-1], text.shape[1] - 1 - low)
     rows = torch.randint(len(text), (count, 1), generator=generator)
-    offsets = torch.randint(low, max(high, low + 1), (count, 1), generator=generator)
-    columns = (offsets + torch.arange(length)).clamp(max=text.shape[1] - 1)
-    prompts = text[rows, columns]
+    last = text.shape[1] - longest
+    offsets = torch.randint(low, last + 1, (count, 1), generator=generator)
+    prompts = text[rows, offsets + torch.arange(longest)]
+    lengths = torch.tensor(_PROMPTS).repeat(-(-count // len(_PROMPTS)))[:count]
     if begins:
         prompts = torch.cat([first[:1].expand(count, 1), prompts], dim=1)
-    return prompts[:, : text.shape[1] - 1]
+    return prompts, lengths.clamp(max=longest) + low
 
 
 def _continue(
-    model: WholeModel, prompts: Tensor, length: int, generator: torch.Generator
+    model: WholeModel,
+    prompts: Tensor,
+    lengths: Tensor,
+    length: int,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Return windows ``[B, length]`` that begin with the prompts, by sampling."""
+    """Return windows ``[B, length]`` that begin with the prompts, by sampling.
+
+    Prompts are of different lengths: where one still goes on, its token is taken
+    instead of the sample.
+    """
     from transformers import DynamicCache
 
-    cache = DynamicCache()
+    prompts, lengths = prompts.to(model.device), lengths.to(model.device)
+    cache = DynamicCache(config=model.body.config)
     windows = torch.empty(len(prompts), length, dtype=torch.int64, device=model.device)
-    filled = prompts.shape[1]
-    windows[:, :filled] = prompts.to(model.device)
-    fresh = windows[:, :filled]
-    while filled < length:
+    fresh = windows[:, 0] = prompts[:, 0]
+    for place in range(1, length):
         with model.arithmetic():
-            output = model.body(input_ids=fresh, past_key_values=cache, use_cache=True)
+            output = model.body(
+                input_ids=fresh[:, None], past_key_values=cache, use_cache=True
+            )
         logits = model.head.logits(output.last_hidden_state[:, -1])
         chances = torch.softmax(logits, -1)
-        fresh = torch.multinomial(chances, 1, generator=generator)
-        windows[:, filled] = fresh[:, 0]
-        filled += 1
+        fresh = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        if place < prompts.shape[1]:
+            fresh = torch.where(place < lengths, prompts[:, place], fresh)
+        windows[:, place] = fresh
     return windows

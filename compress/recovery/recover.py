@@ -88,8 +88,9 @@ def recover(
         importances: Of each block, for ranks that follow them; ``None`` for one rank.
 
     Returns:
-        Plain data for the report: method, steps, seconds, tokens, held-out KL before
-        and after and each measurement, skipped steps, trained values, memory, ranks.
+        Plain data for the report: method, steps, seconds of them and before, tokens,
+        held-out KL before and after and each measurement, skipped steps, trained
+        values, memory, ranks.
 
     Raises:
         ConfigError: The models do not fit together, or ``state`` is of another run.
@@ -160,6 +161,7 @@ def _train(
         "options": options.model_dump(mode="json"),
         "steps": progress.step,
         "seconds": progress.seconds,
+        "prepared_seconds": progress.prepared_seconds,
         "tokens": progress.step * tokens,
         "windows": {"given": len(job.text.train), "generated": options.generated},
         "held_out_windows": len(job.text.held_out),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.core.errors import CompressError, ConfigError
-from compress.recovery import checkpoints, distill
+from compress.recovery import checkpoints, distill, generate
 from compress.recovery.distill import Budget, rate
 from compress.recovery.recover import recover
 
@@ -211,6 +211,30 @@ def test_time_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(distill.Training, "_step", slow)
     record = trained(tmp_path, steps=None, minutes=1.0)
     assert (record["steps"], record["seconds"]) == (6, 60)
+
+
+def test_the_teachers_text_counts_against_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    step, write = distill.Training._step, generate.generate_windows
+
+    def slow(self: distill.Training, learning_rate: float) -> None:
+        step(self, learning_rate)
+        now[0] += 10
+
+    def writing(*arguments: Any, **named: Any) -> Tensor:
+        now[0] += 35
+        return write(*arguments, **named)
+
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(distill.Training, "_step", slow)
+    monkeypatch.setattr(generate, "generate_windows", writing)
+    record = trained(tmp_path, steps=None, minutes=1.0, generated=2)
+    assert (record["steps"], record["seconds"]) == (3, 30)
+    assert record["prepared_seconds"] == 35
+    with pytest.raises(ConfigError, match="lower recover.options.generated"):
+        trained(tmp_path, steps=None, minutes=0.5, generated=3)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "qwen3"])

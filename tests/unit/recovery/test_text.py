@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from pipeline_fixtures import save_checkpoint, write_text
 from recovery_fixtures import opened, options_of, save_pair, text_of
@@ -38,8 +39,8 @@ def test_a_step_may_be_larger_than_the_text() -> None:
     assert len(rows) == 7 and set(rows.tolist()) == {0, 1, 2}
 
 
-def teacher(folder: Path) -> WholeModel:
-    path, _ = save_pair(folder)
+def teacher(folder: Path, kind: str = "llama") -> WholeModel:
+    path, _ = save_pair(folder, kind=kind)
     return WholeModel(opened(path), device="cpu", dtype=torch.float32)
 
 
@@ -58,7 +59,7 @@ def test_the_teacher_writes_what_it_finds_likely(tmp_path: Path) -> None:
 
 def test_samples_follow_the_teachers_distribution(tmp_path: Path) -> None:
     model = teacher(tmp_path)
-    text = torch.full((2, 2), 5)
+    text = torch.full((1, 2), 5)
     made = generate_windows(model, text, count=6000, seed=0)
     assert made[:, 0].tolist() == [5] * 6000  # the prompt
     logits = model.head.logits(model.states(made[:1, :1])[0])
@@ -85,3 +86,24 @@ def test_a_seed_decides_what_is_written_and_a_file_keeps_it(tmp_path: Path) -> N
     kept = stored_windows(model, text, count=8, seed=0, file=file)
     again = stored_windows(model, text, count=8, seed=9, file=file)
     assert torch.equal(kept, first) and torch.equal(again, first)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "qwen3"])
+def test_each_token_is_drawn_given_all_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    model, text = teacher(tmp_path, kind), text_of().train
+    monkeypatch.setattr(
+        torch, "multinomial", lambda p, n, generator: p.argmax(-1, keepdim=True)
+    )
+    made = generate_windows(model, text, count=3, seed=0)
+    states = model.states(made)  # of whole windows, without a cache
+    likely = model.head.logits(states.flatten(0, 1)).argmax(-1).view_as(made)
+    for row, (own, known) in enumerate(zip(made, likely, strict=True)):
+        prompt = 2**row  # 1, 2, 4: what was taken from the text
+        assert torch.equal(own[prompt:], known[prompt - 1 : -1])
+        assert any(
+            torch.equal(own[:prompt], window[place : place + prompt])
+            for window in text
+            for place in range(17 - prompt)
+        )
