@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ class Training:
             _groups(trained), betas=_BETAS, weight_decay=0.0, fused=True
         )
         now = time.monotonic()
-        self.progress = Progress(prepared_seconds=now - started)
+        self.progress = Progress(team.first(now - started, self._device))
         self._best = trained.snapshot()
         # Since the last evaluation, on the device: loss, and steps that were skipped
         # or had no gradient.
@@ -143,11 +143,8 @@ class Training:
         self._started = time.monotonic() - self.progress.seconds
         _log.info("recovery goes on after step %d", self.progress.step)
 
-    def run(self, on_evaluation: Callable[[Progress], None] | None = None) -> Progress:
+    def run(self) -> Progress:
         """Train until the budget is used, then put the best state back.
-
-        Args:
-            on_evaluation: Called after each measurement.
 
         Raises:
             CompressError: All gradients have vanished.
@@ -175,8 +172,6 @@ class Training:
                     kl = self._evaluate(steps=progress.step - since)
                     since = progress.step
                     bar.set_postfix(held_out_kl=f"{kl:.4f}")
-                    if on_evaluation is not None:
-                        on_evaluation(progress)
         if progress.step > since:  # the time ran out right after a step
             self._evaluate(steps=progress.step - since)
         self.trained.restore(self._best)
@@ -272,6 +267,8 @@ class Training:
         if steps > skipped:
             entry["loss"] = loss / (steps - round(skipped))
         progress.evaluations.append(entry)
+        if self._team.rank == 0:
+            _log.info("held-out KL %.4f after step %d", kl, progress.step)
         if steps and round(idle) == steps:
             raise CompressError(
                 f"recovery: no gradient is left after step {progress.step}; the losses "

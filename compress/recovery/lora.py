@@ -14,8 +14,7 @@ importance: its release has no code of the split, so the formula is ours.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -127,22 +126,21 @@ def _inject_(model: WholeModel, ranks: Sequence[int], seed: int) -> dict[str, An
     require_peft()
     from peft import LoraConfig, inject_adapter_in_model
 
-    description = model.description
-    names = description.linears()
-    pattern: Mapping[str, int] = {
-        rf"{re.escape(description.family.block(index))}\..*": rank
-        for index, rank in enumerate(ranks)
-    }
+    prefix = f"{model.description.family.blocks}."
+    names = model.description.linears()
+    # Looks back: number 0 is the first block, and not the first expert of any.
+    pattern = {rf"(?<![\w.]){index}\..*": rank for index, rank in enumerate(ranks)}
     config = LoraConfig(
         r=max(ranks),
         lora_alpha=ALPHA * max(ranks),
-        target_modules=names,
-        rank_pattern=dict(pattern),
+        target_modules=[name.removeprefix(prefix) for name in names],
+        rank_pattern=pattern,
         alpha_pattern={key: ALPHA * rank for key, rank in pattern.items()},
     )
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, model.module, _ADAPTER)
+        # Into the blocks alone: for a model that it knows, peft has names of its own.
+        inject_adapter_in_model(config, model.blocks, _ADAPTER)
     layers: dict[str, Any] = {n: model.module.get_submodule(n) for n in names}
     for layer in layers.values():  # autocast rounds inputs; peft would widen them
         layer.cast_input_dtype_enabled = False

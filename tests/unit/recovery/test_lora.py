@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from moe_fixtures import expert_layer, save_mixture
 from recovery_fixtures import opened, options_of, save_pair, text_of
 
 from compress.core.errors import ConfigError, MissingDependencyError
@@ -66,6 +67,19 @@ def test_blocks_have_their_own_ranks_and_b_its_own_rate(tmp_path: Path) -> None:
     assert trained.rates[path.format(0, "B")] == 8.0
     assert path.format(0, "A") not in trained.rates
     assert all(p.dtype == torch.float32 for p in trained.parameters.values())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_have_the_rank_of_their_block(tmp_path: Path, kind: str) -> None:
+    save_mixture(tmp_path / "model", kind)
+    handle = opened(tmp_path / "model")
+    model = WholeModel(handle, device="cpu", dtype=torch.float32)
+    trained = LoraWeights(model, handle, ranks=[2, 6], plus=1.0, norms=False, seed=0)
+    assert trained.weights <= set(handle.description.tensors)
+    for block, rank in enumerate([2, 6]):
+        for expert in range(4):
+            name = f"{expert_layer(kind, block, expert, 'up')}.lora_A"
+            assert trained.parameters[name].shape[0] == rank
 
 
 def test_a_seed_decides_where_adapters_begin(tmp_path: Path) -> None:
