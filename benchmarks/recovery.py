@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from compress.config import parse_options
 from compress.config.recover_section import RECOVERIES
 from compress.evaluation.measure import evaluate_candidates, prepare_texts
+from compress.log import set_up_logging
 from compress.model.loading import ModelHandle, open_model
 from compress.model.streaming import StreamedModel
 from compress.recovery.recover import recover
@@ -36,6 +37,7 @@ TEXTS = ("wikitext2", "tales", "code")
 def main() -> None:
     """Recover once for each variant and write the figures."""
     arguments = parsed()
+    set_up_logging()
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     student = arguments.student or without_a_fifth(arguments.model, work / "student")
