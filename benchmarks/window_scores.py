@@ -85,7 +85,10 @@ def reference_of(
         for length, count in windows.items():
             cut = spread_windows(torch.tensor(row), length, count).to(device)
             states = _hidden_states(model, cut)
-            nll = [_compare(p, p, head, head, w)[0] for p, w in zip(states, cut)]
+            nll = [
+                _compare(p, p, head, head, w)[0]
+                for p, w in zip(states, cut, strict=True)
+            ]
             key = text, length
             ids[key], hidden[key] = cut, states
             perplexity[key] = math.exp(float(torch.stack(nll).mean()))
@@ -136,7 +139,7 @@ def score(source: Source, reference: Reference) -> Scores:
 
 
 def open_model(source: Source, base: Any) -> Any:
-    """Return a float32 model in memory; linears take the shapes that their tensors have.
+    """Return a float32 model in memory; linears take the shapes of their tensors.
 
     Args:
         source: Folder, tensors by name, or a model.

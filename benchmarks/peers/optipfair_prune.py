@@ -38,11 +38,13 @@ def batches_of(tokens: Tensor | None) -> list[dict[str, Tensor]] | None:
     return [{"input_ids": rows} for rows in tokens.split(BATCH)]
 
 
-def pruned(model: Path, method: str, sparsity: float, tokens: Tensor | None) -> Any:
+def pruned(
+    model: Path, method: str, sparsity: float, tokens: Tensor | None, device: str
+) -> Any:
     """Return a float32 model without ``sparsity`` of the neurons of each block."""
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     return prune_model(
-        dense,
+        dense.to(device),
         pruning_type="MLP_GLU",
         neuron_selection_method=method,
         pruning_percentage=100 * sparsity,
@@ -59,12 +61,15 @@ def main() -> None:
     parser.add_argument("--method", choices=("MAW", "VOW", "PON", "L2"), default="MAW")
     parser.add_argument("--sparsity", type=float, nargs="+", required=True)
     parser.add_argument("--tokens", type=Path)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     tokens = arguments.tokens and load_file(arguments.tokens)["tokens"]
     label = arguments.method + ("-data" if arguments.tokens else "")
     for sparsity in arguments.sparsity:
         started = time.perf_counter()
-        model = pruned(arguments.model, arguments.method, sparsity, tokens)
+        model = pruned(
+            arguments.model, arguments.method, sparsity, tokens, arguments.device
+        )
         seconds = time.perf_counter() - started
         folder = arguments.out / f"{label}-{round(100 * sparsity)}"
         model.to(torch.bfloat16).save_pretrained(folder)
@@ -73,6 +78,7 @@ def main() -> None:
             "tool": f"optipfair {version('optipfair')}",
             "method": label,
             "sparsity": sparsity,
+            "tokens": 0 if tokens is None else tokens.numel(),
             "seconds": round(seconds, 2),
         }
         (folder / "peer.json").write_text(json.dumps(figures, indent=1))

@@ -37,13 +37,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 BATCH = 4
 
 
-def load(model: Path) -> Any:
+def load(model: Path, device: str = "cpu") -> Any:
     """Return a float32 model whose graph can be traced: without a cache."""
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, attn_implementation="eager"
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     loaded.config.use_cache = False
-    return loaded.eval()
+    return loaded.eval().to(device)
 
 
 def gradients_of(model: Any, tokens: Tensor) -> dict[str, Tensor]:
@@ -51,7 +49,11 @@ def gradients_of(model: Any, tokens: Tensor) -> dict[str, Tensor]:
     for rows in tokens.split(BATCH):
         loss = model(input_ids=rows, labels=rows).loss
         (loss * len(rows) / len(tokens)).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {
+        name: parameter.grad.cpu()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def activations_of(model: Any, tokens: Tensor) -> dict[str, Tensor]:
@@ -60,7 +62,7 @@ def activations_of(model: Any, tokens: Tensor) -> dict[str, Tensor]:
     with torch.no_grad(), importance.compute_importance(model):
         model(input_ids=tokens, logits_to_keep=1)
     return {
-        name: module._importance
+        name: module._importance.cpu()
         for name, module in model.named_modules()
         if hasattr(module, "_importance")
     }
@@ -119,15 +121,17 @@ def main() -> None:
     parser.add_argument("--method", choices=methods, default="magnitude")
     parser.add_argument("--sparsity", type=float, nargs="+", required=True)
     parser.add_argument("--tokens", type=Path)
+    parser.add_argument("--device", default="cpu", help="of the pass over FILE")
     arguments = parser.parse_args()
     method, started = arguments.method, time.perf_counter()
     measured: dict[str, Tensor] = {}
+    tokens = torch.empty(0)
     if method != "magnitude":
         if arguments.tokens is None:
             parser.error(f"{method} needs --tokens")
         measure = gradients_of if method == "taylor" else activations_of
-        tokens = load_file(arguments.tokens)["tokens"]
-        measured = measure(load(arguments.model), tokens)
+        tokens = load_file(arguments.tokens)["tokens"].to(arguments.device)
+        measured = measure(load(arguments.model, arguments.device), tokens)
     calibration = time.perf_counter() - started
     for sparsity in arguments.sparsity:
         started = time.perf_counter()
@@ -142,6 +146,7 @@ def main() -> None:
             "tool": f"torch-pruning {version('torch-pruning')}",
             "method": method,
             "sparsity": sparsity,
+            "tokens": tokens.numel(),
             "seconds": round(seconds, 2),
         }
         (folder / "peer.json").write_text(json.dumps(figures, indent=1))
