@@ -74,7 +74,7 @@ def importance_of(model: Any, method: str, measured: dict[str, Tensor]) -> Any:
         return torch_pruning.importance.GroupMagnitudeImportance(p=2)
     if method == "taylor":
         for name, parameter in model.named_parameters():
-            parameter.grad = measured.get(name)
+            parameter.grad = measured[name].clone() if name in measured else None
         return torch_pruning.importance.GroupTaylorImportance()
     for name, values in measured.items():
         model.get_submodule(name)._importance = values
