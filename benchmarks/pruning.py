@@ -48,20 +48,46 @@ from compress.workdir import write_atomically
 SAMPLES, LENGTH, SEED = 64, 512, 0
 SPARSITIES = (0.1, 0.2, 0.3, 0.4)
 UNIFORM = {"budgets": "uniform", "shape": "uniform"}
+COMP = {"method": "comp", "depth_share": 0.0}
+COMP_EFFECT = {**COMP, "options": {"worth": "effect"}}
 
 # What a row is called, and what the config's `prune` says beside sparsity and repair.
 METHODS: dict[str, dict[str, Any]] = {
     "random": {"method": "random", **UNIFORM},
     "maw": {"method": "maw", **UNIFORM},
-    "taylor": {"method": "taylor", **UNIFORM},
+    "taylor uniform": {"method": "taylor", **UNIFORM},
+    "taylor effect": {"method": "taylor", "shape": "per-layer"},
+    "taylor cfsp": {"method": "taylor", "shape": "per-layer", "budgets": "cfsp"},
+    "taylor measured": {
+        "method": "taylor",
+        "shape": "per-layer",
+        "budgets": "measured",
+    },
     "wanda-sp": {"method": "wanda_sp", **UNIFORM},
     "flap": {"method": "flap", "shape": "per-layer"},
     "cfsp act": {"method": "cfsp", "shape": "per-layer", "options": {"fine": "act"}},
     "cfsp wx": {"method": "cfsp", "shape": "per-layer", "options": {"fine": "wx"}},
     "cfsp wx uniform": {"method": "cfsp", **UNIFORM, "options": {"fine": "wx"}},
-    "comp": {"method": "comp", "shape": "per-layer"},
-    "comp uniform": {"method": "comp", **UNIFORM},
+    "comp uniform": {**COMP, **UNIFORM},
+    "comp cfsp": {**COMP, "shape": "per-layer"},
+    "comp measured": {**COMP, "shape": "per-layer", "budgets": "measured"},
+    "comp with blocks": {"method": "comp", **UNIFORM},
+    "comp-effect uniform": {**COMP_EFFECT, **UNIFORM},
+    "comp-effect cfsp": {**COMP_EFFECT, "shape": "per-layer"},
+    "comp-effect effect": {**COMP_EFFECT, "shape": "per-layer", "budgets": "effect"},
+    "comp-effect measured": {
+        **COMP_EFFECT,
+        "shape": "per-layer",
+        "budgets": "measured",
+    },
+    "comp-effect effect on pruned": {
+        **COMP_EFFECT,
+        "shape": "per-layer",
+        "budgets": "effect",
+        "propagate": "pruned",
+    },
 }
+SAMPLES_OF = {"mix": SAMPLES, "mix x4": 4 * SAMPLES, "wikitext": SAMPLES}
 REPAIRS = {"plain": "none", "repaired": "least_squares"}
 
 
@@ -129,7 +155,7 @@ def config_of(row: Row, model: Path, options: Any) -> dict[str, Any]:
         "model": {"path": str(model)},
         "calibration": {
             "data": data,
-            "samples": SAMPLES,
+            "samples": SAMPLES_OF[row.calibration],
             "sequence_length": LENGTH,
             "seed": SEED,
         },
@@ -139,7 +165,7 @@ def config_of(row: Row, model: Path, options: Any) -> dict[str, Any]:
             "repair": REPAIRS[row.repair],
         },
         "run": {
-            "workdir": str(options.work / "run"),
+            "workdir": str(workdir_of(options)),
             "device": options.device,
             "seed": SEED,
         },
@@ -148,10 +174,16 @@ def config_of(row: Row, model: Path, options: Any) -> dict[str, Any]:
 
 def pruned_by_us(row: Row, model: Path, options: Any) -> Path:
     """Return the folder of the dense pruned checkpoint that a run leaves."""
-    workdir = options.work / "run"
+    workdir = workdir_of(options)
     shutil.rmtree(workdir, ignore_errors=True)
     compress.run(config_of(row, model, options))
-    return Path(workdir) / "pruned"
+    return workdir / "pruned"
+
+
+def workdir_of(options: Any) -> Path:
+    """Return a folder for runs, one for each part that runs beside others."""
+    part = options.part.replace("/", "-of-")
+    return Path(options.work) / f"run-{part}"
 
 
 def place_of(row: Row, options: Any) -> Path:
@@ -247,7 +279,9 @@ def main() -> None:
         drawn = load_tokens("mix", tokenizer, **size)
         save_file({"tokens": drawn.tokens}, options.tokens)
         return
-    calibrations = ("mix", "wikitext") if options.wikitext_valid else ("mix",)
+    calibrations = ("mix", "mix x4")
+    if options.wikitext_valid:
+        calibrations += ("wikitext",)
     rows = list(our_rows(calibrations))
     if options.peers:
         rows += peer_rows(options.peers)
