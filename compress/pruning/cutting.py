@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -42,7 +41,6 @@ class Cut:
         tensors: Those of the place, or more.
         error: See :class:`~compress.pruning.repair.Repaired`.
         unseen: Whether too few tokens came to it.
-        seconds: Time that choice and repair took.
     """
 
     place: Place
@@ -50,7 +48,6 @@ class Cut:
     tensors: Mapping[str, Tensor]
     error: float | None = None
     unseen: bool = False
-    seconds: float = 0.0
 
     def replace_(self, block: nn.Module) -> None:
         """Let a loaded block compute what is left, in the shapes that it has."""
@@ -94,15 +91,13 @@ class Cutter:
         """Cut some places of a block; without moments, by weights alone."""
         cuts = []
         for place in places:
-            started = time.perf_counter()
             found = self._statistics(place, moments.get(place.path))
             if isinstance(place, AttentionPlace):
                 tensors, kept, error = self._cut_heads(place, found)
             else:
                 tensors, kept, error = self._cut_neurons(place, found)
             unseen_ = bool(moments) and found is None
-            seconds = time.perf_counter() - started
-            cuts.append(Cut(place, kept, tensors, error, unseen_, seconds))
+            cuts.append(Cut(place, kept, tensors, error, unseen_))
         return cuts
 
     def _statistics(

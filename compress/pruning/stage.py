@@ -42,7 +42,7 @@ from compress.pruning.target import Target
 from compress.workdir import WorkDir
 
 FOLDER, WORK = "pruned", "pruning"
-_OF_A_BLOCK = ("error", "attention_error", "seconds", "unseen")
+_OF_A_BLOCK = ("error", "attention_error", "unseen")
 
 
 @dataclass
@@ -294,7 +294,6 @@ class _Walk:
         for name in self._model.tensors:
             if name.startswith(prefix) and name not in tensors:
                 tensors[name] = self._source.read(name)
-        seconds = sum(cut.seconds for cut in cuts)
         errors: dict[str, float | None] = {}
         for key, kind in (("error", MLPPlace), ("attention_error", AttentionPlace)):
             of = [c.error for c in cuts if isinstance(c.place, kind)]
@@ -303,7 +302,6 @@ class _Walk:
         record = {
             "kept": {cut.place.path: cut.kept.tolist() for cut in cuts},
             **errors,
-            "seconds": round(seconds, 3),
             "unseen": sum(cut.unseen for cut in cuts),
         }
         self._folder.save_block(index, tensors, {"record": json.dumps(record)})
