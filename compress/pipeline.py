@@ -32,7 +32,6 @@ from compress.model.devices import choose_device, choose_dtype
 from compress.model.loading import ModelHandle, check_tensors, locate
 from compress.planning.planner import make_plan, resolve_scale_dtype
 from compress.planning.rerun import config_of_export
-from compress.pruning.stage import FOLDER as PRUNED_FOLDER
 from compress.report import write_report
 from compress.reporting import build_report
 from compress.result import Result
@@ -258,7 +257,7 @@ class Run:
         """Return a digest of the weights that are compressed."""
         path = locate(self.config.model.path)
         if self.pruned is not None and self.pruning is not None:
-            path = self.pruning.root / PRUNED_FOLDER
+            path = self.pruning.root / str(self.pruned["folder"])
         return provenance.model_digest(self.subject.description, path)
 
     def load_tokens(self) -> CalibrationTokens:

@@ -100,7 +100,8 @@ def fingerprint(run: Run, tokens: CalibrationTokens | None) -> dict[str, str]:
     """Return a digest of each thing that decides the codes of a run, by name."""
     from compress.model.loading import locate
 
-    quantize, prune = run.config.quantize, run.config.prune
+    config = run.config
+    quantize, prune, recover = config.quantize, config.prune, config.recover
     methods = quantize.model_dump(mode="json") if quantize else {}
     methods.pop("scale_dtype", None)  # the plan has the one that was resolved
     methods.pop("upgrade_inputs", None)  # comes after the codes
@@ -111,6 +112,7 @@ def fingerprint(run: Run, tokens: CalibrationTokens | None) -> dict[str, str]:
         **known,
         "model": model_digest(run.base, locate(run.config.model.path)),
         "prune": digest_of(prune.model_dump(mode="json") if prune else None),
+        "recover": digest_of(recover.model_dump(mode="json") if recover else None),
         "calibration": tokens.digest if tokens else "none",
         "calibration.dtype": str(run.runner.dtype) if tokens else "none",
         "transforms": digest_of(run.chain.identity()),

@@ -72,6 +72,7 @@ def build_report(
             key: headline(texts) if texts else None for key, texts in metrics.items()
         },
         "pruning": reshaping.about(run.pruned, run),
+        "recovery": run.pruned["recovery"] if run.pruned else None,
         "transforms": run.transformed.reports,
         "inputs": run.serving.upgrades,
         "kv_cache": run.cache,

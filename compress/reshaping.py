@@ -1,8 +1,9 @@
-"""What changes the shape of a model before the rest of a run: pruning.
+"""What makes another model before the rest of a run: pruning, and recovery from it.
 
 A run is set up twice. First with a description of the size to come, so that whatever
-the config asks for is checked before any work; then, when ``WORKDIR/pruned`` is there,
-with that folder as its model. The original stays what results are compared with.
+the config asks for is checked before any work; then, when ``WORKDIR/pruned`` (or
+``WORKDIR/recovered``) is there, with that folder as its model. The original stays what
+results are compared with, and what recovery learns from.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import provenance
-from compress.config.plugins import create_pruner
+from compress.config.plugins import create_pruner, recover_options
+from compress.config.recover_section import RecoverSection
 from compress.config.schema import Config
 from compress.core.artifact import ModelDescription
 from compress.core.errors import SchemeError
@@ -22,16 +24,27 @@ from compress.core.scheme import Scheme
 from compress.model.devices import choose_dtype
 from compress.model.loading import ModelHandle, locate, open_model
 from compress.model.padding import padded
+from compress.planning.budget import parameter_count
+from compress.pruning.budgets import cfsp_weights
 from compress.pruning.dealing import check_budgets
-from compress.pruning.stage import FOLDER, Pruning
+from compress.pruning.depth import turns_of
+from compress.pruning.stage import FOLDER as PRUNED
+from compress.pruning.stage import Pruning
 from compress.pruning.target import target_of
+from compress.recovery.recover import recover
+from compress.recovery.text import load_recovery_text
+from compress.workdir import WorkDir
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from compress.pipeline import Run
 
 _log = logging.getLogger(__name__)
+RECOVERED, RECOVERY = "recovered", "recovery"
 _UNIT = 64
 _SUPER_BLOCK = 256
+_IMPORTANCE_WINDOWS = 32
 
 
 def pruning_of(
@@ -102,28 +115,16 @@ def _shaped(pruning: Pruning, model: ModelDescription) -> ModelDescription:
 
 
 def carry_out(run: Run) -> tuple[ModelHandle, dict[str, Any]]:
-    """Prune what a run is about, and return the pruned model and what was done.
+    """Prune what a run is about, train it if asked to, and return model and record.
 
     Args:
         run: Set up on a provisional model.
     """
     pruning = run.pruning
     assert pruning is not None
-    tokens = run.load_tokens() if pruning.needs_windows else None
-    section = run.config.prune
-    assert section is not None
-    fingerprint = {
-        "model": provenance.model_digest(run.base, locate(run.config.model.path)),
-        "calibration": tokens.digest if tokens else "none",
-        "calibration.dtype": str(pruning.dtype) if tokens else "none",
-        "prune": provenance.digest_of(
-            [section.model_dump(mode="json"), pruning.target.unit]
-        ),
-        "run.seed": str(run.config.run.seed),
-        "compress version": provenance.versions()["compress"],
-    }
+    windows, fingerprint = _inputs(run, pruning)
     with run.timed("prune"):
-        record = pruning.run(tokens.tokens if tokens else None, fingerprint)
+        record = pruning.run(windows, fingerprint)
     neurons = record["neurons"]
     _log.info(
         "pruned: %s of %s neurons and %s of %s blocks stay",
@@ -132,15 +133,79 @@ def carry_out(run: Run) -> tuple[ModelHandle, dict[str, Any]]:
         len(record["blocks"]),
         run.base.block_count,
     )
-    return opened(pruning, run.handle), record
+    folder = pruning.root / PRUNED
+    recovery = None
+    if run.config.recover is not None:
+        with run.timed("recover"):
+            recovery = _recovered(run, run.config.recover, windows, fingerprint)
+        if recovery["method"] == "distill":
+            folder = pruning.root / RECOVERED
+    subject = _opened(folder, run.handle, pads=pruning.section.shape == "padded")
+    return subject, {**record, "recovery": recovery, "folder": folder.name}
 
 
-def opened(pruning: Pruning, original: ModelHandle) -> ModelHandle:
-    """Return the model of the pruned folder, under the original's name."""
-    folder = pruning.root / FOLDER
+def _inputs(run: Run, pruning: Pruning) -> tuple[Tensor | None, dict[str, str]]:
+    """Return calibration windows, and a digest of each thing that decides a pruning."""
+    tokens = run.load_tokens() if pruning.needs_windows else None
+    chosen = [pruning.section.model_dump(mode="json"), pruning.target.unit]
+    return tokens.tokens if tokens else None, {
+        "model": provenance.model_digest(run.base, locate(run.config.model.path)),
+        "calibration": tokens.digest if tokens else "none",
+        "calibration.dtype": str(pruning.dtype) if tokens else "none",
+        "prune": provenance.digest_of(chosen),
+        "run.seed": str(run.config.run.seed),
+        "compress version": provenance.versions()["compress"],
+    }
+
+
+def _recovered(
+    run: Run,
+    section: RecoverSection,
+    windows: Tensor | None,
+    pruned: Mapping[str, str],
+) -> dict[str, Any]:
+    """Train the pruned model into ``WORKDIR/recovered``, if it is not there."""
+    assert run.pruning is not None
+    root, data = run.pruning.root, run.config.calibration.data
+    options = recover_options(section)
+    student = _opened(root / PRUNED, run.handle)
+    work = WorkDir(root / RECOVERY)
+    chosen = {"recover": provenance.digest_of(section.model_dump(mode="json"))}
+    work.begin({**pruned, **chosen}, overwrite=False)
+
+    def train() -> dict[str, Any]:
+        sources = data if isinstance(data, str) else list(data)
+        return recover(
+            student,
+            run.handle,
+            root / RECOVERED,
+            text=load_recovery_text(sources, run.handle.tokenizer(), options),
+            options=options,
+            device=run.device,
+            state=work.root,
+            importances=_importances(run.pruning, student, windows),
+        )
+
+    stored: dict[str, Any] = work.stage("record", train)
+    return stored
+
+
+def _importances(
+    pruning: Pruning | None, student: ModelHandle, windows: Tensor | None
+) -> list[float] | None:
+    """Return how much each block turns the stream, which ranks of adapters follow."""
+    if pruning is None or windows is None:
+        return None
+    model = pruning.streamed(student.description, student.source)
+    angles = [turn.angle for turn in turns_of(model, windows[:_IMPORTANCE_WINDOWS])]
+    return cfsp_weights(angles).tolist()
+
+
+def _opened(folder: Path, original: ModelHandle, *, pads: bool = False) -> ModelHandle:
+    """Return the model of a folder of ours, under the original's name."""
     found = open_model(str(folder), cache=folder)
     description, source = found.description, found.source
-    if pruning.section.shape == "padded":
+    if pads:
         description, source = padded(description, source)
     named = replace(description, label=original.description.label)
     return replace(original, description=named, source=source)
@@ -150,10 +215,9 @@ def about(record: Mapping[str, Any] | None, run: Run) -> dict[str, Any] | None:
     """Return the entry ``pruning`` of a report."""
     if record is None:
         return None
-    from compress.planning.budget import parameter_count
-
     counts = {
         "before": parameter_count(run.base),
         "after": parameter_count(run.subject.description),
     }
-    return {**record, "parameters": counts}
+    kept = {key: value for key, value in record.items() if key != "recovery"}
+    return {**kept, "parameters": counts}

@@ -32,6 +32,8 @@ _OURS = (
     "export",
     "pruning",
     "pruned",
+    "recovery",
+    "recovered",
 )
 _REPORTS = ("report.json", "report.md", "report.html")
 _TEMPORARY = ".part"

@@ -34,6 +34,7 @@ SECTIONS = (
     "quantize",
     "budget",
     "allocate",
+    "recover",
     "kv_cache",
     "evaluate",
     "export",
@@ -52,6 +53,7 @@ def render() -> str:
     """Return the whole page."""
     from compress import registry
     from compress.config import config_schema
+    from compress.config.recover_section import RECOVERIES
     from compress.transforms.catalog import TRANSFORMS
 
     schema = config_schema()
@@ -65,6 +67,12 @@ def render() -> str:
         if name == "allocate":
             found = {entry.name: entry for entry in registry.entries("allocators")}
             parts += _options("method", _built_in(found))
+        if name == "recover":
+            for method, kind in RECOVERIES.items():
+                table = kind.model_json_schema()
+                title = f"### Options of `method: {method}`"
+                summary = kind.summary[0].upper() + kind.summary[1:]
+                parts += [title, "", f"{summary}.", "", *_table(table, table)]
         if name == "export":
             parts += _options("format", _built_in(registry.exporters()))
     return "\n".join(parts)

@@ -2,9 +2,11 @@
 
 With ``G`` the second moment of the inputs of ``down`` (plus a ridge),
 
-    score_j = |down_j|^2 G_jj / VIF_j^gamma,    VIF_j = G_jj (G^-1)_jj
+    score_j = worth_j / VIF_j^gamma,    VIF_j = G_jj (G^-1)_jj
 
-A neuron that others can stand in for linearly has a large variance inflation factor.
+where ``worth_j`` is ``|down_j|^2 G_jj``, the mean square of what a neuron adds to the
+stream, or its ``effect`` on the model's predictions (see ``taylor``). A neuron that
+others can stand in for linearly has a large variance inflation factor.
 ``gamma = 0`` looks at energy alone; ``gamma = 1`` is ``|down_j|^2 / (G^-1)_jj``, the
 exact loss of the best linear compensation (OBS). Which neurons are replaceable depends
 on who else stays: after each chunk weights are compensated and the inverse is
@@ -17,7 +19,7 @@ reconstruction, hence "style". Chunked downdates: SlimGPT (arXiv 2412.18110).
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -32,11 +34,14 @@ class COMPOptions(Options):
     """Options of ``comp``.
 
     Attributes:
+        worth: What a neuron is worth before others stand in for it: ``output`` or
+            ``effect``, which takes a backward pass of the whole model.
         gamma: Weight of collinearity.
         chunk: Neurons that go between two downdates.
         ridge: Share of the mean diagonal of ``G``.
     """
 
+    worth: Literal["output", "effect"] = "output"
     gamma: float = Field(default=1.0, ge=0, le=2)
     chunk: int = Field(default=24, ge=1)
     ridge: float = Field(default=RIDGE, gt=0)
@@ -52,16 +57,34 @@ class COMP(Pruner):
     depth_share: ClassVar[float] = 0.5
     options: COMPOptions
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether neurons are worth their effect."""
+        return self.options.worth == "effect"
+
     def scores(self, mlp: GatedMLP, statistics: NeuronStatistics | None) -> Tensor:
         """Return the scores while all neurons are there."""
         assert statistics is not None
-        damped = with_ridge(statistics.gram, self.options.ridge)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        return self._scores(mlp.down.double(), damped.diagonal(), inverse.diagonal())
+        energy = with_ridge(statistics.gram, self.options.ridge).diagonal()
+        left = Downdate(mlp.down, statistics.gram, self.options.ridge)
+        return self._scores(left, energy, self._rate(mlp, statistics, energy))
 
-    def _scores(self, down: Tensor, energy: Tensor, inverse: Tensor) -> Tensor:
-        inflation = (energy * inverse).clamp(min=1)
-        return down.square().sum(0) * energy / inflation**self.options.gamma
+    def _rate(
+        self, mlp: GatedMLP, statistics: NeuronStatistics, energy: Tensor
+    ) -> Tensor:
+        """Return what a neuron is worth for each unit of what it adds to the stream."""
+        if self.options.worth == "output":
+            return torch.ones_like(energy)
+        assert statistics.effect is not None
+        added = mlp.down.double().square().sum(0) * energy
+        return statistics.effect.double() / added.clamp(min=1e-30)
+
+    def _scores(self, left: Downdate, energy: Tensor, rate: Tensor) -> Tensor:
+        """Return the scores of the neurons that are left, by their present weights."""
+        alive = left.alive
+        inflation = (energy[alive] * left.inverse.diagonal()).clamp(min=1)
+        added = left.weight.square().sum(0) * energy[alive]
+        return rate[alive] * added / inflation**self.options.gamma
 
     def select(
         self,
@@ -75,13 +98,12 @@ class COMP(Pruner):
         options = self.options
         left = Downdate(mlp.down, statistics.gram, options.ridge)
         energy = with_ridge(statistics.gram, options.ridge).diagonal()
+        rate = self._rate(mlp, statistics, energy)
         guarded = torch.zeros(mlp.neurons, dtype=torch.bool, device=mlp.down.device)
         if protected is not None:
             guarded[protected] = True
         while len(left.alive) > keep:
-            scores = self._scores(
-                left.weight, energy[left.alive], left.inverse.diagonal()
-            )
+            scores = self._scores(left, energy, rate)
             scores = scores.masked_fill(guarded[left.alive], torch.inf)
             count = min(options.chunk, len(left.alive) - keep)
             left.remove(left.lowest(scores, count))

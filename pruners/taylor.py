@@ -29,8 +29,12 @@ class Taylor(Pruner):
     name: ClassVar[str] = "taylor"
     summary: ClassVar[str] = "loss of predictions, by one backward pass"
     source: ClassVar[str] = "arXiv 1906.10771, equation 8, with sampled labels"
-    needs_gradients: ClassVar[bool] = True
     budgets: ClassVar[str] = "effect"
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Always."""
+        return True
 
     def scores(self, mlp: GatedMLP, statistics: NeuronStatistics | None) -> Tensor:
         """Return the effect of each neuron."""

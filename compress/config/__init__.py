@@ -16,7 +16,9 @@ from compress.config.plugins import (
     create_exporter,
     create_quantizer,
     create_transform,
+    recover_options,
 )
+from compress.config.recover_section import RecoverOptions, RecoverSection
 from compress.config.schema import (
     DENSE,
     CalibrationSection,
@@ -43,6 +45,8 @@ __all__ = [
     "ModelSection",
     "Override",
     "QuantizeSection",
+    "RecoverOptions",
+    "RecoverSection",
     "RunSection",
     "SweepConfig",
     "TransformEntry",
@@ -56,4 +60,5 @@ __all__ = [
     "load_config",
     "load_sweep",
     "parse_options",
+    "recover_options",
 ]

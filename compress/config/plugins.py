@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from compress.config.diagnostics import Findings, KeyPath, Origin, suggest
 from compress.config.prune_section import PruneSection
+from compress.config.recover_section import (
+    RECOVERIES,
+    RecoverOptions,
+    RecoverSection,
+)
 from compress.config.schema import DENSE, QuantizeSection
 from compress.core.errors import ConfigError, SchemeError
 from compress.core.scheme import Scheme
@@ -83,6 +88,24 @@ def create_transform(
     return kind(_checked_options(kind, options or {}, path))
 
 
+def recover_options(section: RecoverSection) -> RecoverOptions:
+    """Return the checked options of the section ``recover``.
+
+    Raises:
+        ConfigError: The method or an option is wrong.
+    """
+    if section.method not in RECOVERIES:
+        raise ConfigError(_unknown_recovery(section.method))
+    options: RecoverOptions = _validated(
+        RECOVERIES[section.method], section.options, ("recover", "options")
+    )
+    return options
+
+
+def _unknown_recovery(name: str) -> str:
+    return f"unknown method of recovery {name!r}{suggest(name, RECOVERIES)}"
+
+
 def create_chain(
     entries: Iterable[TransformEntry], methods: Iterable[Quantizer]
 ) -> Chain:
@@ -107,11 +130,15 @@ def create_chain(
 def _checked_options(
     plugin: type[Plugin] | type[Transform], options: Mapping[str, Any], path: KeyPath
 ) -> Any:
+    return _validated(plugin.Options, options, path)
+
+
+def _validated(kind: type[BaseModel], options: Mapping[str, Any], path: KeyPath) -> Any:
     try:
-        return plugin.Options.model_validate(dict(options))
+        return kind.model_validate(dict(options))
     except ValidationError as error:
         findings = Findings(Origin())
-        findings.add_validation(error, plugin.Options.model_json_schema(), path)
+        findings.add_validation(error, kind.model_json_schema(), path)
         findings.raise_any()
         raise  # unreachable: a validation error has at least one line
 
@@ -132,6 +159,12 @@ def check_plugins(data: Mapping[str, Any], findings: Findings) -> None:
     entries = data.get("export")
     if isinstance(entries, list):
         _check_exports(entries, findings)
+    recover = data.get("recover")
+    if isinstance(recover, dict):
+        _check_recover(recover, findings)
+        if data.get("prune") is None:
+            message = "nothing was removed that training could bring back; add prune"
+            findings.add(("recover",), message)
     transforms = data.get("transforms")
     if isinstance(transforms, list) and transforms:
         _check_transforms(transforms, isinstance(section, dict), findings)
@@ -280,6 +313,20 @@ def _check_exports(entries: list[Any], findings: Findings) -> None:
             plugin.Options.model_validate(options)
         except ValidationError as error:
             findings.add_validation(error, plugin.Options.model_json_schema(), place)
+
+
+def _check_recover(section: dict[str, Any], findings: Findings) -> None:
+    name, options = section.get("method", "distill"), section.get("options", {})
+    if not isinstance(name, str) or not isinstance(options, dict):
+        return  # the schema says so
+    if name not in RECOVERIES:
+        findings.add(("recover", "method"), _unknown_recovery(name))
+        return
+    kind = RECOVERIES[name]
+    try:
+        kind.model_validate(options)
+    except ValidationError as error:
+        findings.add_validation(error, kind.model_json_schema(), ("recover", "options"))
 
 
 def _check_transforms(

@@ -33,6 +33,7 @@ from compress.config.fields import (
     check_scheme,
 )
 from compress.config.prune_section import PruneSection
+from compress.config.recover_section import RecoverSection
 from compress.core.errors import ConfigError
 from compress.kvcache.names import DEFAULT_PAIRS, CachePair
 
@@ -349,6 +350,7 @@ class Config(Section):
     quantize: QuantizeSection | None = None
     budget: BudgetSection | None = None
     allocate: AllocateSection | None = None
+    recover: RecoverSection | None = None
     kv_cache: KVCacheSection | None = None
     evaluate: EvaluateSection | None = None
     export: Annotated[tuple[ExportEntry, ...], Field(strict=False)] = ()

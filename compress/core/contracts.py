@@ -129,16 +129,18 @@ class Pruner(Plugin):
 
     Attributes:
         needs_activations: Whether it asks for statistics; if not, it gets ``None``.
-        needs_gradients: Whether these must hold ``effect``, a backward pass of the
-            whole model.
         budgets: How the neurons to remove are dealt to blocks unless a config says it.
         depth_share: Part of the removed parameters that goes as whole blocks, likewise.
     """
 
     needs_activations: ClassVar[bool] = True
-    needs_gradients: ClassVar[bool] = False
     budgets: ClassVar[str] = "cfsp"
     depth_share: ClassVar[float] = 0.0
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether statistics must hold ``effect``, which takes a backward pass."""
+        return False
 
     @abstractmethod
     def scores(self, mlp: GatedMLP, statistics: NeuronStatistics | None) -> Tensor:

@@ -37,8 +37,7 @@ def cfsp_shares(distances: Sequence[float], keep: float) -> list[float]:
         distances: Mean angular distance of each block, in half turns.
         keep: In (0, 1].
     """
-    d = torch.tensor(distances, dtype=torch.float64)
-    s = torch.sigmoid(_GAIN * (d - d.mean()))
+    s = cfsp_weights(distances)
     shares = keep * s / s.mean()
     if keep < 1 and shares.max() >= 1:
         mean = s.mean()
@@ -47,6 +46,12 @@ def cfsp_shares(distances: Sequence[float], keep: float) -> list[float]:
         shares = keep * s / s.mean()
     found: list[float] = shares.tolist()
     return found
+
+
+def cfsp_weights(distances: Sequence[float]) -> Tensor:
+    """Return the importance of each block, float64 in (0, 1), before any budget."""
+    d = torch.tensor(distances, dtype=torch.float64)
+    return torch.sigmoid(_GAIN * (d - d.mean()))
 
 
 def threshold_shares(scores: Sequence[Tensor], keep: float) -> list[float]:

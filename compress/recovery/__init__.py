@@ -1,0 +1,1 @@
+"""Training that gives a compressed model back what it lost."""

@@ -1,0 +1,131 @@
+"""Where a training run stands, in one file that is replaced as a whole.
+
+There is no state of a random generator: the order of windows is a function of seed and
+step, and nothing else is random once training has begun.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.core.errors import CheckpointError, ConfigError
+from compress.workdir import write_atomically
+
+
+@dataclass
+class Progress:
+    """What training has done so far.
+
+    Attributes:
+        prepared_seconds: What came before the first step: models, the teacher's text.
+        step: Steps that are done.
+        seconds: That they took.
+        skipped: Steps without a finite gradient, which changed nothing.
+        idle: Steps whose gradients were all zero.
+        evaluations: Measurements in their order: ``step``, ``seconds``, ``kl`` on
+            held-out text, and the mean ``loss`` of the steps since the last one.
+        best: Number of the measurement with the lowest KL.
+    """
+
+    prepared_seconds: float
+    step: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    idle: int = 0
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    best: int = 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run that can go on.
+
+    Attributes:
+        progress: Numbers.
+        now: Values of all trained parameters.
+        best: Their values where the held-out KL was lowest.
+        optimizer: Step count and moments of each parameter, by ``NAME/KEY``.
+    """
+
+    progress: Progress
+    now: Mapping[str, Tensor]
+    best: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+
+    def save(self, file: Path, fingerprint: Mapping[str, str]) -> None:
+        """Write the file, atomically."""
+        from safetensors.torch import save
+
+        parts = {"now": self.now, "best": self.best, "optimizer": self.optimizer}
+        tensors = {
+            f"{part}/{name}": tensor.detach().cpu().contiguous()
+            for part, values in parts.items()
+            for name, tensor in values.items()
+        }
+        about = {"progress": asdict(self.progress), "fingerprint": dict(fingerprint)}
+        write_atomically(file, save(tensors, metadata={"run": json.dumps(about)}))
+
+    @classmethod
+    def load(cls, file: Path, fingerprint: Mapping[str, str]) -> Checkpoint | None:
+        """Return what was written, or ``None`` if nothing was.
+
+        Raises:
+            ConfigError: It is of a run with other text, models or options.
+            CheckpointError: The file is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not file.is_file():
+            return None
+        parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "optimizer": {}}
+        try:
+            with safe_open(file, framework="pt") as opened:
+                about = json.loads(opened.metadata()["run"])
+                for key in opened.keys():  # noqa: SIM118 - not a mapping
+                    part, _, name = key.partition("/")
+                    parts[part][name] = opened.get_tensor(key).clone()
+            progress = Progress(**about["progress"])
+            earlier = about["fingerprint"]
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{file} is damaged ({error}); delete it to start recovery again"
+            ) from error
+        names = sorted({*earlier, *fingerprint})
+        changed = [n for n in names if earlier.get(n) != fingerprint.get(n)]
+        if changed:
+            raise ConfigError(
+                f"{file}: recovery cannot go on, {', '.join(changed)} changed since it "
+                "began; delete the file, or start the run again with --overwrite"
+            )
+        return cls(progress, **parts)
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the state of an optimizer, by ``NAME/KEY``."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in names.items()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def restore_optimizer_(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Put back what :func:`optimizer_tensors` returned."""
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition("/")
+        parameter = names[name]
+        state: dict[str, Any] = optimizer.state[parameter]
+        state[entry] = value.to(parameter.device)

@@ -1,0 +1,139 @@
+"""Text that the teacher writes: more of it than the calibration sources have.
+
+A student that sees a small text many times learns it by heart. The teacher's own
+samples are free, never repeat, and lie where its predictions have their mass; a text's
+truth is not needed, since the loss is the distance to the teacher.
+
+Windows begin with 1, 2, 4 ... 32 tokens from somewhere in the given text, and go on by
+sampling at temperature 1.
+
+Source: Liu et al. (2023), LLM-QAT, arXiv 2305.17888, who begin with a random word;
+prompts of several lengths are ours.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from compress.recovery.models import WholeModel
+from compress.workdir import write_atomically
+
+_PROMPTS = (1, 2, 4, 8, 16, 32)
+# Keys and values of one batch bound how many windows are written at once: a share of
+# the memory of a GPU, where a step takes as long for many windows as for few.
+_CACHE_SHARE = 0.3
+_CACHE_BYTES = 1 << 28
+_MOST_AT_ONCE = 4096
+
+
+@torch.no_grad()
+def generate_windows(
+    model: WholeModel, text: Tensor, *, count: int, seed: int
+) -> Tensor:
+    """Return windows int64 ``[count, T]`` that a model writes, on the CPU.
+
+    Args:
+        model: Writes.
+        text: int64 ``[N, T]`` that the first tokens are taken from. If all its windows
+            begin with the same token, so do the new ones.
+        count: Number of windows.
+        seed: Of prompts and samples.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    prompts, lengths = _prompts(text, count, torch.Generator().manual_seed(seed))
+    size = _batch(model, text.shape[1])
+    parts = zip(torch.split(prompts, size), torch.split(lengths, size), strict=True)
+    made = []
+    for given, own in tqdm(
+        parts, total=-(-count // size), desc="teacher's text", leave=False, disable=None
+    ):
+        made.append(_continue(model, given, own, text.shape[1], generator).cpu())
+    return torch.cat(made)
+
+
+def stored_windows(
+    model: WholeModel, text: Tensor, *, count: int, seed: int, file: Path
+) -> Tensor:
+    """Return :func:`generate_windows`, from a file if it was made before.
+
+    The file is named by whoever knows that model and text are the same.
+    """
+    from safetensors.torch import load, save
+
+    if file.is_file():
+        return load(file.read_bytes())["windows"]
+    windows = generate_windows(model, text, count=count, seed=seed)
+    write_atomically(file, save({"windows": windows}))
+    return windows
+
+
+def _batch(model: WholeModel, length: int) -> int:
+    config = model.description.config
+    heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
+    width = int(config.get("head_dim") or 0) or (
+        int(config["hidden_size"]) // int(config["num_attention_heads"])
+    )
+    window = 2 * model.description.block_count * heads * width * length
+    room = _CACHE_BYTES
+    if model.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(model.device).total_memory
+        room = int(_CACHE_SHARE * memory)
+    return max(1, min(_MOST_AT_ONCE, room // (window * model.dtype.itemsize)))
+
+
+def _prompts(
+    text: Tensor, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return tokens from random places, after BOS if there is, and how many count.
+
+    Returns:
+        int64 ``[count, P]`` and ``[count]``.
+    """
+    first = text[:, 0]
+    begins = len(text) > 1 and bool((first == first[0]).all())
+    low = int(begins)
+    longest = min(_PROMPTS[-1], text.shape[1] - 1 - low)
+    rows = torch.randint(len(text), (count, 1), generator=generator)
+    last = text.shape[1] - longest
+    offsets = torch.randint(low, last + 1, (count, 1), generator=generator)
+    prompts = text[rows, offsets + torch.arange(longest)]
+    lengths = torch.tensor(_PROMPTS).repeat(-(-count // len(_PROMPTS)))[:count]
+    if begins:
+        prompts = torch.cat([first[:1].expand(count, 1), prompts], dim=1)
+    return prompts, lengths.clamp(max=longest) + low
+
+
+def _continue(
+    model: WholeModel,
+    prompts: Tensor,
+    lengths: Tensor,
+    length: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Return windows ``[B, length]`` that begin with the prompts, by sampling.
+
+    Prompts are of different lengths: where one still goes on, its token is taken
+    instead of the sample.
+    """
+    from transformers import DynamicCache
+
+    prompts, lengths = prompts.to(model.device), lengths.to(model.device)
+    cache = DynamicCache(config=model.body.config)
+    windows = torch.empty(len(prompts), length, dtype=torch.int64, device=model.device)
+    fresh = windows[:, 0] = prompts[:, 0]
+    for place in range(1, length):
+        with model.arithmetic():
+            output = model.body(
+                input_ids=fresh[:, None], past_key_values=cache, use_cache=True
+            )
+        logits = model.head.logits(output.last_hidden_state[:, -1])
+        chances = torch.softmax(logits, -1)
+        fresh = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        if place < prompts.shape[1]:
+            fresh = torch.where(place < lengths, prompts[:, place], fresh)
+        windows[:, place] = fresh
+    return windows

@@ -1,0 +1,101 @@
+"""A whole model in memory, from ids to the states that its head reads."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from compress.core.artifact import ModelDescription
+from compress.model.loading import ModelHandle
+from compress.model.skeleton import build_skeleton
+from compress.model.sources import check_finite
+from compress.recovery.losses import Head
+
+
+class WholeModel:
+    """A causal language model with all weights on one device, in eval mode.
+
+    Weights are frozen when it is made. The module tree is the one that block-wise runs
+    use, so that widths may differ from block to block.
+
+    Args:
+        handle: Where config and weights are read.
+        device: Where it runs.
+        dtype: Of the weights; of the products too, whatever type trained weights have.
+    """
+
+    def __init__(self, handle: ModelHandle, *, device: str, dtype: torch.dtype) -> None:
+        self.description: ModelDescription = handle.description
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.module: nn.Module = build_skeleton(self.description.config)
+        family = self.description.family
+        self.blocks: Any = self.module.get_submodule(family.blocks)
+        self.body: Any = self.module.get_submodule(family.blocks.rpartition(".")[0])
+        self.embedding: Any = self.module.get_submodule(family.embedding)
+        self._fill(handle)
+
+    def _fill(self, handle: ModelHandle) -> None:
+        family, tied = self.description.family, self.description.tied
+        head = f"{family.head}.weight"
+        state = {}
+        for name in self.module.state_dict():
+            if not (tied and name == head):
+                tensor = handle.source.read(name)
+                check_finite(tensor, name)
+                state[name] = tensor.to(self.device, self.dtype)
+        if tied:
+            state[head] = state[f"{family.embedding}.weight"]
+        self.module.load_state_dict(state, assign=True)
+        self.module.requires_grad_(False)
+        for module in self.module.modules():  # computed by the model: float32 stays
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.device)
+
+    @property
+    def head(self) -> Head:
+        """What turns states into logits."""
+        layer: Any = self.module.get_submodule(self.description.family.head)
+        softcap = self.description.config.get("final_logit_softcapping")
+        return Head(layer.weight, layer.bias, softcap)
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """Make products run in the model's type where weights are float32."""
+        return torch.autocast(
+            self.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.dtype == torch.bfloat16,
+        )
+
+    def states(self, ids: Tensor) -> Tensor:
+        """Return the head's input ``[B, T, C]`` for ids int64 ``[B, T]``."""
+        with self.arithmetic():
+            output = self.body(input_ids=ids, use_cache=False)
+        states: Tensor = output.last_hidden_state
+        return states
+
+    def states_after(self, prompt: Tensor, ids: Tensor) -> Tensor:
+        """Return the states of ids that come after virtual tokens.
+
+        Args:
+            prompt: ``[n, C]``, in the place of what the embedding layer yields.
+            ids: int64 ``[B, T]``.
+        """
+        with self.arithmetic():
+            texts = self.embedding(ids)
+            first = prompt.to(texts.dtype).expand(len(ids), -1, -1)
+            inputs = torch.cat([first, texts], dim=1)
+            output = self.body(inputs_embeds=inputs, use_cache=False)
+        states: Tensor = output.last_hidden_state
+        return states[:, len(prompt) :]
+
+    def checkpoint_blocks(self) -> None:
+        """Compute each block again in the backward pass, instead of keeping it."""
+        for block in self.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)

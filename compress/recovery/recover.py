@@ -1,0 +1,255 @@
+"""Recovery from end to end: two models and text in, a checkpoint folder and facts out.
+
+A run that was killed goes on from its last checkpoint, with the same result if steps
+end it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.config.recover_section import (
+    DistillOptions,
+    RecoverOptions,
+    SoftPromptOptions,
+)
+from compress.core.errors import ConfigError
+from compress.model.devices import choose_dtype
+from compress.model.loading import ModelHandle
+from compress.provenance import digest_of, peak_memory_bytes
+from compress.recovery.distill import Training
+from compress.recovery.folder import check_folder, check_weights, write_recovered
+from compress.recovery.generate import stored_windows
+from compress.recovery.lora import LoraWeights, block_ranks, require_peft
+from compress.recovery.models import WholeModel
+from compress.recovery.parallel import Team, team
+from compress.recovery.soft_prompt import SoftPrompt, save_prompt
+from compress.recovery.text import RecoveryText
+from compress.recovery.trained import FullWeights, Trained
+from compress.workdir import WorkDir
+
+_CHECKPOINT = "training.safetensors"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one call of :func:`recover` is about."""
+
+    student: ModelHandle
+    teacher: ModelHandle
+    text: RecoveryText
+    options: RecoverOptions
+    importances: Sequence[float] | None
+    state: Path
+
+    @property
+    def ranks(self) -> list[int] | None:
+        """Rank of each block, if low-rank changes are trained."""
+        options = self.options
+        if not isinstance(options, DistillOptions) or options.train != "lora":
+            return None
+        count = self.student.description.block_count
+        return block_ranks(self.importances or [1.0] * count, options.rank)
+
+
+def recover(
+    student: ModelHandle,
+    teacher: ModelHandle,
+    folder: Path,
+    *,
+    text: RecoveryText,
+    options: RecoverOptions,
+    device: str,
+    state: Path,
+    importances: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """Train a compressed model to predict what the original one does.
+
+    Both models are held in memory as a whole. Under torchrun every process calls this,
+    with the same arguments; the first one writes.
+
+    Args:
+        student: The compressed model, opened from a folder of safetensors.
+        teacher: The original model, with the same vocabulary.
+        folder: Becomes a checkpoint like the student's, with the trained weights; for
+            ``soft_prompt``, a peft adapter.
+        text: What is trained on.
+        options: Of ``distill`` or ``soft_prompt``.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        state: Folder of the checkpoint, which is deleted when ``folder`` is complete.
+        importances: Of each block, for ranks that follow them; ``None`` for one rank.
+
+    Returns:
+        Plain data for the report: method, steps, seconds of them and before, tokens,
+        held-out KL before and after and each measurement, skipped steps, trained
+        values, memory, ranks.
+
+    Raises:
+        ConfigError: The models do not fit together, or ``state`` is of another run.
+        CheckpointError: The student is not a folder of safetensors, or is damaged.
+        MissingDependencyError: Adapters are wanted and peft is not installed.
+    """
+    started = time.monotonic()
+    job = _Job(student, teacher, text, options, importances, state)
+    source = check_folder(student.description)
+    _check_pair(job)
+    with team(device) as (members, own):
+        if own.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(own)
+        return _train(job, source, folder, members, device=own, started=started)
+
+
+def _check_pair(job: _Job) -> None:
+    sizes = [
+        int(handle.description.config["vocab_size"])
+        for handle in (job.student, job.teacher)
+    ]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"recover: the student's vocabulary has {sizes[0]} tokens and the "
+            f"original's {sizes[1]}; they must share one"
+        )
+    count = job.student.description.block_count
+    if job.importances is not None and len(job.importances) != count:
+        raise ConfigError(
+            f"recover: {len(job.importances)} importances for {count} blocks"
+        )
+    if job.ranks is not None:
+        require_peft()
+
+
+def _train(
+    job: _Job, source: Path, folder: Path, members: Team, *, device: str, started: float
+) -> dict[str, Any]:
+    options = job.options
+    stored = job.student.description.dtype
+    dtype = choose_dtype(options.dtype, stored, device)
+    teacher = WholeModel(job.teacher, device=device, dtype=dtype)
+    train = _training_windows(job, teacher, members)
+    trained = _trained(job, WholeModel(job.student, device=device, dtype=dtype))
+    check_weights(source, trained)
+    if options.gradient_checkpointing:
+        trained.model.checkpoint_blocks()
+    training = Training(
+        trained,
+        teacher,
+        train=train,
+        held_out=job.text.held_out,
+        options=options,
+        team=members,
+        started=started,
+        file=job.state / _CHECKPOINT,
+        fingerprint=_fingerprint(job, members),
+    )
+    progress = training.run()
+    if members.rank == 0:
+        _write(job, trained, source, folder)
+        (job.state / _CHECKPOINT).unlink(missing_ok=True)
+    members.wait()
+    evaluations = progress.evaluations
+    tokens = options.batch * options.accumulate * members.size * train.shape[1]
+    return {
+        "method": "soft_prompt" if isinstance(trained, SoftPrompt) else "distill",
+        "options": options.model_dump(mode="json"),
+        "steps": progress.step,
+        "seconds": progress.seconds,
+        "prepared_seconds": progress.prepared_seconds,
+        "tokens": progress.step * tokens,
+        "windows": {"given": len(job.text.train), "generated": options.generated},
+        "held_out_windows": len(job.text.held_out),
+        "kl_before": evaluations[0]["kl"],
+        "kl_after": evaluations[progress.best]["kl"],
+        "best_step": evaluations[progress.best]["step"],
+        "evaluations": evaluations,
+        "skipped_steps": progress.skipped,
+        "trained_values": sum(p.numel() for p in trained.parameters.values()),
+        "ranks": job.ranks,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device,
+        "processes": members.size,
+        "peak_memory_bytes": _peak_memory(device),
+    }
+
+
+def _training_windows(job: _Job, teacher: WholeModel, members: Team) -> Tensor:
+    """Return the given windows, and those that the teacher writes."""
+    count, given = job.options.generated, job.text.train
+    if count == 0:
+        return given
+    seed = job.options.seed
+    made_from = [job.text.digest, _weights_digest(job.teacher), count, seed]
+    made_from.append(str(teacher.dtype))
+    file = job.state / f"generated-{digest_of(made_from)[:12]}.safetensors"
+    if members.rank == 0:
+        stored_windows(teacher, given, count=count, seed=seed, file=file)
+    members.wait()
+    return torch.cat(
+        [given, stored_windows(teacher, given, count=count, seed=seed, file=file)]
+    )
+
+
+def _trained(job: _Job, model: WholeModel) -> Trained:
+    options, ranks = job.options, job.ranks
+    if isinstance(options, SoftPromptOptions):
+        return SoftPrompt(model, options.tokens)
+    if not isinstance(options, DistillOptions):
+        raise ConfigError(f"recover: options of {type(options).__name__}")
+    if ranks is None:
+        return FullWeights(model, job.student)
+    return LoraWeights(
+        model,
+        job.student,
+        ranks=ranks,
+        plus=options.lora_plus,
+        norms=options.norms,
+        seed=options.seed,
+    )
+
+
+def _write(job: _Job, trained: Trained, source: Path, folder: Path) -> None:
+    if isinstance(trained, SoftPrompt):
+        model = job.student.description
+        WorkDir(folder.parent).replace_folder(
+            folder, lambda part: save_prompt(trained.prompt, model, part)
+        )
+    else:
+        write_recovered(source, folder, trained)
+
+
+def _fingerprint(job: _Job, members: Team) -> Mapping[str, str]:
+    """Return a digest of each thing that decides the result, by name."""
+    options = job.options.model_dump(mode="json", exclude={"checkpoint_minutes"})
+    importances = None if job.importances is None else list(job.importances)
+    return {
+        "options": digest_of([type(job.options).__name__, options]),
+        "text": job.text.digest,
+        "student": _weights_digest(job.student),
+        "teacher": _weights_digest(job.teacher),
+        "importances": digest_of(importances),
+        "processes": str(members.size),
+    }
+
+
+def _weights_digest(handle: ModelHandle) -> str:
+    """Return the SHA-256 of names, types and bytes of all tensors."""
+    digest = hashlib.sha256()
+    for name in handle.source.tensors():
+        tensor = handle.source.read(name).contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _peak_memory(device: str) -> int:
+    """Return the most bytes in use: of the device, or of the process on a CPU."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(device))
+    return peak_memory_bytes()
