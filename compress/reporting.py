@@ -38,9 +38,10 @@ def build_report(
     parameters = parameter_count(run.base)
     shown = preview.predict(run)
     layers = _layers(run)
-    sizes = {"base": shown.sizes["base"]}
+    dense = [name for name in ("base", "pruned") if name in shown.sizes]
+    sizes = {name: shown.sizes[name] for name in dense}
     sizes |= {name: entry["size_bytes"] for name, entry in exports.items()}
-    bits: dict[str, float] = {"base": _WIDTH[model.dtype]}
+    bits = {name: 8 * sizes[name] / parameters for name in dense}
     coded = linear_bits_per_weight(run.plan)
     if coded is not None:
         bits["linears"] = coded
@@ -194,9 +195,11 @@ def _warnings(
             f"A transform untied head and embedding: {more:,} more weights are stored. "
             "Bits per weight are per weight of the original."
         )
-    if model.source_gguf is not None:
+    if run.pruning is not None:
+        found += reshaping.cautions(run.pruning)
+    if run.base.source_gguf is not None:
         found.append(
-            f"The source is a GGUF file ({model.source_gguf.name}). If it was "
+            f"The source is a GGUF file ({run.base.source_gguf.name}). If it was "
             "quantized before, its weights lie on a coarse grid already: figures "
             "against it say nothing of the loss against the original model."
         )

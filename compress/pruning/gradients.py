@@ -4,7 +4,10 @@ Labels ``s_t`` are drawn from the model's own ``p_t``; with ``L = sum_t log p(s_
 
     effect_j = E[(x_j dL/dx_j)^2]
 
-over tokens is twice the KL, to second order, that setting neuron ``j`` to zero costs.
+over tokens is twice the KL, to second order, that setting neuron ``j`` to zero costs if
+positions do not add up: exactly so in the last block. Before it, attention lets a
+neuron of several tokens act on one prediction; these products are left out, since a sum
+over windows instead of tokens would have far fewer samples.
 ``slope = E|dL/dy|^2 / H`` at an MLP's output ``y`` likewise turns a mean squared error
 of an output channel into twice its KL, as if errors had no direction.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -98,14 +97,7 @@ class Pruning:
         last = range(self.model.block_count - 1, 0, -1)
         dropped = list(last)[: self.target.dropped]
         model, _ = without_blocks(self.model, self.source, dropped)
-        widths = [mlp_places(model, i)[0].neurons for i in range(model.block_count)]
-        share = self.target.kept / sum(widths)
-        dealer = Dealer(self, model, self.source)
-        found = dealer.dealt([share] * len(widths), widths)
-        unit = self.target.unit
-        if self.budgets != "uniform" and len(found) > 1 and found[1] > unit:
-            found = [found[0], found[1] - unit, *found[2:]]  # differ, as they will
-        return self._described(model, found)
+        return self._described(model, Dealer(self, model, self.source).provisional())
 
     def run(
         self, windows: Tensor | None, fingerprint: Mapping[str, str]
@@ -186,7 +178,7 @@ class Pruning:
             "checksum": kept.hexdigest()[:16],
             "blocks": [
                 {"block": old, "before": self.target.widths[old], "after": width}
-                | {key: block[key] for key in ("error", "seconds", "unseen")}
+                | {key: block[key] for key in ("error", "unseen")}
                 for old, width, block in zip(left, widths, blocks, strict=True)
             ],
         }
@@ -279,7 +271,6 @@ class _Walk:
     def _save(
         self, index: int, statistics: Mapping[str, NeuronStatistics | None]
     ) -> None:
-        started = time.perf_counter()
         places = mlp_places(self._model, index)
         tensors: dict[str, Tensor] = {}
         kept: dict[str, list[int]] = {}
@@ -300,7 +291,6 @@ class _Walk:
         record = {
             "kept": kept,
             "error": sum(errors) / len(errors) if errors else None,
-            "seconds": round(time.perf_counter() - started, 3),
             "unseen": unseen_,
         }
         self._folder.save_block(index, tensors, {"record": json.dumps(record)})
@@ -319,13 +309,14 @@ class _Walk:
         tensors = cut_rows(place, self._source, kept)
         tensors[f"{place.down}.weight"] = result.down.to(dtype)
         if pruning.repair == "bias":
-            bias = (
-                result.bias if result.bias is not None else torch.zeros(info.shape[0])
-            )
-            tensors[f"{place.down}.bias"] = bias.to(dtype)
-            for name in place.rows:
+            for name in (*place.rows, place.down):  # the config knows all or none
                 rows = len(tensors[f"{name}.weight"])
-                tensors[f"{name}.bias"] = torch.zeros(rows, dtype=dtype)
+                tensors.setdefault(f"{name}.bias", torch.zeros(rows, dtype=dtype))
+            own = f"{place.down}.bias"
+            if own in self._model.tensors:
+                tensors[own] = self._source.read(own)
+            if result.bias is not None:
+                tensors[own] = (tensors[own].to(result.bias) + result.bias).to(dtype)
         return tensors, kept, result
 
 
