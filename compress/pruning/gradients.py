@@ -127,7 +127,6 @@ def _back(
         wanted = [t for path in seen for t in met[path]]
         down = slopes[rows].to(output)
         found = torch.autograd.grad(output, [inputs, *wanted], down, allow_unused=True)
-        slopes[rows] = found[0].to(slopes)
         pairs = zip(found[1::2], found[2::2], strict=True)
         for path, (at_x, at_y) in zip(seen, pairs, strict=True):
             x = met[path][0].detach()
@@ -135,3 +134,4 @@ def _back(
             totals[path].effect += products.cpu()
             channels = at_y.shape[-1]
             totals[path].slope += float(at_y.float().square().sum()) / channels
+        slopes[rows] = found[0].to(slopes)  # last: at_y may be a view of it
