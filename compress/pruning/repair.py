@@ -50,9 +50,11 @@ def repaired(
     Args:
         mlp: Dense.
         statistics: Of its inner activations; needed by every repair but ``none``.
-        kept: int64, ascending.
+        kept: int64, ascending. If all stay, there is nothing to repair.
         repair: Resolved, that is, not ``auto``.
     """
+    if len(kept) == mlp.neurons:
+        return Repaired(mlp.down, None, None if statistics is None else 0.0)
     if statistics is None:
         assert repair == "none", f"{repair} needs statistics"
         return Repaired(mlp.down[:, kept], None, None)
