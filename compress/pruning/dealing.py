@@ -13,6 +13,7 @@ from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import ConfigError
 from compress.core.neurons import GatedMLP, NeuronStatistics
 from compress.pruning import budgets
+from compress.pruning.corrected import check_corrected
 from compress.pruning.depth import turns_of
 from compress.pruning.gradients import Gradients, gradients_of
 from compress.pruning.places import MLPPlace, mlp_places
@@ -186,6 +187,13 @@ def check_budgets(pruning: Pruning) -> None:
             "prune.budgets measured: losses are measured after the repair, and there "
             "is none; set repair: least_squares"
         )
+    if section.propagate == "corrected":
+        if pruning.repair != "least_squares":
+            raise ConfigError(
+                "prune.propagate corrected: it is a way of least squares; set repair: "
+                "least_squares"
+            )
+        check_corrected(pruning.model)
     if pruning.repair != "none" and not pruner.needs_activations:
         return
     if pruning.repair == "bias" and "mlp_bias" not in pruning.model.config:

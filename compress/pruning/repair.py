@@ -53,14 +53,15 @@ def repaired(
         kept: int64, ascending. If all stay, there is nothing to repair.
         repair: Resolved, that is, not ``auto``.
     """
-    if len(kept) == mlp.neurons:
+    cross = None if statistics is None else statistics.cross
+    if len(kept) == mlp.neurons and cross is None:
         return Repaired(mlp.down, None, None if statistics is None else 0.0)
     if statistics is None:
         assert repair == "none", f"{repair} needs statistics"
         return Repaired(mlp.down[:, kept], None, None)
     bias = None
     if repair == "least_squares":
-        down = least_squares(mlp.down, statistics.gram, kept)
+        down = least_squares(mlp.down, statistics.gram, kept, cross=cross)
     elif repair == "mask":
         down = scaled_columns(mlp.down, statistics.gram, kept)
     else:
