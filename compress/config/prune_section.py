@@ -1,4 +1,4 @@
-"""The section ``prune``: neurons and blocks that are removed for good."""
+"""The section ``prune``: neurons, heads and blocks that are removed for good."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PruneSection(Section):
     """How much goes, by which criterion, and what the rest does about it.
 
     One of ``sparsity``, ``parameters``, ``expansion_ratio`` and ``size`` says how much;
-    with ``blocks`` alone, only whole blocks go.
+    with ``blocks`` or ``kv_groups`` alone, only these go.
     """
 
     method: Text = Field(
@@ -41,6 +41,12 @@ class PruneSection(Section):
         default=None,
         ge=0,
         description="Whole blocks to remove, instead of what depth_share comes to.",
+    )
+    kv_groups: int = Field(
+        default=0,
+        ge=0,
+        description="Key-value heads that each block loses, with the query heads that "
+        "read them.",
     )
     depth_share: float | None = Field(
         default=None,
@@ -91,6 +97,9 @@ class PruneSection(Section):
         given = [name for name in units if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} contradict; give one of them")
-        if not given and not self.blocks:
-            raise ValueError(f"say how much to remove: one of {', '.join(units)}")
+        if not given and not self.blocks and not self.kv_groups:
+            raise ValueError(
+                f"say how much to remove: one of {', '.join(units)}, or blocks or "
+                "kv_groups"
+            )
         return self

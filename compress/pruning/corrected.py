@@ -21,7 +21,7 @@ experts, whose outputs are weighed by a router, are refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,6 @@ from compress.calibration.collect import add_product_
 from compress.core.artifact import ModelDescription
 from compress.core.compensation import least_squares
 from compress.core.errors import ConfigError
-from compress.core.neurons import NeuronStatistics
 from compress.model.states import Activations, allocate
 from compress.model.streaming import StreamedModel
 from compress.pruning.places import MLPPlace
@@ -113,22 +112,22 @@ class _Taps:
 
 @torch.no_grad()
 def observed(
-    sides: Sides, index: int, block: nn.Module, place: MLPPlace, effect: Tensor | None
-) -> tuple[NeuronStatistics, Tensor]:
+    sides: Sides, block: nn.Module, place: MLPPlace, *, stored: torch.dtype
+) -> tuple[NeuronMoments, Tensor]:
     """Move the original on by a block, and return what repairs the pruned model's.
 
     Args:
         sides: Streams at the block's input; the original's is at its output afterwards.
-        index: Number of the block.
         block: Loaded, with the original's weights; gets the new ``o_proj``.
         place: Its MLP.
-        effect: See :class:`NeuronStatistics`.
+        stored: What weights are rounded to in the checkpoint.
 
     Returns:
-        Statistics of the inputs of ``down`` in the pruned model, with ``cross``; and
-        the new weights of ``o_proj``, ``[H, C]``.
+        Moments of the inputs of ``down`` in the pruned model, with ``cross``; and the
+        new weights of ``o_proj``, ``[H, C]``.
     """
     model, dense, pruned = sides.model, sides.dense, sides.pruned
+    index = place.block
     rows, call = model.batches(dense), dense.calls[index]
     family = model.description.family
     output = family.with_role("o")
@@ -151,6 +150,7 @@ def observed(
         cross, gram = attention.means()
         kept = torch.arange(gram.shape[0], device=gram.device)
         solved = least_squares(layer.data, gram, kept, _ATTENTION_RIDGE, cross)
+        solved = solved.to(stored)
         layer.data = solved.to(layer)
         moments, mlp = NeuronMoments(), _Cross()
         for h_pruned, m, n in model.feed(rows, pruned, between, after):
@@ -161,8 +161,8 @@ def observed(
     finally:
         taps.close()
     dense.hidden = after.hidden
-    found = moments.result(place.down, effect)
-    return replace(found, cross=mlp.means()[0]), solved
+    moments.cross = mlp.means()[0]
+    return moments, solved
 
 
 def check_corrected(model: ModelDescription) -> None:
@@ -177,4 +177,3 @@ def check_corrected(model: ModelDescription) -> None:
             f"prune.propagate corrected: not for {model.family.name}, whose MLP does "
             "not add to the residual stream directly; set propagate: dense"
         )
-

@@ -14,6 +14,7 @@ from compress.core.errors import ConfigError
 from compress.core.neurons import GatedMLP, NeuronStatistics
 from compress.pruning import budgets
 from compress.pruning.corrected import check_corrected
+from compress.pruning.cutting import choose
 from compress.pruning.depth import turns_of
 from compress.pruning.gradients import Gradients, gradients_of
 from compress.pruning.places import MLPPlace, mlp_places
@@ -50,7 +51,7 @@ class Dealer:
     ) -> Mapping[str, Gradients]:
         """Return the effects of all neurons, if method or budgets ask for them."""
         pruning = self._pruning
-        if not (
+        if not pruning.target.cuts_neurons or not (
             pruning.pruner.needs_gradients or pruning.budgets in ("effect", "measured")
         ):
             return {}
@@ -70,6 +71,8 @@ class Dealer:
         """Return the width of each block."""
         pruning = self._pruning
         have = [block[0].neurons for block in self._places]
+        if not pruning.target.cuts_neurons:
+            return have
         share = pruning.target.kept / sum(have)
         kind = pruning.budgets
         if kind == "uniform":
@@ -152,8 +155,6 @@ class Dealer:
         The relative error of the output with the method's own choice and repair, times
         the output's mean square, times half its slope.
         """
-        from compress.pruning.stage import choose
-
         pruning, unit = self._pruning, self._pruning.target.unit
         largest = mlp.neurons // unit
         least = -(-_LEAST // unit)
@@ -192,6 +193,11 @@ def check_budgets(pruning: Pruning) -> None:
             raise ConfigError(
                 "prune.propagate corrected: it is a way of least squares; set repair: "
                 "least_squares"
+            )
+        if section.kv_groups:
+            raise ConfigError(
+                "prune.propagate corrected: o_proj is solved for all heads, so "
+                "that none can go; set propagate: pruned, or leave kv_groups out"
             )
         check_corrected(pruning.model)
     if pruning.repair != "none" and not pruner.needs_activations:

@@ -1,4 +1,8 @@
-"""From "how much" in any unit to blocks and neurons, before anything is measured."""
+"""From "how much" in any unit to blocks and neurons, before anything is measured.
+
+Heads are counted by a unit of all weights (``parameters``, ``size``); by a unit of
+neurons they go on top.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from compress.core.artifact import ModelDescription, TensorInfo
 from compress.core.contracts import Pruner
 from compress.core.errors import ConfigError
 from compress.core.sizes import parse_size
+from compress.pruning.heads import check_groups, kv_heads, with_kv_groups
 from compress.pruning.places import mlp_places
 
 _PROTECTED = 3  # the first two blocks and the last are never dropped
@@ -39,6 +44,11 @@ class Target:
         """Blocks that stay."""
         return len(self.widths) - self.dropped
 
+    @property
+    def cuts_neurons(self) -> bool:
+        """Whether any goes from a block that stays."""
+        return self.kept < round(self.blocks * sum(self.widths) / len(self.widths))
+
 
 def target_of(
     section: PruneSection, pruner: Pruner, model: ModelDescription, unit: int
@@ -54,6 +64,7 @@ def target_of(
     Raises:
         ConfigError: That much cannot be removed.
     """
+    check_groups(section, model)
     count = model.block_count
     places = [mlp_places(model, i) for i in range(count)]
     widths = tuple(block[0].neurons for block in places)
@@ -73,7 +84,10 @@ def target_of(
             f"{max(0, count - _PROTECTED)} can, since the first two and the last stay"
         )
     left = (count - dropped) * sum(widths) / count
-    gone = max(0.0, remove - dropped * sum(blocks) / count)
+    gone = remove - dropped * sum(blocks) / count
+    if section.parameters is not None or section.size is not None:
+        gone -= (count - dropped) * _group_weights(section, model)
+    gone = max(0.0, gone)
     kept = left - gone / neuron
     least = (count - dropped) * max(_LEAST, unit)
     if kept < least:
@@ -113,6 +127,15 @@ def _removed_weights(
             )
         return (bytes_ - wanted) * whole / bytes_
     return 0.0
+
+
+def _group_weights(section: PruneSection, model: ModelDescription) -> float:
+    """Return how many weights a block loses with its heads, mean over blocks."""
+    left = with_kv_groups(model, kv_heads(model) - section.kv_groups).tensors
+    gone = sum(
+        info.elements - left[name].elements for name, info in model.tensors.items()
+    )
+    return gone / model.block_count
 
 
 def _bytes(info: TensorInfo) -> int:
