@@ -182,6 +182,14 @@ class WorkDir:
         path = self.root / "results" / f"{name}.json"
         return self._read_json(path) if path.is_file() else None
 
+    def finished(self, name: str) -> Any:
+        """Return the stored result of a stage that is known to be done.
+
+        Raises:
+            CheckpointError: It is missing or damaged.
+        """
+        return self._read_json(self.root / "results" / f"{name}.json")
+
     def has_part(self, part: str) -> bool:
         """Whether the codes of a part (a block, or ``embeddings``) are complete."""
         return self._part(part).is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +82,9 @@ def pruned(
 
 def kept_neurons(root: Path) -> dict[str, list[int]]:
     """Return the neurons that stay, by path of the MLP in the pruned model."""
-    import json
-
-    from safetensors import safe_open
-
     found: dict[str, list[int]] = {}
-    for shard in sorted((root / "pruned").glob("model-block-*.safetensors")):
-        with safe_open(shard, framework="pt") as file:
-            found |= json.loads(file.metadata()["record"])["kept"]
+    for record in sorted((root / "pruning/results").glob("block-*.json")):
+        found |= json.loads(record.read_text())["kept"]
     return found
 
 

@@ -1,4 +1,4 @@
-"""The section ``prune``: neurons and blocks that are removed for good."""
+"""The section ``prune``: neurons, heads and blocks that are removed for good."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PruneSection(Section):
     """How much goes, by which criterion, and what the rest does about it.
 
     One of ``sparsity``, ``parameters``, ``expansion_ratio`` and ``size`` says how much;
-    with ``blocks`` alone, only whole blocks go.
+    with ``blocks`` or ``kv_groups`` alone, only these go.
     """
 
     method: Text = Field(
@@ -50,6 +50,12 @@ class PruneSection(Section):
         default=None,
         ge=0,
         description="Whole blocks to remove, instead of what depth_share comes to.",
+    )
+    kv_groups: int = Field(
+        default=0,
+        ge=0,
+        description="Key-value heads that each block loses, with the query heads that "
+        "read them.",
     )
     depth_share: float | None = Field(
         default=None,
@@ -86,10 +92,11 @@ class PruneSection(Section):
         description="What the neurons that stay take over: auto is least_squares with "
         "calibration text, else none.",
     )
-    propagate: Literal["dense", "pruned"] = Field(
+    propagate: Literal["dense", "pruned", "corrected"] = Field(
         default="dense",
         description="What later blocks are repaired on: inputs as the original model "
-        "has them, or as the pruned blocks before give them.",
+        "has them, or as the pruned blocks before give them; corrected aims at the "
+        "original's stream besides, with o_proj as well.",
     )
     options: dict[str, Any] = Field(default={}, description="Options of the method.")
 
@@ -98,9 +105,10 @@ class PruneSection(Section):
         given = [name for name in _UNITS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} contradict; give one of them")
-        if not given and not self.blocks:
+        if not given and not self.blocks and not self.kv_groups:
             raise ValueError(
-                f"say how much to remove: one of {', '.join(_UNITS)}, or blocks"
+                f"say how much to remove: one of {', '.join(_UNITS)}, or blocks or "
+                "kv_groups"
             )
         other = "blocks" if self.blocks is not None else "expansion_ratio"
         if self.depth_share is not None and getattr(self, other) is not None:

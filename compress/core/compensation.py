@@ -5,7 +5,7 @@ columns that stay, the best ``W'`` minimises ``E|W x - W' x_S|^2``. All in float
 ``G`` has a condition number beyond float32 as soon as activations are massive.
 
 * :func:`least_squares`: ``W' = W_S + W_P G_PS (G_SS + ridge)^-1``, ridge towards
-  ``W_S``.
+  ``W_S``; or towards a target that is given.
 * :func:`scaled_columns`: the best diagonal, ``W' = W_S diag(m)``, ridge towards one;
   Kwon et al. (arXiv 2204.09656), section 4.3, with the Gram matrix in closed form.
 * :class:`Downdate`: the inverse of ``G_SS`` and the compensated ``W`` while columns go
@@ -56,7 +56,11 @@ def factor(gram: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
 
 
 def least_squares(
-    weight: Tensor, gram: Tensor, kept: Tensor, ridge: float = RIDGE
+    weight: Tensor,
+    gram: Tensor,
+    kept: Tensor,
+    ridge: float = RIDGE,
+    cross: Tensor | None = None,
 ) -> Tensor:
     """Return float32 ``[R, len(kept)]``: the columns that stay, taking over the rest.
 
@@ -65,13 +69,17 @@ def least_squares(
         gram: ``[I, I]``, mean of ``x x^T``.
         kept: int64, ascending.
         ridge: Share of the mean diagonal of what stays.
+        cross: ``[R, I]``, the mean of ``t x^T``, to come close to ``t`` instead of to
+            what ``weight`` makes of ``x``.
     """
-    gone = complement(kept, weight.shape[1])
-    wide = weight.double()
-    _, lower = factor(gram[kept][:, kept], ridge)
-    right = gram[gone][:, kept].double().T @ wide[:, gone].T  # [S, R]
-    taken = torch.cholesky_solve(right, lower)
-    found: Tensor = wide[:, kept] + taken.T
+    wide, inside = weight.double(), gram[kept][:, kept]
+    _, lower = factor(inside, ridge)
+    if cross is None:
+        gone = complement(kept, weight.shape[1])
+        missing = wide[:, gone] @ gram[gone][:, kept].double()
+    else:
+        missing = cross[:, kept].double() - wide[:, kept] @ inside.double()
+    found: Tensor = wide[:, kept] + torch.cholesky_solve(missing.T, lower).T
     return found.float()
 
 

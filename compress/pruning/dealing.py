@@ -16,6 +16,8 @@ from compress.core.errors import ConfigError
 from compress.core.neurons import GatedMLP, NeuronStatistics
 from compress.pruning import budgets
 from compress.pruning.budgets import narrowest
+from compress.pruning.corrected import check_corrected
+from compress.pruning.cutting import choose
 from compress.pruning.depth import turns_of
 from compress.pruning.gradients import Gradients, gradients_of
 from compress.pruning.places import MLPPlace, mlp_places
@@ -53,7 +55,7 @@ class Dealer:
     ) -> Mapping[str, Gradients]:
         """Return the effects of all neurons, if method or budgets ask for them."""
         pruning = self._pruning
-        if not (
+        if not pruning.target.cuts_neurons or not (
             pruning.pruner.needs_gradients or pruning.budgets in ("effect", "measured")
         ):
             return {}
@@ -73,6 +75,8 @@ class Dealer:
         """Return the width of each block."""
         pruning = self._pruning
         have = self._have
+        if not pruning.target.cuts_neurons:
+            return have
         share = self._share
         kind = pruning.budgets
         if kind == "uniform":
@@ -188,8 +192,6 @@ class Dealer:
         The relative error of the output with the method's own choice and repair, times
         the output's mean square, times half its slope.
         """
-        from compress.pruning.stage import choose
-
         pruning, unit = self._pruning, self._pruning.target.unit
         largest = -(-mlp.neurons // unit)
         least = min(narrowest(unit), largest)
@@ -226,6 +228,18 @@ def check_budgets(pruning: Pruning) -> None:
             "prune.budgets measured: losses are measured after the repair, and there "
             "is none; set repair: least_squares"
         )
+    if section.propagate == "corrected":
+        if pruning.repair != "least_squares":
+            raise ConfigError(
+                "prune.propagate corrected: it is a way of least squares; set repair: "
+                "least_squares"
+            )
+        if section.kv_groups:
+            raise ConfigError(
+                "prune.propagate corrected: o_proj is solved for all heads, so "
+                "that none can go; set propagate: pruned, or leave kv_groups out"
+            )
+        check_corrected(pruning.model)
     if pruning.repair == "bias" and "mlp_bias" not in pruning.model.config:
         raise ConfigError(
             f"prune.repair bias: {pruning.model.family.name} has no bias in its MLP; "
@@ -236,17 +250,20 @@ def check_budgets(pruning: Pruning) -> None:
 def _save(path: Path, found: Mapping[str, Gradients]) -> None:
     from safetensors.torch import save
 
-    tensors = {name: g.effect.contiguous() for name, g in found.items()}
-    slopes = {name: str(g.slope) for name, g in found.items()}
-    write_atomically(path, save(tensors, metadata=slopes))
+    effects = {f"{name}.effect": g.effect.contiguous() for name, g in found.items()}
+    slopes = {
+        f"{name}.slope": torch.tensor(g.slope, dtype=torch.float64)
+        for name, g in found.items()
+    }
+    write_atomically(path, save(effects | slopes))
 
 
 def _load(path: Path) -> dict[str, Gradients]:
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
-    with safe_open(path, framework="pt") as file:
-        slopes = file.metadata()
-        return {
-            name: Gradients(file.get_tensor(name).clone(), float(slopes[name]))
-            for name in file.keys()  # noqa: SIM118 - not a mapping
-        }
+    stored = load_file(path)
+    paths = [name.removesuffix(".slope") for name in stored if name.endswith(".slope")]
+    return {
+        path: Gradients(stored[f"{path}.effect"], float(stored[f"{path}.slope"]))
+        for path in paths
+    }

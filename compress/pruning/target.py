@@ -1,4 +1,8 @@
-"""From "how much" in any unit to blocks and neurons, before anything is measured."""
+"""From "how much" in any unit to blocks and neurons, before anything is measured.
+
+Heads are counted by a unit of all weights (``parameters``, ``size``); by a unit of
+neurons they go on top.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from compress.core.contracts import Pruner
 from compress.core.errors import ConfigError
 from compress.core.sizes import parse_size
 from compress.pruning.budgets import narrowest
+from compress.pruning.heads import check_groups, kv_heads, with_kv_groups
 from compress.pruning.places import mlp_places
 
 _PROTECTED = 3  # the first two blocks and the last are never dropped
@@ -32,6 +37,11 @@ class Target:
     removed: int
     unit: int
 
+    @property
+    def cuts_neurons(self) -> bool:
+        """Whether any goes from a block that stays."""
+        return self.removed > 0
+
 
 def target_of(
     section: PruneSection, pruner: Pruner, model: ModelDescription, unit: int
@@ -47,6 +57,7 @@ def target_of(
     Raises:
         ConfigError: That much cannot be removed.
     """
+    check_groups(section, model)
     count = model.block_count
     places = [mlp_places(model, i) for i in range(count)]
     widths = tuple(block[0].neurons for block in places)
@@ -74,8 +85,10 @@ def target_of(
     if section.expansion_ratio is not None:
         remove *= (count - dropped) / count
     else:
-        remove = max(0.0, remove - dropped * block)
-    removed = remove / neuron
+        remove -= dropped * block
+    if section.parameters is not None or section.size is not None:
+        remove -= (count - dropped) * _group_weights(section, model)
+    removed = max(0.0, remove) / neuron
     least = narrowest(unit) * unit
     if removed and left - removed < (count - dropped) * least:
         raise ConfigError(
@@ -123,6 +136,15 @@ def _removed_weights(
             )
         return (bytes_ - wanted) * whole / bytes_
     return 0.0
+
+
+def _group_weights(section: PruneSection, model: ModelDescription) -> float:
+    """Return how many weights a block loses with its heads, mean over blocks."""
+    left = with_kv_groups(model, kv_heads(model) - section.kv_groups).tensors
+    gone = sum(
+        info.elements - left[name].elements for name, info in model.tensors.items()
+    )
+    return gone / model.block_count
 
 
 def _bytes(info: TensorInfo) -> int:
