@@ -41,7 +41,7 @@ class PruneSection(Section):
         default=None,
         gt=0,
         description="MLP width over hidden size that is left; blocks go only if "
-        "``blocks`` says so.",
+        "`blocks` says so.",
     )
     size: Annotated[int | str, AfterValidator(_check_size)] | None = Field(
         default=None, description="Bytes of the pruned, dense checkpoint, such as 1GB."

@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         tie_word_embeddings=True,
         dtype=torch.float16,
-        intermediate_size=128,
+        intermediate_size=320,
     )
     return folder
 
