@@ -19,6 +19,7 @@ from compress.transform import block_of_layer, part_of_layer
 if TYPE_CHECKING:
     from compress.pipeline import Run
 
+_NOTED_ONE_BY_ONE = 3
 _WIDTH = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
 
 
@@ -185,6 +186,22 @@ def _experts(
     }
 
 
+def _layer_notes(layers: list[dict[str, Any]]) -> list[str]:
+    """Return the notes on layers; a note that many share is one line."""
+    sharing: dict[str, list[str]] = {}
+    for row in layers:
+        if not _has_few_tokens(row):
+            for note in row["notes"]:
+                sharing.setdefault(note, []).append(row["name"])
+    lines = []
+    for note, names in sharing.items():
+        if len(names) > _NOTED_ONE_BY_ONE:
+            lines.append(f"{len(names)} layers, such as {names[0]}: {note}")
+        else:
+            lines += [f"{name}: {note}" for name in names]
+    return lines
+
+
 def _warnings(
     run: Run, layers: list[dict[str, Any]], exports: Mapping[str, Any]
 ) -> list[str]:
@@ -209,12 +226,7 @@ def _warnings(
             f"{len(few)} layers of experts, such as {few[0]}, were rounded to nearest: "
             "too few tokens reached them; more or other calibration text reaches more"
         )
-    found += [
-        f"{row['name']}: {note}"
-        for row in layers
-        if not _has_few_tokens(row)
-        for note in row["notes"]
-    ]
+    found += _layer_notes(layers)
     found += failures(exports)
     for name, entry in exports.items():
         found += [f"{name}: {note}" for note in entry.get("notes", [])]

@@ -92,11 +92,10 @@ class PruneSection(Section):
         description="What the neurons that stay take over: auto is least_squares with "
         "calibration text, else none.",
     )
-    propagate: Literal["dense", "pruned", "corrected"] = Field(
+    propagate: Literal["dense", "pruned"] = Field(
         default="dense",
         description="What later blocks are repaired on: inputs as the original model "
-        "has them, or as the pruned blocks before give them; corrected aims at the "
-        "original's stream besides, with o_proj as well.",
+        "has them, or as the pruned blocks before give them.",
     )
     options: dict[str, Any] = Field(default={}, description="Options of the method.")
 

@@ -16,7 +16,6 @@ from compress.core.errors import ConfigError
 from compress.core.neurons import GatedMLP, NeuronStatistics
 from compress.pruning import budgets
 from compress.pruning.budgets import narrowest
-from compress.pruning.corrected import check_corrected
 from compress.pruning.cutting import choose
 from compress.pruning.depth import turns_of
 from compress.pruning.gradients import Gradients, gradients_of
@@ -228,18 +227,6 @@ def check_budgets(pruning: Pruning) -> None:
             "prune.budgets measured: losses are measured after the repair, and there "
             "is none; set repair: least_squares"
         )
-    if section.propagate == "corrected":
-        if pruning.repair != "least_squares":
-            raise ConfigError(
-                "prune.propagate corrected: it is a way of least squares; set repair: "
-                "least_squares"
-            )
-        if section.kv_groups:
-            raise ConfigError(
-                "prune.propagate corrected: o_proj is solved for all heads, so "
-                "that none can go; set propagate: pruned, or leave kv_groups out"
-            )
-        check_corrected(pruning.model)
     if pruning.repair == "bias" and "mlp_bias" not in pruning.model.config:
         raise ConfigError(
             f"prune.repair bias: {pruning.model.family.name} has no bias in its MLP; "

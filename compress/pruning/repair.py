@@ -58,18 +58,17 @@ def repaired_columns(
         weight: float32 ``[H, I]``: ``down`` of an MLP, or o of attention.
         statistics: Of its inputs; needed by every repair but ``none``.
         kept: int64, ascending: the columns that stay. If all do, there is nothing to
-            repair, unless the output is to be another.
+            repair.
         repair: Resolved, that is, not ``auto``.
     """
-    cross = None if statistics is None else statistics.cross
-    if len(kept) == weight.shape[1] and cross is None:
+    if len(kept) == weight.shape[1]:
         return Repaired(weight, None, None if statistics is None else 0.0)
     if statistics is None:
         assert repair == "none", f"{repair} needs statistics"
         return Repaired(weight[:, kept], None, None)
     bias = None
     if repair == "least_squares":
-        down = least_squares(weight, statistics.gram, kept, cross=cross)
+        down = least_squares(weight, statistics.gram, kept)
     elif repair == "mask":
         down = scaled_columns(weight, statistics.gram, kept)
     else:

@@ -21,11 +21,9 @@ from tqdm import tqdm
 from compress.config.prune_section import PruneSection
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.contracts import Pruner
-from compress.core.tensors import TORCH_DTYPES
 from compress.model.sources import in_model_order
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
-from compress.pruning.corrected import Sides, observed
 from compress.pruning.cutting import Cut, Cutter, Place
 from compress.pruning.dealing import Dealer
 from compress.pruning.depth import choose_blocks
@@ -231,34 +229,9 @@ class _Walk:
         assert windows is not None
         running = self._pruning.streamed(self._model, self._source)
         states = running.embed(windows)
-        corrected = self._pruning.section.propagate == "corrected"
-        sides = Sides(running, running.copy(states), states) if corrected else None
         for index in blocks:
             with running.block(index) as block:
-                if sides is not None:
-                    self._corrected(sides, index, block)
-                else:
-                    self._block(running, index, block, states)
-
-    def _corrected(self, sides: Sides, index: int, block: nn.Module) -> None:
-        """Prune a block of the second of two models that run side by side."""
-        (place,) = mlp_places(self._model, index)
-        path = self._model.family.with_role("o")
-        assert path is not None
-        output = f"{self._model.family.block(index)}.{path.path}.weight"
-        if self._folder.has_block(index):
-            sides.model.advance(index, sides.dense)
-            (cut,) = self._saved(index, [place])
-        else:
-            stored = TORCH_DTYPES[self._model.tensors[output].dtype]
-            moments, weight = observed(sides, block, place, stored=stored)
-            (made,) = self._cutter.cut([place], {place.path: moments})
-            cut = replace(made, tensors={**made.tensors, output: weight})
-            self._save(index, [cut])
-        cut.replace_(block)
-        weight = block.get_submodule(path.path).get_parameter("weight")
-        weight.data = cut.tensors[output].to(weight)
-        sides.model.advance(index, sides.pruned)
+                self._block(running, index, block, states)
 
     def _places(self, index: int) -> tuple[list[Place], list[Place]]:
         """Return what is cut in a block, in order of execution."""

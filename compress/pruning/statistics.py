@@ -19,17 +19,12 @@ from compress.pruning.places import MLPPlace
 
 
 class NeuronMoments:
-    """Sums over the tokens that one MLP, or one attention, sees.
-
-    Attributes:
-        cross: See :class:`NeuronStatistics`; of whoever knows what outputs should be.
-    """
+    """Sums over the tokens that one MLP, or one attention, sees."""
 
     def __init__(self) -> None:
         self._products = Moments()
         self._sum: Tensor | None = None
         self._peak: Tensor | None = None
-        self.cross: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -64,7 +59,6 @@ class NeuronMoments:
             peak=self._peak,
             tokens=found.tokens,
             effect=None if effect is None else effect.to(self._sum.device),
-            cross=self.cross,
         )
 
 
