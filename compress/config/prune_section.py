@@ -9,6 +9,8 @@ from pydantic import AfterValidator, Field, model_validator
 from compress.config.fields import Section, Text
 from compress.core.sizes import parse_size
 
+_UNITS = ("sparsity", "parameters", "expansion_ratio", "size")
+
 
 def _check_size(size: int | str) -> int | str:
     parse_size(str(size))
@@ -26,13 +28,20 @@ class PruneSection(Section):
         default="taylor", description="Name of a pruner (compress list pruners)."
     )
     sparsity: float | None = Field(
-        default=None, ge=0, lt=1, description="Share of the MLP neurons to remove."
+        default=None,
+        ge=0,
+        lt=1,
+        description="Share of the MLP neurons to remove; where whole blocks go as "
+        "well, as many weights.",
     )
     parameters: float | None = Field(
         default=None, gt=0, lt=1, description="Share of all weights to remove."
     )
     expansion_ratio: float | None = Field(
-        default=None, gt=0, description="MLP width over hidden size that is left."
+        default=None,
+        gt=0,
+        description="MLP width over hidden size that is left; blocks go only if "
+        "`blocks` says so.",
     )
     size: Annotated[int | str, AfterValidator(_check_size)] | None = Field(
         default=None, description="Bytes of the pruned, dense checkpoint, such as 1GB."
@@ -92,13 +101,25 @@ class PruneSection(Section):
 
     @model_validator(mode="after")
     def _says_how_much(self) -> PruneSection:
-        units = ("sparsity", "parameters", "expansion_ratio", "size")
-        given = [name for name in units if getattr(self, name) is not None]
+        given = [name for name in _UNITS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} contradict; give one of them")
         if not given and not self.blocks and not self.kv_groups:
             raise ValueError(
-                f"say how much to remove: one of {', '.join(units)}, or blocks or "
+                f"say how much to remove: one of {', '.join(_UNITS)}, or blocks or "
                 "kv_groups"
             )
+        other = "blocks" if self.blocks is not None else "expansion_ratio"
+        if self.depth_share is not None and getattr(self, other) is not None:
+            raise ValueError(
+                f"depth_share and {other} contradict; blocks says how many go"
+            )
         return self
+
+    @property
+    def total(self) -> str | None:
+        """What limits blocks and neurons together, as it was written."""
+        for name in ("sparsity", "parameters", "size"):
+            if getattr(self, name) is not None:
+                return f"{name}: {getattr(self, name)}"
+        return None

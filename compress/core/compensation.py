@@ -12,7 +12,8 @@ columns that stay, the best ``W'`` minimises ``E|W x - W' x_S|^2``. All in float
   chunk by chunk, as in SlimGPT (arXiv 2412.18110).
 
 A ridge is a share of the mean diagonal of ``G``. It has to be small: a few massive
-activations dominate that mean.
+activations dominate that mean. Where sums were rounded so that ``G`` plus that ridge is
+not positive definite, :func:`factor` takes the next power of ten that is enough.
 """
 
 from __future__ import annotations
@@ -39,6 +40,21 @@ def with_ridge(gram: Tensor, ridge: float = RIDGE) -> Tensor:
     return damped
 
 
+def factor(gram: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """Return float64 ``G`` with the ridge that it needs, and its Cholesky factor.
+
+    Args:
+        gram: ``[I, I]``, finite.
+        ridge: Share of the mean diagonal to begin with.
+    """
+    while True:
+        damped = with_ridge(gram, ridge)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            return damped, lower
+        ridge *= 10  # ends: with the trace on the diagonal any moments are definite
+
+
 def least_squares(
     weight: Tensor, gram: Tensor, kept: Tensor, ridge: float = RIDGE
 ) -> Tensor:
@@ -50,12 +66,10 @@ def least_squares(
         kept: int64, ascending.
         ridge: Share of the mean diagonal of what stays.
     """
-    gone = complement(kept, weight.shape[1])
-    wide = weight.double()
-    small = with_ridge(gram[kept][:, kept], ridge)
-    right = gram[gone][:, kept].double().T @ wide[:, gone].T  # [S, R]
-    taken = torch.cholesky_solve(right, torch.linalg.cholesky(small))
-    found: Tensor = wide[:, kept] + taken.T
+    wide, gone = weight.double(), complement(kept, weight.shape[1])
+    _, lower = factor(gram[kept][:, kept], ridge)
+    missing = wide[:, gone] @ gram[gone][:, kept].double()
+    found: Tensor = wide[:, kept] + torch.cholesky_solve(missing.T, lower).T
     return found.float()
 
 
@@ -93,15 +107,16 @@ class Downdate:
         ridge: Share of the mean diagonal.
 
     Attributes:
+        energy: float64 ``[I]``, the diagonal of ``G`` with its ridge.
         alive: int64 indices of the columns that are left, ascending.
         weight: float64 ``[R, len(alive)]``, what they must be now.
         inverse: float64, the inverse of ``G`` restricted to them.
     """
 
     def __init__(self, weight: Tensor, gram: Tensor, ridge: float = RIDGE) -> None:
-        damped = with_ridge(gram, ridge)
-        factor = torch.linalg.cholesky(damped)
-        self.inverse = torch.cholesky_inverse(factor)
+        damped, lower = factor(gram, ridge)
+        self.energy = damped.diagonal().clone()
+        self.inverse = torch.cholesky_inverse(lower)
         self.weight = weight.double()
         self.alive = torch.arange(weight.shape[1], device=weight.device)
         scale = damped.diagonal().rsqrt()
@@ -125,9 +140,11 @@ class Downdate:
         """Return positions of the ``count`` lowest scores, of twins only one.
 
         Two columns whose correlation exceeds ``limit`` stand in for one another; if
-        both went at once, nobody would take over. Fewer may be returned.
+        both went at once, nobody would take over. An infinite score is never taken.
+        Fewer may be returned, but one if any score is finite.
         """
         order = torch.sort(scores, stable=True).indices[: 2 * count]
+        order = order[scores[order].isfinite()]
         ids = self.alive[order]
         close = (self._correlation[ids][:, ids].abs() > limit).cpu()
         taken: list[int] = []

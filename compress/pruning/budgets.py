@@ -26,6 +26,8 @@ Budgets = Literal["uniform", "cfsp", "standardised", "effect", "measured"]
 BUDGETS: tuple[str, ...] = get_args(Budgets)
 _GAIN = 13.1
 _FLOOR = 0.25  # share of its neurons that a block keeps at least
+LEAST = 32
+"""Neurons that a block keeps; a GGUF block of width 0 would lose its attention too."""
 
 
 def cfsp_shares(distances: Sequence[float], keep: float) -> list[float]:
@@ -82,13 +84,19 @@ def standardised(scores: Tensor) -> Tensor:
     return (wide - wide.mean()) / wide.std().clamp(min=1e-30)
 
 
+def narrowest(unit: int) -> int:
+    """Return how many units a block keeps at least."""
+    return -(-LEAST // unit)
+
+
 def deal(
     shares: Sequence[float], widths: Sequence[int], total: int, unit: int
 ) -> list[int]:
     """Return widths near given shares that add up to a total, by largest remainder.
 
-    Each is a multiple of ``unit`` (or the block's own width), at least one unit, at
-    most the block's width; their sum is within one unit of ``total``.
+    Each is a multiple of ``unit``, or the block's own width; none is below
+    :data:`LEAST` unless its block was. Their sum is within half a unit of ``total``
+    where that leaves room for it.
 
     Args:
         shares: Of each block's neurons.
@@ -96,27 +104,32 @@ def deal(
         total: To keep.
         unit: What widths are multiples of.
     """
-    limits = [max(1, width // unit) for width in widths]
+    limits = [-(-width // unit) for width in widths]
+    floors = [min(narrowest(unit), limit) for limit in limits]
     ideal = [
-        min(max(share * width / unit, 1.0), float(limit))
-        for share, width, limit in zip(shares, widths, limits, strict=True)
+        min(max(share * width / unit, float(floor)), float(limit))
+        for share, width, floor, limit in zip(
+            shares, widths, floors, limits, strict=True
+        )
     ]
-    units = [min(int(x), limit) for x, limit in zip(ideal, limits, strict=True)]
-    missing = round(total / unit) - sum(units)
-    while missing:
+    counts = [int(x) for x in ideal]
+
+    def size(block: int, count: int) -> int:
+        return min(count * unit, widths[block])
+
+    while True:
+        missing = total - sum(size(b, count) for b, count in enumerate(counts))
         step = 1 if missing > 0 else -1
-        open_blocks = [
-            b for b in range(len(units)) if 1 <= units[b] + step <= limits[b]
+        able = [
+            b
+            for b, count in enumerate(counts)
+            if floors[b] <= count + step <= limits[b]
+            and 2 * abs(missing) > abs(size(b, count + step) - size(b, count))
         ]
-        if not open_blocks:
-            break
-        best = max(open_blocks, key=lambda b: (step * (ideal[b] - units[b]), -b))
-        units[best] += step
-        missing -= step
-    return [
-        width if count == limit else count * unit
-        for count, limit, width in zip(units, limits, widths, strict=True)
-    ]
+        if not able:
+            return [size(b, count) for b, count in enumerate(counts)]
+        best = max(able, key=lambda b: (step * (ideal[b] - counts[b]), -b))
+        counts[best] += step
 
 
 def least_loss(ladders: Sequence[Sequence[tuple[int, float]]], total: int) -> list[int]:

@@ -147,12 +147,14 @@ class Cutter:
         tensors = cut_rows(place, self._source, kept)
         tensors[f"{place.down}.weight"] = result.down.to(dtype)
         if pruning.repair == "bias":
-            bias = result.bias
-            bias = torch.zeros(len(mlp.down)) if bias is None else bias
-            tensors[f"{place.down}.bias"] = bias.to(dtype)
-            for name in place.rows:
+            for name in (*place.rows, place.down):  # the config knows all or none
                 rows = len(tensors[f"{name}.weight"])
-                tensors[f"{name}.bias"] = torch.zeros(rows, dtype=dtype)
+                tensors.setdefault(f"{name}.bias", torch.zeros(rows, dtype=dtype))
+            own = f"{place.down}.bias"
+            if own in self._source.tensors():
+                tensors[own] = self._source.read(own)
+            if result.bias is not None:
+                tensors[own] = (tensors[own].to(result.bias) + result.bias).to(dtype)
         return tensors, kept, result.error
 
 

@@ -57,9 +57,12 @@ def repaired_columns(
     Args:
         weight: float32 ``[H, I]``: ``down`` of an MLP, or o of attention.
         statistics: Of its inputs; needed by every repair but ``none``.
-        kept: int64, ascending: the columns that stay.
+        kept: int64, ascending: the columns that stay. If all do, there is nothing to
+            repair.
         repair: Resolved, that is, not ``auto``.
     """
+    if len(kept) == weight.shape[1]:
+        return Repaired(weight, None, None if statistics is None else 0.0)
     if statistics is None:
         assert repair == "none", f"{repair} needs statistics"
         return Repaired(weight[:, kept], None, None)

@@ -27,7 +27,6 @@ from compress.model.streaming import StreamedModel
 from compress.pruning.cutting import Cut, Cutter, Place
 from compress.pruning.dealing import Dealer
 from compress.pruning.depth import choose_blocks
-from compress.pruning.gradients import Gradients
 from compress.pruning.heads import (
     AttentionPlace,
     attention_place,
@@ -111,15 +110,7 @@ class Pruning:
         last = range(self.model.block_count - 1, 0, -1)
         dropped = list(last)[: self.target.dropped]
         model, _ = without_blocks(self.model, self.source, dropped)
-        widths = [mlp_places(model, i)[0].neurons for i in range(model.block_count)]
-        share = self.target.kept / sum(widths)
-        dealer = Dealer(self, model, self.source)
-        found = dealer.dealt([share] * len(widths), widths)
-        unit = self.target.unit
-        uneven = self.target.cuts_neurons and self.budgets != "uniform"
-        if uneven and len(found) > 1 and found[1] > unit:
-            found = [found[0], found[1] - unit, *found[2:]]  # differ, as they will
-        return self._described(model, found)
+        return self._described(model, Dealer(self, model, self.source).provisional())
 
     def run(
         self, windows: Tensor | None, fingerprint: Mapping[str, str]
@@ -139,9 +130,9 @@ class Pruning:
         widths = work.stage("widths", lambda: dealer.widths(windows, gradients))
         described = self._described(model, widths)
         if not folder.complete:
-            walk = _Walk(self, model, source, folder, widths, gradients)
-            walk.run(windows)
-        record = self._record(dropped, widths, folder)
+            cutter = Cutter(self, source, widths=widths, gradients=gradients)
+            _Walk(self, model, source, cutter, (folder, work)).run(windows)
+        record = self._record(dropped, widths, work)
         if not folder.complete:
             about = {key: record[key] for key in ("method", "dropped", "checksum")}
             folder.finish(described, source, {"compress_pruning": about})
@@ -181,9 +172,9 @@ class Pruning:
         return replace(found, config=config, tensors=ordered)
 
     def _record(
-        self, dropped: Sequence[int], widths: Sequence[int], folder: ShardFolder
+        self, dropped: Sequence[int], widths: Sequence[int], work: WorkDir
     ) -> dict[str, Any]:
-        blocks = [json.loads(folder.metadata(i)["record"]) for i in range(len(widths))]
+        blocks = [work.finished(_block(i)) for i in range(len(widths))]
         left = [i for i in range(self.model.block_count) if i not in dropped]
         kept = hashlib.sha256(json.dumps([b["kept"] for b in blocks]).encode())
         before = sum(self.target.widths)
@@ -217,13 +208,12 @@ class _Walk:
         pruning: Pruning,
         model: ModelDescription,
         source: TensorSource,
-        folder: ShardFolder,
-        widths: Sequence[int],
-        gradients: Mapping[str, Gradients],
+        cutter: Cutter,
+        places: tuple[ShardFolder, WorkDir],
     ) -> None:
         self._pruning, self._model, self._source = pruning, model, source
-        self._folder = folder
-        self._cutter = Cutter(pruning, source, widths=widths, gradients=gradients)
+        self._cutter = cutter
+        self._folder, self._work = places
 
     @torch.no_grad()
     def run(self, windows: Tensor | None) -> None:
@@ -282,7 +272,7 @@ class _Walk:
         """Return what was cut in a block whose shard is there."""
         from safetensors.torch import load_file
 
-        kept = json.loads(self._folder.metadata(index)["record"])["kept"]
+        kept = self._work.finished(_block(index))["kept"]
         stored = load_file(self._folder.path(index))
         return [Cut(p, torch.tensor(kept[p.path]), stored) for p in places]
 
@@ -304,4 +294,10 @@ class _Walk:
             **errors,
             "unseen": sum(cut.unseen for cut in cuts),
         }
-        self._folder.save_block(index, tensors, {"record": json.dumps(record)})
+        self._work.write_json(f"results/{_block(index)}.json", record)
+        self._folder.save_block(index, tensors)  # last: it says that the block is done
+
+
+def _block(index: int) -> str:
+    """Return the stage that holds what became of a block."""
+    return f"block-{index:04d}"

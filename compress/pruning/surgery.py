@@ -80,6 +80,8 @@ def _config_of_blocks(config: Mapping[str, Any], kept: Sequence[int]) -> dict[st
     for key, value in config.items():
         if key in _LISTS_OF_INDICES and isinstance(value, list):
             changed[key] = [kept.index(i) for i in value if i in kept]
+        elif key.endswith("token_id"):
+            continue  # several tokens may end a text
         elif isinstance(value, list) and len(value) == count:
             changed[key] = [value[i] for i in kept]
     if WIDTHS in changed:
@@ -93,6 +95,9 @@ def with_mlp_widths(model: ModelDescription, widths: Sequence[int]) -> ModelDesc
     Raises:
         CheckpointError: Blocks of experts differ, or the config cannot say it.
     """
+    present = [mlp_places(model, i)[0].neurons for i in range(model.block_count)]
+    if list(widths) == present:
+        return model
     tensors = dict(model.tensors)
     for index, width in enumerate(widths):
         for place in mlp_places(model, index):
@@ -104,7 +109,12 @@ def _widths_in(model: ModelDescription, widths: Sequence[int]) -> dict[str, Any]
     config = dict(model.config)
     if not any(model.experts(i) for i in range(model.block_count)):
         return with_widths(config, widths)
-    if len(set(widths)) > 1 or not all(map(model.experts, range(model.block_count))):
+    if not all(map(model.experts, range(model.block_count))):
+        raise CheckpointError(
+            f"{model.label}: its config has one width for experts and another for the "
+            "blocks without, which cannot be pruned together; prune blocks only"
+        )
+    if len(set(widths)) > 1:
         raise CheckpointError(
             f"{model.label}: a mixture of experts has one width for all its blocks; "
             "use shape: uniform"
