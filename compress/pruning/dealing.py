@@ -11,14 +11,16 @@ from tqdm import tqdm
 
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import ConfigError
-from compress.core.neurons import GatedMLP, NeuronStatistics
-from compress.pruning import budgets
+from compress.core.neurons import GatedMLP, NeuronStatistics, loudest
+from compress.model.loading import ModelHandle
+from compress.pruning import budgets, gates
 from compress.pruning.corrected import check_corrected
 from compress.pruning.depth import turns_of
 from compress.pruning.gradients import Gradients, gradients_of
 from compress.pruning.places import MLPPlace, mlp_places
 from compress.pruning.repair import repaired
 from compress.pruning.statistics import unseen, watched
+from compress.recovery.models import WholeModel
 from compress.workdir import WorkDir, write_atomically
 
 if TYPE_CHECKING:
@@ -87,8 +89,13 @@ class Dealer:
             return self.dealt(budgets.threshold_shares(scores, share), have)
         if kind == "standardised":
             found = self._measure(windows, gradients, self._standardised)
-            return self.dealt(budgets.threshold_shares(found, share), have)
-        ladders = self._measure(windows, gradients, self._ladder)
+            means = [scores.mean(0) for scores in found]
+            return self.dealt(budgets.threshold_shares(means, share), have)
+        if kind == "learned":
+            ranks = self._measure(windows, gradients, self._ranks)
+            return self.dealt(self._learned(windows, ranks, share), have)
+        losses = self._measure(windows, gradients, self._ladder)
+        ladders = [steps.mean(0) for steps in losses]
         total = pruning.target.kept // pruning.target.unit
         units = budgets.least_loss([x.tolist() for x in ladders], total)
         shares = [n * pruning.target.unit / w for n, w in zip(units, have, strict=True)]
@@ -111,7 +118,7 @@ class Dealer:
         gradients: Mapping[str, Gradients],
         look: Callable[[MLPPlace, GatedMLP, NeuronStatistics, float], Tensor],
     ) -> list[Tensor]:
-        """Return what ``look`` sees in each block, mean over its MLPs; one pass."""
+        """Return what ``look`` sees in each block, a row for each MLP; one pass."""
         pruning = self._pruning
         running = pruning.streamed(self._model, self._source)
         states = running.embed(windows)
@@ -135,7 +142,7 @@ class Dealer:
                 )
                 slope = mine.slope if mine else 1.0
                 seen.append(look(place, mlp, statistics, slope).cpu())
-            found.append(torch.stack(seen).mean(0))
+            found.append(torch.stack(seen))
         return found
 
     def _standardised(
@@ -143,6 +150,25 @@ class Dealer:
     ) -> Tensor:
         pruner = self._pruning.pruner
         return budgets.standardised(pruner.scores(mlp, statistics))
+
+    def _ranks(
+        self, _place: MLPPlace, mlp: GatedMLP, statistics: NeuronStatistics, _: float
+    ) -> Tensor:
+        pruner = self._pruning.pruner
+        protected = loudest(statistics) if pruner.needs_activations else None
+        return gates.ranks_of(pruner.scores(mlp, statistics), protected)
+
+    def _learned(
+        self, windows: Tensor, ranks: Sequence[Tensor], share: float
+    ) -> list[float]:
+        pruning = self._pruning
+        model = WholeModel(
+            ModelHandle(self._model, self._source),
+            device=pruning.device,
+            dtype=pruning.dtype,
+        )
+        windows = windows[:_GRADIENT_WINDOWS]
+        return gates.learned_shares(model, windows, ranks, share, seed=pruning.seed)
 
     def _ladder(
         self, _place: MLPPlace, mlp: GatedMLP, found: NeuronStatistics, slope: float
@@ -181,6 +207,14 @@ def check_budgets(pruning: Pruning) -> None:
         raise ConfigError(
             f"prune.budgets {section.budgets}: with shape: uniform all blocks have one "
             "width; set shape: per-layer, or leave budgets out"
+        )
+    target = pruning.target
+    least = budgets.FLOOR * target.blocks * sum(target.widths) / len(target.widths)
+    if pruning.budgets == "learned" and target.kept <= least:
+        raise ConfigError(
+            f"prune.budgets learned: {target.kept} neurons would stay, and blocks keep "
+            f"at least a quarter of theirs, {least:.0f}; remove less, or take budgets: "
+            "uniform"
         )
     if pruning.budgets == "measured" and pruning.repair == "none":
         raise ConfigError(
