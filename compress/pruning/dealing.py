@@ -167,8 +167,14 @@ class Dealer:
             device=pruning.device,
             dtype=pruning.dtype,
         )
-        windows = windows[:_GRADIENT_WINDOWS]
-        return gates.learned_shares(model, windows, ranks, share, seed=pruning.seed)
+        return gates.learned_shares(
+            model,
+            windows[:_GRADIENT_WINDOWS],
+            ranks,
+            share,
+            steps=gates.STEPS,
+            seed=pruning.seed,
+        )
 
     def _ladder(
         self, _place: MLPPlace, mlp: GatedMLP, found: NeuronStatistics, slope: float
