@@ -142,12 +142,15 @@ def energy_counter(device: str) -> Counter | None:
         return None
     try:
         import pynvml
-
+    except ImportError:
+        print("energy is not measured: nvidia-ml-py is not installed", flush=True)
+        return None
+    try:
         pynvml.nvmlInit()
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except (ImportError, AttributeError, pynvml.NVMLError) as error:
+    except pynvml.NVMLError as error:
         print(f"energy is not measured: {error}", flush=True)
         return None
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compress.api import quantize
+    from compress.api_prune import prune
     from compress.core.errors import CompressError
     from compress.pipeline import evaluate, plan, run
     from compress.runtime.load import load
@@ -23,6 +24,7 @@ __all__ = [
     "evaluate",
     "load",
     "plan",
+    "prune",
     "quantize",
     "run",
     "sweep",
@@ -33,6 +35,7 @@ _HOME = {
     "evaluate": "compress.pipeline",
     "load": "compress.runtime.load",
     "plan": "compress.pipeline",
+    "prune": "compress.api_prune",
     "quantize": "compress.api",
     "run": "compress.pipeline",
     "sweep": "compress.sweeping",

@@ -120,7 +120,7 @@ def quantize(
     )
     section = config.quantize
     assert section is not None
-    described = _describe(model, tokenizer)
+    described = describe(model, tokenizer)
     stored = unstacked(ModuleSource(model), described.family)
     original = SnapshotSource(stored)
     methods = {method, *(o.method for o in section.overrides.values() if o.method)}
@@ -150,7 +150,7 @@ def quantize(
     windows = None
     static = static_inputs(plan)
     if runner.needs_calibration or chain.needs_inputs or static:
-        windows = calibration if calibration is not None else _mix(tokenizer)
+        windows = calibration if calibration is not None else mix_tokens(tokenizer)
     source = chain.run(
         description, original, plan, windows=windows, workdir=workdir, device=device
     ).source
@@ -173,7 +173,16 @@ def quantize(
     return QuantizedModel(model, artifact, records)
 
 
-def _describe(model: nn.Module, tokenizer: Any) -> ModelDescription:
+def describe(model: nn.Module, tokenizer: Any) -> ModelDescription:
+    """Return the description of a transformers model in memory.
+
+    Args:
+        model: Of a supported family.
+        tokenizer: Saved in a temporary folder for exports; may be ``None``.
+
+    Raises:
+        ConfigError: It is no transformers model.
+    """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "model_type"):
         raise ConfigError("expected a transformers model with a config")
@@ -196,7 +205,12 @@ def _describe(model: nn.Module, tokenizer: Any) -> ModelDescription:
     )
 
 
-def _mix(tokenizer: Any) -> Tensor:
+def mix_tokens(tokenizer: Any) -> Tensor:
+    """Return calibration tokens of the bundled mix, int64 ``[128, 512]``.
+
+    Raises:
+        CalibrationError: There is no tokenizer.
+    """
     from compress.calibration.data import load_tokens
 
     if tokenizer is None:

@@ -26,7 +26,7 @@ class PlanPreview:
 
     Attributes:
         plan: The decisions.
-        sizes: Bytes of weights, of the base and of each export.
+        sizes: Bytes of weights: of the base, of what pruning leaves, of each export.
         parts: The same split into embedding, attention, mlp and other.
         peak_memory_bytes: Predicted for the process.
         seconds: Predicted for the run.
@@ -98,6 +98,8 @@ def _tail(layer: str) -> list[str]:
 def predict(run: Run) -> PlanPreview:
     """Return the preview of a run that has been set up but not started."""
     sizes = {"base": dict(dense_bytes(run.base))}
+    if run.pruning is not None:
+        sizes["pruned"] = dict(dense_bytes(run.subject.description))
     for name, exporter in run.exporters.items():
         sizes[name] = dict(exporter.tensor_bytes(run.plan, run.model))
     calibration, section = run.config.calibration, run.config.evaluate

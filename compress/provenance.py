@@ -16,6 +16,7 @@ from compress.core.artifact import ModelDescription
 
 if TYPE_CHECKING:
     from compress.calibration.data import CalibrationTokens
+    from compress.config.schema import Config
     from compress.pipeline import Run
 
 _LIBRARIES = (
@@ -96,12 +97,20 @@ def model_digest(model: ModelDescription, path: Path) -> str:
     return digest.hexdigest()
 
 
+def reshaping_fingerprint(config: Config) -> dict[str, str]:
+    """Return digests of what is told to pruning and recovery, known at the start."""
+    sections = {"prune": config.prune, "recover": config.recover}
+    return {
+        name: digest_of(section.model_dump(mode="json") if section else None)
+        for name, section in sections.items()
+    }
+
+
 def fingerprint(run: Run, tokens: CalibrationTokens | None) -> dict[str, str]:
     """Return a digest of each thing that decides the codes of a run, by name."""
     from compress.model.loading import locate
 
-    config = run.config
-    quantize, prune, recover = config.quantize, config.prune, config.recover
+    quantize = run.config.quantize
     methods = quantize.model_dump(mode="json") if quantize else {}
     methods.pop("scale_dtype", None)  # the plan has the one that was resolved
     methods.pop("upgrade_inputs", None)  # comes after the codes
@@ -111,8 +120,7 @@ def fingerprint(run: Run, tokens: CalibrationTokens | None) -> dict[str, str]:
     return {
         **known,
         "model": model_digest(run.base, locate(run.config.model.path)),
-        "prune": digest_of(prune.model_dump(mode="json") if prune else None),
-        "recover": digest_of(recover.model_dump(mode="json") if recover else None),
+        **reshaping_fingerprint(run.config),
         "calibration": tokens.digest if tokens else "none",
         "calibration.dtype": str(run.runner.dtype) if tokens else "none",
         "transforms": digest_of(run.chain.identity()),

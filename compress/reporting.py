@@ -19,6 +19,7 @@ from compress.transform import block_of_layer, part_of_layer
 if TYPE_CHECKING:
     from compress.pipeline import Run
 
+_NOTED_ONE_BY_ONE = 3
 _WIDTH = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
 
 
@@ -38,9 +39,10 @@ def build_report(
     parameters = parameter_count(run.base)
     shown = preview.predict(run)
     layers = _layers(run)
-    sizes = {"base": shown.sizes["base"]}
+    dense = [name for name in ("base", "pruned") if name in shown.sizes]
+    sizes = {name: shown.sizes[name] for name in dense}
     sizes |= {name: entry["size_bytes"] for name, entry in exports.items()}
-    bits: dict[str, float] = {"base": _WIDTH[model.dtype]}
+    bits = {name: 8 * sizes[name] / parameters for name in dense}
     coded = linear_bits_per_weight(run.plan)
     if coded is not None:
         bits["linears"] = coded
@@ -184,6 +186,22 @@ def _experts(
     }
 
 
+def _layer_notes(layers: list[dict[str, Any]]) -> list[str]:
+    """Return the notes on layers; a note that many share is one line."""
+    sharing: dict[str, list[str]] = {}
+    for row in layers:
+        if not _has_few_tokens(row):
+            for note in row["notes"]:
+                sharing.setdefault(note, []).append(row["name"])
+    lines = []
+    for note, names in sharing.items():
+        if len(names) > _NOTED_ONE_BY_ONE:
+            lines.append(f"{len(names)} layers, such as {names[0]}: {note}")
+        else:
+            lines += [f"{name}: {note}" for name in names]
+    return lines
+
+
 def _warnings(
     run: Run, layers: list[dict[str, Any]], exports: Mapping[str, Any]
 ) -> list[str]:
@@ -194,9 +212,11 @@ def _warnings(
             f"A transform untied head and embedding: {more:,} more weights are stored. "
             "Bits per weight are per weight of the original."
         )
-    if model.source_gguf is not None:
+    if run.pruning is not None:
+        found += reshaping.cautions(run.pruning)
+    if run.base.source_gguf is not None:
         found.append(
-            f"The source is a GGUF file ({model.source_gguf.name}). If it was "
+            f"The source is a GGUF file ({run.base.source_gguf.name}). If it was "
             "quantized before, its weights lie on a coarse grid already: figures "
             "against it say nothing of the loss against the original model."
         )
@@ -206,12 +226,7 @@ def _warnings(
             f"{len(few)} layers of experts, such as {few[0]}, were rounded to nearest: "
             "too few tokens reached them; more or other calibration text reaches more"
         )
-    found += [
-        f"{row['name']}: {note}"
-        for row in layers
-        if not _has_few_tokens(row)
-        for note in row["notes"]
-    ]
+    found += _layer_notes(layers)
     found += failures(exports)
     for name, entry in exports.items():
         found += [f"{name}: {note}" for note in entry.get("notes", [])]

@@ -122,6 +122,9 @@ def carry_out(run: Run) -> tuple[ModelHandle, dict[str, Any]]:
     """
     pruning = run.pruning
     assert pruning is not None
+    run.workdir.compare(provenance.reshaping_fingerprint(run.config), only=True)
+    for caution in cautions(pruning):
+        _log.warning(caution)
     windows, fingerprint = _inputs(run, pruning)
     with run.timed("prune"):
         record = pruning.run(windows, fingerprint)
@@ -142,6 +145,17 @@ def carry_out(run: Run) -> tuple[ModelHandle, dict[str, Any]]:
             folder = pruning.root / RECOVERED
     subject = _opened(folder, run.handle, pads=pruning.section.shape == "padded")
     return subject, {**record, "recovery": recovery, "folder": folder.name}
+
+
+def cautions(pruning: Pruning) -> list[str]:
+    """Return what a user of this pruning should know, as sentences."""
+    if pruning.pruner.needs_activations:
+        return []
+    return [
+        f"prune.method {pruning.pruner.name} looks at no data. Data-driven scores are "
+        "better: on calibration text taylor, comp or cfsp lose far less at the same "
+        "size."
+    ]
 
 
 def _inputs(run: Run, pruning: Pruning) -> tuple[Tensor | None, dict[str, str]]:

@@ -35,6 +35,7 @@ _OURS = (
     "recovery",
     "recovered",
 )
+_STAGES = ("pruning", "recovery")  # have a state of their own, before the run's
 _REPORTS = ("report.json", "report.md", "report.html")
 _TEMPORARY = ".part"
 
@@ -92,7 +93,8 @@ class WorkDir:
         """
         if self.root.exists() and not self.root.is_dir():
             raise ConfigError(f"run.workdir: {self.root} is a file, not a folder")
-        has_run = (self.root / "state.json").is_file()
+        places = (self.root, *(self.root / name for name in _STAGES))
+        has_run = any((place / "state.json").is_file() for place in places)
         if has_run and not (resume or overwrite):
             raise ConfigError(
                 f"run.workdir: {self.root} holds an earlier run; continue it with "
@@ -112,18 +114,31 @@ class WorkDir:
         """
         if overwrite:
             self.clear()
-        state = self.root / "state.json"
-        if state.is_file():
-            earlier = self._read_json(state)["fingerprint"]
-            names = sorted({*earlier, *fingerprint})
-            changed = [n for n in names if earlier.get(n) != fingerprint.get(n)]
-            if changed:
-                raise ConfigError(
-                    f"cannot resume in {self.root}: {', '.join(changed)} changed since "
-                    "that run began; use --overwrite to start again"
-                )
+        self.compare(fingerprint)
         self._sweep()
         self.write_json("state.json", {"version": 1, "fingerprint": dict(fingerprint)})
+
+    def compare(self, fingerprint: Mapping[str, str], *, only: bool = False) -> None:
+        """Raise if an unfinished run here was made from something else.
+
+        Args:
+            fingerprint: As for :meth:`begin`.
+            only: Compare what is in it and nothing else.
+
+        Raises:
+            ConfigError: Names what changed.
+        """
+        state = self.root / "state.json"
+        if not state.is_file():
+            return
+        earlier = self._read_json(state)["fingerprint"]
+        names = sorted({*fingerprint, *(() if only else earlier)})
+        changed = [n for n in names if earlier.get(n) != fingerprint.get(n)]
+        if changed:
+            raise ConfigError(
+                f"cannot resume in {self.root}: {', '.join(changed)} changed since "
+                "that run began; use --overwrite to start again"
+            )
 
     def clear(self) -> None:
         """Remove whatever an earlier run left; nothing of others."""
@@ -166,6 +181,14 @@ class WorkDir:
         """Return the stored result of a stage, or ``None``."""
         path = self.root / "results" / f"{name}.json"
         return self._read_json(path) if path.is_file() else None
+
+    def finished(self, name: str) -> Any:
+        """Return the stored result of a stage that is known to be done.
+
+        Raises:
+            CheckpointError: It is missing or damaged.
+        """
+        return self._read_json(self.root / "results" / f"{name}.json")
 
     def has_part(self, part: str) -> bool:
         """Whether the codes of a part (a block, or ``embeddings``) are complete."""

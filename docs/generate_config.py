@@ -30,11 +30,12 @@ directory that the command is called from. `--set section.key=value` overrides o
 SECTIONS = (
     "model",
     "calibration",
+    "prune",
+    "recover",
     "transforms",
     "quantize",
     "budget",
     "allocate",
-    "recover",
     "kv_cache",
     "evaluate",
     "export",
@@ -62,6 +63,9 @@ def render() -> str:
         parts += _section(name, schema)
         if name == "transforms":
             parts += _options("name", TRANSFORMS)
+        if name == "prune":
+            found = {entry.name: entry for entry in registry.entries("pruners")}
+            parts += _options("method", _built_in(found))
         if name == "quantize":
             parts += _options("method", _built_in(registry.quantizers()))
         if name == "allocate":

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.core.compensation import RIDGE, Downdate, with_ridge
+from compress.core.compensation import RIDGE, Downdate
 from compress.core.contracts import Options, Pruner
 from compress.core.neurons import GatedMLP, NeuronStatistics
 
@@ -65,26 +65,23 @@ class COMP(Pruner):
     def scores(self, mlp: GatedMLP, statistics: NeuronStatistics | None) -> Tensor:
         """Return the scores while all neurons are there."""
         assert statistics is not None
-        energy = with_ridge(statistics.gram, self.options.ridge).diagonal()
         left = Downdate(mlp.down, statistics.gram, self.options.ridge)
-        return self._scores(left, energy, self._rate(mlp, statistics, energy))
+        return self._scores(left, self._rate(left, statistics))
 
-    def _rate(
-        self, mlp: GatedMLP, statistics: NeuronStatistics, energy: Tensor
-    ) -> Tensor:
+    def _rate(self, whole: Downdate, statistics: NeuronStatistics) -> Tensor:
         """Return what a neuron is worth for each unit of what it adds to the stream."""
         if self.options.worth == "output":
-            return torch.ones_like(energy)
+            return torch.ones_like(whole.energy)
         assert statistics.effect is not None
-        added = mlp.down.double().square().sum(0) * energy
+        added = whole.weight.square().sum(0) * whole.energy
         return statistics.effect.double() / added.clamp(min=1e-30)
 
-    def _scores(self, left: Downdate, energy: Tensor, rate: Tensor) -> Tensor:
+    def _scores(self, left: Downdate, rate: Tensor) -> Tensor:
         """Return the scores of the neurons that are left, by their present weights."""
-        alive = left.alive
-        inflation = (energy[alive] * left.inverse.diagonal()).clamp(min=1)
-        added = left.weight.square().sum(0) * energy[alive]
-        return rate[alive] * added / inflation**self.options.gamma
+        energy = left.energy[left.alive]
+        inflation = (energy * left.inverse.diagonal()).clamp(min=1)
+        added = left.weight.square().sum(0) * energy
+        return rate[left.alive] * added / inflation**self.options.gamma
 
     def select(
         self,
@@ -97,13 +94,12 @@ class COMP(Pruner):
         assert statistics is not None
         options = self.options
         left = Downdate(mlp.down, statistics.gram, options.ridge)
-        energy = with_ridge(statistics.gram, options.ridge).diagonal()
-        rate = self._rate(mlp, statistics, energy)
+        rate = self._rate(left, statistics)
         guarded = torch.zeros(mlp.neurons, dtype=torch.bool, device=mlp.down.device)
         if protected is not None:
-            guarded[protected] = True
+            guarded[protected[:keep]] = True
         while len(left.alive) > keep:
-            scores = self._scores(left, energy, rate)
+            scores = self._scores(left, rate)
             scores = scores.masked_fill(guarded[left.alive], torch.inf)
             count = min(options.chunk, len(left.alive) - keep)
             left.remove(left.lowest(scores, count))

@@ -3,7 +3,8 @@
     score_j = E[(x_j dL/dx_j)^2],   L = sum_t log p(s_t),  s_t drawn from p_t
 
 is twice the KL in nats, to second order, when neuron ``j`` is set to zero everywhere
-(Fisher information; cross terms of positions vanish in expectation). Labels are drawn
+(Fisher information; products of two positions are left out, which is exact in the last
+block only). Labels are drawn
 from the model, so that no labelled text is needed and the mean gradient is zero, where
 a first-order score would only be noise. Scores of all blocks have one unit, so that a
 global threshold makes sense: budgets ``effect``.

@@ -1,4 +1,4 @@
-"""The section ``prune``: neurons and blocks that are removed for good."""
+"""The section ``prune``: neurons, heads and blocks that are removed for good."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from compress.config.fields import Section, Text
 from compress.core.sizes import parse_size
+
+_UNITS = ("sparsity", "parameters", "expansion_ratio", "size")
 
 
 def _check_size(size: int | str) -> int | str:
@@ -19,20 +21,27 @@ class PruneSection(Section):
     """How much goes, by which criterion, and what the rest does about it.
 
     One of ``sparsity``, ``parameters``, ``expansion_ratio`` and ``size`` says how much;
-    with ``blocks`` alone, only whole blocks go.
+    with ``blocks`` or ``kv_groups`` alone, only these go.
     """
 
     method: Text = Field(
         default="taylor", description="Name of a pruner (compress list pruners)."
     )
     sparsity: float | None = Field(
-        default=None, ge=0, lt=1, description="Share of the MLP neurons to remove."
+        default=None,
+        ge=0,
+        lt=1,
+        description="Share of the MLP neurons to remove; where whole blocks go as "
+        "well, as many weights.",
     )
     parameters: float | None = Field(
         default=None, gt=0, lt=1, description="Share of all weights to remove."
     )
     expansion_ratio: float | None = Field(
-        default=None, gt=0, description="MLP width over hidden size that is left."
+        default=None,
+        gt=0,
+        description="MLP width over hidden size that is left; blocks go only if "
+        "`blocks` says so.",
     )
     size: Annotated[int | str, AfterValidator(_check_size)] | None = Field(
         default=None, description="Bytes of the pruned, dense checkpoint, such as 1GB."
@@ -41,6 +50,12 @@ class PruneSection(Section):
         default=None,
         ge=0,
         description="Whole blocks to remove, instead of what depth_share comes to.",
+    )
+    kv_groups: int = Field(
+        default=0,
+        ge=0,
+        description="Key-value heads that each block loses, with the query heads that "
+        "read them.",
     )
     depth_share: float | None = Field(
         default=None,
@@ -77,20 +92,34 @@ class PruneSection(Section):
         description="What the neurons that stay take over: auto is least_squares with "
         "calibration text, else none.",
     )
-    propagate: Literal["dense", "pruned", "corrected"] = Field(
+    propagate: Literal["dense", "pruned"] = Field(
         default="dense",
         description="What later blocks are repaired on: inputs as the original model "
-        "has them, or as the pruned blocks before give them; corrected aims at the "
-        "original's stream besides, with o_proj as well.",
+        "has them, or as the pruned blocks before give them.",
     )
     options: dict[str, Any] = Field(default={}, description="Options of the method.")
 
     @model_validator(mode="after")
     def _says_how_much(self) -> PruneSection:
-        units = ("sparsity", "parameters", "expansion_ratio", "size")
-        given = [name for name in units if getattr(self, name) is not None]
+        given = [name for name in _UNITS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} contradict; give one of them")
-        if not given and not self.blocks:
-            raise ValueError(f"say how much to remove: one of {', '.join(units)}")
+        if not given and not self.blocks and not self.kv_groups:
+            raise ValueError(
+                f"say how much to remove: one of {', '.join(_UNITS)}, or blocks or "
+                "kv_groups"
+            )
+        other = "blocks" if self.blocks is not None else "expansion_ratio"
+        if self.depth_share is not None and getattr(self, other) is not None:
+            raise ValueError(
+                f"depth_share and {other} contradict; blocks says how many go"
+            )
         return self
+
+    @property
+    def total(self) -> str | None:
+        """What limits blocks and neurons together, as it was written."""
+        for name in ("sparsity", "parameters", "size"):
+            if getattr(self, name) is not None:
+                return f"{name}: {getattr(self, name)}"
+        return None

@@ -5,7 +5,7 @@ columns that stay, the best ``W'`` minimises ``E|W x - W' x_S|^2``. All in float
 ``G`` has a condition number beyond float32 as soon as activations are massive.
 
 * :func:`least_squares`: ``W' = W_S + W_P G_PS (G_SS + ridge)^-1``, ridge towards
-  ``W_S``; or towards a target that is given.
+  ``W_S``.
 * :func:`scaled_columns`: the best diagonal, ``W' = W_S diag(m)``, ridge towards one;
   Kwon et al. (arXiv 2204.09656), section 4.3, with the Gram matrix in closed form.
 * :class:`Downdate`: the inverse of ``G_SS`` and the compensated ``W`` while columns go
@@ -56,11 +56,7 @@ def factor(gram: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
 
 
 def least_squares(
-    weight: Tensor,
-    gram: Tensor,
-    kept: Tensor,
-    ridge: float = RIDGE,
-    cross: Tensor | None = None,
+    weight: Tensor, gram: Tensor, kept: Tensor, ridge: float = RIDGE
 ) -> Tensor:
     """Return float32 ``[R, len(kept)]``: the columns that stay, taking over the rest.
 
@@ -69,16 +65,10 @@ def least_squares(
         gram: ``[I, I]``, mean of ``x x^T``.
         kept: int64, ascending.
         ridge: Share of the mean diagonal of what stays.
-        cross: ``[R, I]``, the mean of ``t x^T``, to come close to ``t`` instead of to
-            what ``weight`` makes of ``x``.
     """
-    wide, inside = weight.double(), gram[kept][:, kept]
-    _, lower = factor(inside, ridge)
-    if cross is None:
-        gone = complement(kept, weight.shape[1])
-        missing = wide[:, gone] @ gram[gone][:, kept].double()
-    else:
-        missing = cross[:, kept].double() - wide[:, kept] @ inside.double()
+    wide, gone = weight.double(), complement(kept, weight.shape[1])
+    _, lower = factor(gram[kept][:, kept], ridge)
+    missing = wide[:, gone] @ gram[gone][:, kept].double()
     found: Tensor = wide[:, kept] + torch.cholesky_solve(missing.T, lower).T
     return found.float()
 

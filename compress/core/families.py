@@ -40,7 +40,8 @@ class SliceGroup:
         unit: What one cut removes: ``neuron`` or ``kv_group``.
         rows: Linears that lose rows.
         columns: Linears that lose columns.
-        layout: ``plain``, or ``halves`` when a fused matrix stacks two parts.
+        layout: ``plain``; ``halves`` when a fused matrix stacks two parts; ``qkv`` when
+            one stacks queries, keys and values.
     """
 
     unit: str
@@ -163,13 +164,14 @@ _GATED_MLP = (
     Linear("mlp.down_proj", "down", "mlp_output"),
 )
 _PLAIN = _ATTENTION + _GATED_MLP
+_HEADS = SliceGroup(
+    "kv_group",
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+)
 _PLAIN_SLICES = (
     SliceGroup("neuron", ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
-    SliceGroup(
-        "kv_group",
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.o_proj",),
-    ),
+    _HEADS,
 )
 _GEMMA_NORMS = (
     "input_layernorm",
@@ -246,12 +248,16 @@ FAMILIES: tuple[Family, ...] = (
         ),
         slice_groups=(
             SliceGroup("neuron", ("mlp.gate_up_proj",), ("mlp.down_proj",), "halves"),
+            SliceGroup(
+                "kv_group", ("self_attn.qkv_proj",), ("self_attn.o_proj",), "qkv"
+            ),
         ),
     ),
     Family(
         "mixtral",
         ("mixtral",),
         _ATTENTION,
+        slice_groups=(_HEADS,),
         experts=Experts("block_sparse_moe", "w1", "w3", "w2"),
         gguf_architecture="llama",
     ),
@@ -260,6 +266,7 @@ FAMILIES: tuple[Family, ...] = (
         ("qwen3_moe",),
         _ATTENTION,
         norms=("input_layernorm", "post_attention_layernorm", *_QK_NORMS),
+        slice_groups=(_HEADS,),
         experts=Experts("mlp", "gate_proj", "up_proj", "down_proj"),
         gguf_architecture="qwen3moe",
     ),

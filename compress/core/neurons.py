@@ -49,8 +49,6 @@ class NeuronStatistics:
         effect: float32 ``[I]``, the mean of ``(x_j dL/dx_j)^2`` with ``L`` the log
             likelihood of tokens drawn from the model: twice the KL in nats that zeroing
             a neuron costs, to second order. ``None`` if no gradients were taken.
-        cross: float32 ``[H, I]``, the mean of ``t x^T`` with ``t`` what ``down`` should
-            return; ``None`` where that is what its dense weights do.
     """
 
     gram: Tensor
@@ -58,7 +56,6 @@ class NeuronStatistics:
     peak: Tensor
     tokens: int
     effect: Tensor | None = None
-    cross: Tensor | None = None
 
     @property
     def energy(self) -> Tensor:

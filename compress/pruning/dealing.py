@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +16,8 @@ from compress.core.errors import ConfigError
 from compress.core.neurons import GatedMLP, NeuronStatistics, loudest
 from compress.model.loading import ModelHandle
 from compress.pruning import budgets, gates
-from compress.pruning.corrected import check_corrected
+from compress.pruning.budgets import narrowest
+from compress.pruning.cutting import choose
 from compress.pruning.depth import turns_of
 from compress.pruning.gradients import Gradients, gradients_of
 from compress.pruning.places import MLPPlace, mlp_places
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
     from compress.pruning.stage import Pruning
 
 _LADDER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.25)
-_LEAST = 32
 _GRADIENT_WINDOWS = 64
 _GRADIENTS = "gradients.safetensors"
 
@@ -46,13 +48,15 @@ class Dealer:
     ) -> None:
         self._pruning, self._model, self._source = pruning, model, source
         self._places = [mlp_places(model, i) for i in range(model.block_count)]
+        self._have = [block[0].neurons for block in self._places]
+        self._share = 1 - pruning.target.removed / sum(self._have)
 
     def gradients(
         self, work: WorkDir, windows: Tensor | None
     ) -> Mapping[str, Gradients]:
         """Return the effects of all neurons, if method or budgets ask for them."""
         pruning = self._pruning
-        if not (
+        if not pruning.target.cuts_neurons or not (
             pruning.pruner.needs_gradients or pruning.budgets in ("effect", "measured")
         ):
             return {}
@@ -71,45 +75,78 @@ class Dealer:
     ) -> list[int]:
         """Return the width of each block."""
         pruning = self._pruning
-        have = [block[0].neurons for block in self._places]
-        share = pruning.target.kept / sum(have)
+        have = self._have
+        if not pruning.target.cuts_neurons:
+            return have
+        share = self._share
         kind = pruning.budgets
         if kind == "uniform":
-            return self.dealt([share] * len(have), have)
+            return self.dealt([share] * len(have))
         assert windows is not None
         if kind == "cfsp":
             running = pruning.streamed(self._model, self._source)
             angles = [turn.angle for turn in turns_of(running, windows)]
-            return self.dealt(budgets.cfsp_shares(angles, share), have)
+            return self.dealt(budgets.cfsp_shares(angles, share))
         if kind == "effect":
             scores = [
                 torch.stack([gradients[p.path].effect for p in block]).mean(0)
                 for block in self._places
             ]
-            return self.dealt(budgets.threshold_shares(scores, share), have)
+            return self.dealt(budgets.threshold_shares(scores, share))
         if kind == "standardised":
             found = self._measure(windows, gradients, self._standardised)
-            means = [scores.mean(0) for scores in found]
-            return self.dealt(budgets.threshold_shares(means, share), have)
+            return self.dealt(budgets.threshold_shares(found, share))
         if kind == "learned":
             ranks = self._measure(windows, gradients, self._ranks)
-            return self.dealt(self._learned(windows, ranks, share), have)
-        losses = self._measure(windows, gradients, self._ladder)
-        ladders = [steps.mean(0) for steps in losses]
-        total = pruning.target.kept // pruning.target.unit
-        units = budgets.least_loss([x.tolist() for x in ladders], total)
-        shares = [n * pruning.target.unit / w for n, w in zip(units, have, strict=True)]
-        return self.dealt(shares, have)
+            return self.dealt(self._learned(windows, ranks))
+        ladders = self._measure(windows, gradients, self._ladder)
+        unit = pruning.target.unit
+        # Never below what uniform shares take, rounded down, which is on each ladder.
+        total = sum(have) - pruning.target.removed
+        units = budgets.least_loss([x.tolist() for x in ladders], round(total / unit))
+        shares = [n * unit / width for n, width in zip(units, have, strict=True)]
+        return self.dealt(shares)
 
-    def dealt(self, shares: Sequence[float], have: Sequence[int]) -> list[int]:
-        """Return widths near shares of what blocks have, under the target's total."""
-        target = self._pruning.target
-        if self._pruning.budgets == "uniform":
-            width = target.kept / len(have)
-            unit = target.unit
-            rounded = max(unit, round(width / unit) * unit)
-            return [own if width >= own else min(rounded, own) for own in have]
-        return budgets.deal(shares, have, total=target.kept, unit=target.unit)
+    def provisional(self) -> list[int]:
+        """Return widths of the size to come, before anything is measured."""
+        found = self.dealt([self._share] * len(self._have))
+        unit, uneven = self._pruning.target.unit, self._pruning.budgets != "uniform"
+        if uneven and len(set(found)) == 1 and len(found) > 1 and found[0] > unit:
+            return [found[0] - unit, *found[1:]]  # they will differ
+        return found
+
+    def dealt(self, shares: Sequence[float]) -> list[int]:
+        """Return widths near shares of what blocks have, under the target's total.
+
+        Raises:
+            ConfigError: Blocks cannot have one width, or rounding leaves all there is.
+        """
+        target, have = self._pruning.target, self._have
+        total = sum(have) - target.removed
+        if not target.removed:
+            return have
+        if self._pruning.section.shape == "uniform":
+            found = self._even(total / len(have))
+        else:
+            found = budgets.deal(shares, have, total=total, unit=target.unit)
+        if found == have and not target.dropped:
+            raise ConfigError(
+                f"prune: {target.removed} of {sum(have)} neurons are to go, but widths "
+                f"are rounded to multiples of {target.unit}, which leaves all; ask for "
+                "more, or set prune.round_to"
+            )
+        return found
+
+    def _even(self, width: float) -> list[int]:
+        """Return one width for all blocks."""
+        have, unit = self._have, self._pruning.target.unit
+        if len(set(have)) > 1:
+            raise ConfigError(
+                "prune.shape uniform: the blocks of this model differ in width as they "
+                "are; set shape: per-layer"
+            )
+        rounded = max(narrowest(unit), round(width / unit)) * unit
+        return [min(rounded, have[0])] * len(have)
 
     @torch.no_grad()
     def _measure(
@@ -118,7 +155,7 @@ class Dealer:
         gradients: Mapping[str, Gradients],
         look: Callable[[MLPPlace, GatedMLP, NeuronStatistics, float], Tensor],
     ) -> list[Tensor]:
-        """Return what ``look`` sees in each block, a row for each MLP; one pass."""
+        """Return what ``look`` sees in each block, mean over its MLPs; one pass."""
         pruning = self._pruning
         running = pruning.streamed(self._model, self._source)
         states = running.embed(windows)
@@ -142,7 +179,7 @@ class Dealer:
                 )
                 slope = mine.slope if mine else 1.0
                 seen.append(look(place, mlp, statistics, slope).cpu())
-            found.append(torch.stack(seen))
+            found.append(torch.stack(seen).mean(0))
         return found
 
     def _standardised(
@@ -158,9 +195,7 @@ class Dealer:
         protected = loudest(statistics) if pruner.needs_activations else None
         return gates.ranks_of(pruner.scores(mlp, statistics), protected)
 
-    def _learned(
-        self, windows: Tensor, ranks: Sequence[Tensor], share: float
-    ) -> list[float]:
+    def _learned(self, windows: Tensor, ranks: Sequence[Tensor]) -> list[float]:
         pruning = self._pruning
         model = WholeModel(
             ModelHandle(self._model, self._source),
@@ -171,7 +206,7 @@ class Dealer:
             model,
             windows[:_GRADIENT_WINDOWS],
             ranks,
-            share,
+            self._share,
             steps=gates.STEPS,
             seed=pruning.seed,
         )
@@ -184,17 +219,18 @@ class Dealer:
         The relative error of the output with the method's own choice and repair, times
         the output's mean square, times half its slope.
         """
-        from compress.pruning.stage import choose
-
         pruning, unit = self._pruning, self._pruning.target.unit
-        largest = mlp.neurons // unit
-        least = -(-_LEAST // unit)
-        steps = sorted({max(least, round(share * largest)) for share in _LADDER})
+        largest = -(-mlp.neurons // unit)
+        least = min(narrowest(unit), largest)
+        even = self._share * mlp.neurons / unit
+        shares = {round(share * largest) for share in _LADDER}
+        wanted = {*shares, int(even), math.ceil(even)}
+        steps = sorted({max(least, n) for n in wanted})
         down = mlp.down.double()
         power = float(((down @ found.gram.double()) * down).sum())
         losses = []
         for step in steps:
-            width = mlp.neurons if step == largest else step * unit
+            width = min(step * unit, mlp.neurons)
             kept = choose(pruning.pruner, mlp, found, width)
             error = repaired(mlp, found, kept, pruning.repair).error
             losses.append(0.5 * slope * power * (error or 0.0))
@@ -208,18 +244,18 @@ def check_budgets(pruning: Pruning) -> None:
     Raises:
         ConfigError: With what to do.
     """
-    section, pruner = pruning.section, pruning.pruner
+    section = pruning.section
     if section.shape == "uniform" and section.budgets not in ("auto", "uniform"):
         raise ConfigError(
             f"prune.budgets {section.budgets}: with shape: uniform all blocks have one "
             "width; set shape: per-layer, or leave budgets out"
         )
     target = pruning.target
-    least = budgets.FLOOR * target.blocks * sum(target.widths) / len(target.widths)
-    if pruning.budgets == "learned" and target.kept <= least:
+    left = sum(target.widths) * (1 - target.dropped / len(target.widths))
+    if pruning.budgets == "learned" and target.removed >= (1 - budgets.FLOOR) * left:
         raise ConfigError(
-            f"prune.budgets learned: {target.kept} neurons would stay, and blocks keep "
-            f"at least a quarter of theirs, {least:.0f}; remove less, or take budgets: "
+            f"prune.budgets learned: {target.removed} of {left:.0f} neurons would go, "
+            "and each block keeps a quarter of its own; remove less, or take budgets: "
             "uniform"
         )
     if pruning.budgets == "measured" and pruning.repair == "none":
@@ -227,15 +263,6 @@ def check_budgets(pruning: Pruning) -> None:
             "prune.budgets measured: losses are measured after the repair, and there "
             "is none; set repair: least_squares"
         )
-    if section.propagate == "corrected":
-        if pruning.repair != "least_squares":
-            raise ConfigError(
-                "prune.propagate corrected: it is a way of least squares; set repair: "
-                "least_squares"
-            )
-        check_corrected(pruning.model)
-    if pruning.repair != "none" and not pruner.needs_activations:
-        return
     if pruning.repair == "bias" and "mlp_bias" not in pruning.model.config:
         raise ConfigError(
             f"prune.repair bias: {pruning.model.family.name} has no bias in its MLP; "
@@ -243,22 +270,23 @@ def check_budgets(pruning: Pruning) -> None:
         )
 
 
-def _save(path: object, found: Mapping[str, Gradients]) -> None:
-    from pathlib import Path
-
+def _save(path: Path, found: Mapping[str, Gradients]) -> None:
     from safetensors.torch import save
 
-    tensors = {name: g.effect.contiguous() for name, g in found.items()}
-    slopes = {name: str(g.slope) for name, g in found.items()}
-    write_atomically(Path(str(path)), save(tensors, metadata=slopes))
+    effects = {f"{name}.effect": g.effect.contiguous() for name, g in found.items()}
+    slopes = {
+        f"{name}.slope": torch.tensor(g.slope, dtype=torch.float64)
+        for name, g in found.items()
+    }
+    write_atomically(path, save(effects | slopes))
 
 
-def _load(path: object) -> dict[str, Gradients]:
-    from safetensors import safe_open
+def _load(path: Path) -> dict[str, Gradients]:
+    from safetensors.torch import load_file
 
-    with safe_open(str(path), framework="pt") as file:
-        slopes = file.metadata()
-        return {
-            name: Gradients(file.get_tensor(name).clone(), float(slopes[name]))
-            for name in file.keys()  # noqa: SIM118 - not a mapping
-        }
+    stored = load_file(path)
+    paths = [name.removesuffix(".slope") for name in stored if name.endswith(".slope")]
+    return {
+        path: Gradients(stored[f"{path}.effect"], float(stored[f"{path}.slope"]))
+        for path in paths
+    }

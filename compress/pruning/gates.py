@@ -1,8 +1,7 @@
 """Widths of blocks, learned: one threshold for each, by gradients of the KL.
 
-A pruner's scores become ranks ``r`` in (0, 1) within each MLP. A block has one
-threshold ``theta_l``, shared by its experts, and the input of each ``down`` is
-multiplied by
+A pruner's scores become ranks ``r`` in (0, 1) within each block. A block has one
+threshold ``theta_l``, and the input of its ``down`` is multiplied by
 
     m = sigmoid((r - theta_l) / tau),    tau: 0.1 -> 0.01
 
@@ -22,8 +21,11 @@ one) and a floor of a quarter of each block, which is what the paper's bypass is
 ranks instead of scores; the network stays as it is.
 
 Limits: the dense model is in memory as a whole, on the device, beside one block's
-activations. Masked neurons are zero, while the repair that follows makes up for some of
-what they did; and they go by score alone, where ``comp`` chooses chunk by chunk.
+activations; it is the model without the blocks that were dropped before. Masked neurons
+are zero, while the repair that follows makes up for some of what they did; and they go
+by score alone, where ``comp`` chooses chunk by chunk. The same seed gives the same
+thresholds where the backward pass of attention does, which some GPU kernels do not.
+Mixtures of experts have one width for all blocks, so that there is nothing to learn.
 """
 
 from __future__ import annotations
@@ -65,20 +67,19 @@ class Gates:
 
     Args:
         model: What is masked inside :meth:`masking`.
-        ranks: ``[E, I_l]`` for each block, a row for each MLP, as :func:`ranks_of`
-            returns them.
+        ranks: ``[I_l]`` for each block, as :func:`ranks_of` returns them.
         keep: Share of all neurons.
     """
 
     def __init__(self, model: WholeModel, ranks: Sequence[Tensor], keep: float) -> None:
         self._model = model
         self._ranks = [r.to(model.device) for r in ranks]
-        widths = torch.tensor([r.shape[1] for r in ranks], dtype=torch.float32)
+        widths = torch.tensor([len(r) for r in ranks], dtype=torch.float32)
         self._weights = (widths / (keep * widths.sum())).to(model.device)
         self.thresholds = torch.full_like(self._weights, 1 - keep, requires_grad=True)
 
     def masks(self, tau: float, *, hard: bool) -> list[Tensor]:
-        """Return the mask of each block, ``[E, I_l]``.
+        """Return the mask of each block, ``[I_l]``.
 
         Args:
             tau: Width of the step from 0 to 1, in ranks.
@@ -106,10 +107,9 @@ class Gates:
         """Multiply the inputs of all ``down`` by masks for a while."""
         hooks = []
         for index, mask in enumerate(masks):
-            places = mlp_places(self._model.description, index)
-            for place, own in zip(places, mask, strict=True):
-                layer = self._model.blocks[index].get_submodule(place.down_path)
-                hooks.append(layer.register_forward_pre_hook(_Multiply(own)))
+            (place,) = mlp_places(self._model.description, index)
+            layer = self._model.blocks[index].get_submodule(place.down_path)
+            hooks.append(layer.register_forward_pre_hook(_Multiply(mask)))
         try:
             yield
         finally:
@@ -157,7 +157,7 @@ def learned_shares(
     Args:
         model: Dense; its blocks recompute their activations from now on.
         windows: int64 ``[N, T]`` tokens.
-        ranks: ``[E, I_l]`` for each block.
+        ranks: ``[I_l]`` for each block.
         keep: Share of all neurons, above :data:`FLOOR` and at most 1.
         steps: Of training; see :data:`STEPS`.
         seed: Of the order of windows.
@@ -179,23 +179,23 @@ def learned_shares(
         tau = _TAU[0] * (_TAU[1] / _TAU[0]) ** (step / steps)
         masks = gates.masks(tau, hard=2 * step >= steps)
         excess = gates.excess(masks)
+        (relief,) = torch.autograd.grad(excess, gates.thresholds, retain_graph=True)
+        off = float(excess.detach())
         rows = order.rows(step).to(model.device)
         with gates.masking(masks):
             loss = linear_kl(
                 model.states(windows[rows]), model.head, dense[rows], model.head
             )
-            (rise,) = torch.autograd.grad(loss, gates.thresholds, retain_graph=True)
+            (rise,) = torch.autograd.grad(loss, gates.thresholds)
         if not bool(rise.isfinite().all()):
             raise CalibrationError(
                 f"prune.budgets learned: the gradient of step {step} is NaN or "
                 "infinite; set calibration.dtype: float32"
             )
-        (relief,) = torch.autograd.grad(excess, gates.thresholds)
-        off = float(excess.detach())
         if step == 0:
             pressure = float(-(rise @ relief) / (relief @ relief))
             stiffness = _STIFFNESS * abs(pressure)
-            optimizer.param_groups[0]["eps"] = float(rise.abs().mean())
+            optimizer.param_groups[0]["eps"] = max(float(rise.abs().mean()), 1e-30)
         force = pressure + stiffness * off
         gates.thresholds.grad = rise + force * relief
         optimizer.step()

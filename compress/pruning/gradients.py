@@ -4,7 +4,10 @@ Labels ``s_t`` are drawn from the model's own ``p_t``; with ``L = sum_t log p(s_
 
     effect_j = E[(x_j dL/dx_j)^2]
 
-over tokens is twice the KL, to second order, that setting neuron ``j`` to zero costs.
+over tokens is twice the KL, to second order, that setting neuron ``j`` to zero costs if
+positions do not add up: exactly so in the last block. Before it, attention lets a
+neuron of several tokens act on one prediction; these products are left out, since a sum
+over windows instead of tokens would have far fewer samples.
 ``slope = E|dL/dy|^2 / H`` at an MLP's output ``y`` likewise turns a mean squared error
 of an output channel into twice its KL, as if errors had no direction.
 
@@ -124,7 +127,6 @@ def _back(
         wanted = [t for path in seen for t in met[path]]
         down = slopes[rows].to(output)
         found = torch.autograd.grad(output, [inputs, *wanted], down, allow_unused=True)
-        slopes[rows] = found[0].to(slopes)
         pairs = zip(found[1::2], found[2::2], strict=True)
         for path, (at_x, at_y) in zip(seen, pairs, strict=True):
             x = met[path][0].detach()
@@ -132,3 +134,4 @@ def _back(
             totals[path].effect += products.cpu()
             channels = at_y.shape[-1]
             totals[path].slope += float(at_y.float().square().sum()) / channels
+        slopes[rows] = found[0].to(slopes)  # last: at_y may be a view of it

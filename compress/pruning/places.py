@@ -62,6 +62,10 @@ class MLPPlace:
         """Return which rows of :attr:`rows` stay, given the neurons that do."""
         return torch.cat([kept, kept + self.neurons]) if self.fused else kept
 
+    def columns(self, kept: Tensor) -> Tensor:
+        """Return which columns of :attr:`down` stay."""
+        return kept
+
 
 def mlp_places(model: ModelDescription, index: int) -> list[MLPPlace]:
     """Return the MLPs of a block, in order of execution.

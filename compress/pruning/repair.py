@@ -1,4 +1,4 @@
-"""What the rest of an MLP does about neurons that are gone.
+"""What the rest of an MLP does about neurons that are gone, or attention about heads.
 
 * ``least_squares``: ``down`` of what stays takes over what goes, as well as it can on
   the calibration text.
@@ -45,31 +45,38 @@ def repaired(
     kept: Tensor,
     repair: str,
 ) -> Repaired:
-    """Return ``down`` for the neurons that stay.
+    """Return ``down`` for the neurons that stay; see :func:`repaired_columns`."""
+    return repaired_columns(mlp.down, statistics, kept, repair=repair)
+
+
+def repaired_columns(
+    weight: Tensor, statistics: NeuronStatistics | None, kept: Tensor, *, repair: str
+) -> Repaired:
+    """Return a matrix for the inputs that stay.
 
     Args:
-        mlp: Dense.
-        statistics: Of its inner activations; needed by every repair but ``none``.
-        kept: int64, ascending. If all stay, there is nothing to repair.
+        weight: float32 ``[H, I]``: ``down`` of an MLP, or o of attention.
+        statistics: Of its inputs; needed by every repair but ``none``.
+        kept: int64, ascending: the columns that stay. If all do, there is nothing to
+            repair.
         repair: Resolved, that is, not ``auto``.
     """
-    cross = None if statistics is None else statistics.cross
-    if len(kept) == mlp.neurons and cross is None:
-        return Repaired(mlp.down, None, None if statistics is None else 0.0)
+    if len(kept) == weight.shape[1]:
+        return Repaired(weight, None, None if statistics is None else 0.0)
     if statistics is None:
         assert repair == "none", f"{repair} needs statistics"
-        return Repaired(mlp.down[:, kept], None, None)
+        return Repaired(weight[:, kept], None, None)
     bias = None
     if repair == "least_squares":
-        down = least_squares(mlp.down, statistics.gram, kept, cross=cross)
+        down = least_squares(weight, statistics.gram, kept)
     elif repair == "mask":
-        down = scaled_columns(mlp.down, statistics.gram, kept)
+        down = scaled_columns(weight, statistics.gram, kept)
     else:
-        down = mlp.down[:, kept]
+        down = weight[:, kept]
     if repair == "bias":
-        gone = complement(kept, mlp.neurons)
-        bias = mlp.down[:, gone] @ statistics.mean[gone]
-    return Repaired(down, bias, output_error(mlp.down, down, statistics, kept, bias))
+        gone = complement(kept, weight.shape[1])
+        bias = weight[:, gone] @ statistics.mean[gone]
+    return Repaired(down, bias, output_error(weight, down, statistics, kept, bias))
 
 
 def output_error(

@@ -53,17 +53,9 @@ class ShardFolder:
         self,
         index: int,
         tensors: Mapping[str, Tensor],
-        metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Write the tensors of a block, in their storage types."""
-        self._save(_shard(index), tensors, metadata)
-
-    def metadata(self, index: int) -> dict[str, str]:
-        """Return what :meth:`save_block` was told beside the tensors."""
-        from safetensors import safe_open
-
-        with safe_open(self._path(_shard(index)), framework="pt") as file:
-            return dict(file.metadata() or {})
+        self._save(_shard(index), tensors)
 
     def finish(
         self, model: ModelDescription, source: TensorSource, extra: Mapping[str, object]
@@ -77,7 +69,7 @@ class ShardFolder:
         """
         inside = f"{model.family.blocks}."
         outside = [name for name in model.tensors if not name.startswith(inside)]
-        self._save(_REST, {name: source.read(name) for name in outside}, None)
+        self._save(_REST, {name: source.read(name) for name in outside})
         artifact = CompressedModel(model, Plan(model.label, {}), source, _no_codes)
         config = {**model_config(artifact, dense=True), **extra}
         texts = {"config.json": as_json(config), **modeling_files(model.config)}
@@ -102,13 +94,13 @@ class ShardFolder:
         self,
         name: str,
         tensors: Mapping[str, Tensor],
-        metadata: Mapping[str, str] | None,
     ) -> None:
         from safetensors.torch import save
 
         flat = {key: value.cpu().contiguous() for key, value in tensors.items()}
-        about = {"format": "pt", **(metadata or {})}
-        write_atomically(self._path(name), save(flat, metadata=about))
+        # One entry: safetensors writes several in an order that changes.
+        data = save(flat, metadata={"format": "pt"})
+        write_atomically(self._path(name), data)
 
     def path(self, index: int) -> Path:
         """Return the file of a block."""

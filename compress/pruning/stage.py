@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +21,27 @@ from tqdm import tqdm
 from compress.config.prune_section import PruneSection
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.contracts import Pruner
-from compress.core.neurons import GatedMLP, NeuronStatistics, loudest
-from compress.core.tensors import TORCH_DTYPES
 from compress.model.sources import in_model_order
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
+from compress.pruning.cutting import Cut, Cutter, Place
 from compress.pruning.dealing import Dealer
 from compress.pruning.depth import choose_blocks
-from compress.pruning.gradients import Gradients
+from compress.pruning.heads import (
+    AttentionPlace,
+    attention_place,
+    kv_heads,
+    with_kv_groups,
+)
 from compress.pruning.places import MLPPlace, mlp_places
-from compress.pruning.repair import Repaired, repaired
 from compress.pruning.shards import ShardFolder
-from compress.pruning.statistics import run_through, unseen, watched
-from compress.pruning.surgery import cut_rows, with_mlp_widths, without_blocks
+from compress.pruning.statistics import run_through, watched
+from compress.pruning.surgery import with_mlp_widths, without_blocks
 from compress.pruning.target import Target
 from compress.workdir import WorkDir
 
 FOLDER, WORK = "pruned", "pruning"
+_OF_A_BLOCK = ("error", "attention_error", "unseen")
 
 
 @dataclass
@@ -72,11 +74,21 @@ class Pruning:
     def needs_windows(self) -> bool:
         """Whether calibration text has to be run."""
         return (
-            self.pruner.needs_activations
-            or self.repair != "none"
-            or self.target.dropped > 0
-            or self.budgets != "uniform"
+            self.target.dropped > 0
+            or (self.target.cuts_neurons and self.budgets != "uniform")
+            or self.measures_blocks
         )
+
+    @property
+    def measures_blocks(self) -> bool:
+        """Whether inputs of what is cut are measured, block by block."""
+        cuts = self.target.cuts_neurons or self.section.kv_groups > 0
+        return cuts and (self.pruner.needs_activations or self.repair != "none")
+
+    @property
+    def kv_groups(self) -> int:
+        """Key-value groups that each block keeps."""
+        return kv_heads(self.model) - self.section.kv_groups
 
     @property
     def repair(self) -> str:
@@ -98,14 +110,7 @@ class Pruning:
         last = range(self.model.block_count - 1, 0, -1)
         dropped = list(last)[: self.target.dropped]
         model, _ = without_blocks(self.model, self.source, dropped)
-        widths = [mlp_places(model, i)[0].neurons for i in range(model.block_count)]
-        share = self.target.kept / sum(widths)
-        dealer = Dealer(self, model, self.source)
-        found = dealer.dealt([share] * len(widths), widths)
-        unit = self.target.unit
-        if self.budgets != "uniform" and len(found) > 1 and found[1] > unit:
-            found = [found[0], found[1] - unit, *found[2:]]  # differ, as they will
-        return self._described(model, found)
+        return self._described(model, Dealer(self, model, self.source).provisional())
 
     def run(
         self, windows: Tensor | None, fingerprint: Mapping[str, str]
@@ -125,9 +130,9 @@ class Pruning:
         widths = work.stage("widths", lambda: dealer.widths(windows, gradients))
         described = self._described(model, widths)
         if not folder.complete:
-            walk = _Walk(self, model, source, folder, widths, gradients)
-            walk.run(windows)
-        record = self._record(dropped, widths, folder)
+            cutter = Cutter(self, source, widths=widths, gradients=gradients)
+            _Walk(self, model, source, cutter, (folder, work)).run(windows)
+        record = self._record(dropped, widths, work)
         if not folder.complete:
             about = {key: record[key] for key in ("method", "dropped", "checksum")}
             folder.finish(described, source, {"compress_pruning": about})
@@ -153,8 +158,8 @@ class Pruning:
     def _described(
         self, model: ModelDescription, widths: Sequence[int]
     ) -> ModelDescription:
-        found = with_mlp_widths(model, widths)
-        if self.repair != "bias":
+        found = with_kv_groups(with_mlp_widths(model, widths), self.kv_groups)
+        if self.repair != "bias" or not self.target.cuts_neurons:
             return found
         config = {**found.config, "mlp_bias": True}
         tensors = dict(found.tensors)
@@ -167,12 +172,13 @@ class Pruning:
         return replace(found, config=config, tensors=ordered)
 
     def _record(
-        self, dropped: Sequence[int], widths: Sequence[int], folder: ShardFolder
+        self, dropped: Sequence[int], widths: Sequence[int], work: WorkDir
     ) -> dict[str, Any]:
-        blocks = [json.loads(folder.metadata(i)["record"]) for i in range(len(widths))]
+        blocks = [work.finished(_block(i)) for i in range(len(widths))]
         left = [i for i in range(self.model.block_count) if i not in dropped]
         kept = hashlib.sha256(json.dumps([b["kept"] for b in blocks]).encode())
         before = sum(self.target.widths)
+        heads = {"before": kv_heads(self.model), "after": self.kv_groups}
         return {
             "method": self.pruner.name,
             "source": self.pruner.source,
@@ -183,10 +189,12 @@ class Pruning:
             "propagate": self.section.propagate,
             "dropped": sorted(dropped),
             "neurons": {"before": before, "after": sum(widths)},
+            "kv_groups": heads
+            | {"by": "activations" if self.measures_blocks else "weights"},
             "checksum": kept.hexdigest()[:16],
             "blocks": [
                 {"block": old, "before": self.target.widths[old], "after": width}
-                | {key: block[key] for key in ("error", "seconds", "unseen")}
+                | {key: block[key] for key in _OF_A_BLOCK}
                 for old, width, block in zip(left, widths, blocks, strict=True)
             ],
         }
@@ -200,27 +208,23 @@ class _Walk:
         pruning: Pruning,
         model: ModelDescription,
         source: TensorSource,
-        folder: ShardFolder,
-        widths: Sequence[int],
-        gradients: Mapping[str, Gradients],
+        cutter: Cutter,
+        places: tuple[ShardFolder, WorkDir],
     ) -> None:
         self._pruning, self._model, self._source = pruning, model, source
-        self._folder, self._widths, self._gradients = folder, widths, gradients
-
-    @cached_property
-    def _needs_states(self) -> bool:
-        pruning = self._pruning
-        return pruning.pruner.needs_activations or pruning.repair != "none"
+        self._cutter = cutter
+        self._folder, self._work = places
 
     @torch.no_grad()
     def run(self, windows: Tensor | None) -> None:
         """Write the shards that are not there."""
         count = self._model.block_count
         blocks = tqdm(range(count), desc="pruning", unit="block", disable=None)
-        if not self._needs_states:
+        if not self._pruning.measures_blocks:
             for index in blocks:
                 if not self._folder.has_block(index):
-                    self._save(index, {})
+                    heads, mlps = self._places(index)
+                    self._save(index, self._cutter.cut([*heads, *mlps], {}))
             return
         assert windows is not None
         running = self._pruning.streamed(self._model, self._source)
@@ -229,114 +233,71 @@ class _Walk:
             with running.block(index) as block:
                 self._block(running, index, block, states)
 
+    def _places(self, index: int) -> tuple[list[Place], list[Place]]:
+        """Return what is cut in a block, in order of execution."""
+        groups, neurons = self._pruning.section.kv_groups, self._pruning.target
+        heads: list[Place] = [attention_place(self._model, index)] if groups else []
+        return heads, [*mlp_places(self._model, index)] if neurons.cuts_neurons else []
+
     def _block(
         self, running: StreamedModel, index: int, block: nn.Module, states: Activations
     ) -> None:
-        places = mlp_places(self._model, index)
-        dense = self._pruning.section.propagate == "dense"
-        if not self._folder.has_block(index):
+        heads, mlps = parts = self._places(index)
+        if self._pruning.section.propagate == "dense":
+            if self._folder.has_block(index):
+                running.advance(index, states)
+                return
+            places = [*heads, *mlps]
             with watched(block, places) as moments:
-                if dense:
-                    running.advance(index, states)
-                else:
-                    run_through(running, index, states)
-            found = {}
-            for place in places:
-                own = moments[place.path]
-                enough = place.expert is None or own.tokens >= place.neurons
-                effect = self._gradients.get(place.path)
-                found[place.path] = (
-                    own.result(place.down, effect.effect if effect else None)
-                    if enough
-                    else None
-                )
-            self._save(index, found)
-        elif dense:
-            running.advance(index, states)
-        if not dense:
-            self._replace(index, block, places)
-            running.advance(index, states)
+                running.advance(index, states)
+            self._save(index, self._cutter.cut(places, moments))
+            return
+        if not self._folder.has_block(index):
+            cuts: list[Cut] = []
+            for part in parts:  # neurons see what is left of the heads
+                with watched(block, part) as moments:
+                    if part:
+                        run_through(running, index, states)
+                made = self._cutter.cut(part, moments)
+                for cut in made:
+                    cut.replace_(block)
+                cuts += made
+            self._save(index, cuts)
+        else:
+            for cut in self._saved(index, [*heads, *mlps]):
+                cut.replace_(block)
+        running.advance(index, states)
 
-    def _replace(
-        self, index: int, block: nn.Module, places: Sequence[MLPPlace]
-    ) -> None:
-        """Let a loaded block compute what its shard does, in the shapes it has."""
+    def _saved(self, index: int, places: Sequence[Place]) -> list[Cut]:
+        """Return what was cut in a block whose shard is there."""
         from safetensors.torch import load_file
 
-        kept = json.loads(self._folder.metadata(index)["record"])["kept"]
+        kept = self._work.finished(_block(index))["kept"]
         stored = load_file(self._folder.path(index))
-        for place in places:
-            layer = block.get_submodule(place.down_path)
-            weight = layer.get_parameter("weight")
-            cut = torch.zeros_like(weight)
-            ours = torch.tensor(kept[place.path], device=weight.device)
-            cut[:, ours] = stored[f"{place.down}.weight"].to(weight)
-            weight.data = cut
-            bias = stored.get(f"{place.down}.bias")
-            if bias is not None:
-                layer.bias = nn.Parameter(bias.to(weight), requires_grad=False)
+        return [Cut(p, torch.tensor(kept[p.path]), stored) for p in places]
 
-    def _save(
-        self, index: int, statistics: Mapping[str, NeuronStatistics | None]
-    ) -> None:
-        started = time.perf_counter()
-        places = mlp_places(self._model, index)
+    def _save(self, index: int, cuts: Sequence[Cut]) -> None:
         tensors: dict[str, Tensor] = {}
-        kept: dict[str, list[int]] = {}
-        errors: list[float] = []
-        for place in places:
-            cut, chosen, result = self._cut(
-                place, statistics.get(place.path), self._widths[index]
-            )
-            tensors |= cut
-            kept[place.path] = chosen.tolist()
-            if result.error is not None:
-                errors.append(result.error)
+        for cut in cuts:
+            tensors |= cut.tensors
         prefix = f"{self._model.family.block(index)}."
         for name in self._model.tensors:
             if name.startswith(prefix) and name not in tensors:
                 tensors[name] = self._source.read(name)
-        unseen_ = sum(found is None for found in statistics.values())
+        errors: dict[str, float | None] = {}
+        for key, kind in (("error", MLPPlace), ("attention_error", AttentionPlace)):
+            of = [c.error for c in cuts if isinstance(c.place, kind)]
+            known = [error for error in of if error is not None]
+            errors[key] = sum(known) / len(known) if known else None
         record = {
-            "kept": kept,
-            "error": sum(errors) / len(errors) if errors else None,
-            "seconds": round(time.perf_counter() - started, 3),
-            "unseen": unseen_,
+            "kept": {cut.place.path: cut.kept.tolist() for cut in cuts},
+            **errors,
+            "unseen": sum(cut.unseen for cut in cuts),
         }
-        self._folder.save_block(index, tensors, {"record": json.dumps(record)})
-
-    def _cut(
-        self, place: MLPPlace, found: NeuronStatistics | None, width: int
-    ) -> tuple[dict[str, Tensor], Tensor, Repaired]:
-        """Return the tensors of one MLP, which neurons stay, and the repair."""
-        pruning = self._pruning
-        mlp = place.read(lambda name: self._source.read(name).to(pruning.device))
-        kept = choose(pruning.pruner, mlp, found, width)
-        repair = pruning.repair if found is not None else "none"
-        result = repaired(mlp, found, kept, repair)
-        info = self._model.tensors[f"{place.down}.weight"]
-        dtype = TORCH_DTYPES[info.dtype]
-        tensors = cut_rows(place, self._source, kept)
-        tensors[f"{place.down}.weight"] = result.down.to(dtype)
-        if pruning.repair == "bias":
-            bias = (
-                result.bias if result.bias is not None else torch.zeros(info.shape[0])
-            )
-            tensors[f"{place.down}.bias"] = bias.to(dtype)
-            for name in place.rows:
-                rows = len(tensors[f"{name}.weight"])
-                tensors[f"{name}.bias"] = torch.zeros(rows, dtype=dtype)
-        return tensors, kept, result
+        self._work.write_json(f"results/{_block(index)}.json", record)
+        self._folder.save_block(index, tensors)  # last: it says that the block is done
 
 
-def choose(
-    pruner: Pruner, mlp: GatedMLP, found: NeuronStatistics | None, width: int
-) -> Tensor:
-    """Return the neurons that stay; without statistics, by weights alone."""
-    if width == mlp.neurons:
-        return torch.arange(width, device=mlp.down.device)
-    if not pruner.needs_activations:
-        return pruner.select(mlp, None, width)
-    if found is None:
-        return pruner.select(mlp, unseen(mlp), width)
-    return pruner.select(mlp, found, width, loudest(found))
+def _block(index: int) -> str:
+    """Return the stage that holds what became of a block."""
+    return f"block-{index:04d}"

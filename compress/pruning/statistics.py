@@ -1,4 +1,4 @@
-"""Moments of the inputs of ``down``, one block at a time."""
+"""Moments of the inputs of ``down``, and of attention's o, one block at a time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from compress.calibration.collect import Moments
 from compress.core.neurons import GatedMLP, NeuronStatistics
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
+from compress.pruning.heads import AttentionPlace
 from compress.pruning.places import MLPPlace
 
 
 class NeuronMoments:
-    """Sums over the tokens that one MLP sees."""
+    """Sums over the tokens that one MLP, or one attention, sees."""
 
     def __init__(self) -> None:
         self._products = Moments()
@@ -74,9 +75,9 @@ def unseen(mlp: GatedMLP) -> NeuronStatistics:
 
 @contextmanager
 def watched(
-    block: nn.Module, places: Sequence[MLPPlace]
+    block: nn.Module, places: Sequence[MLPPlace | AttentionPlace]
 ) -> Iterator[Mapping[str, NeuronMoments]]:
-    """Count the inputs of each ``down`` of a block for a while; by path of the MLP."""
+    """Count the inputs of each ``down`` of a block for a while, by path of place."""
     found = {place.path: NeuronMoments() for place in places}
     hooks = [
         block.get_submodule(place.down_path).register_forward_pre_hook(

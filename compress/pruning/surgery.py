@@ -95,6 +95,9 @@ def with_mlp_widths(model: ModelDescription, widths: Sequence[int]) -> ModelDesc
     Raises:
         CheckpointError: Blocks of experts differ, or the config cannot say it.
     """
+    present = [mlp_places(model, i)[0].neurons for i in range(model.block_count)]
+    if list(widths) == present:
+        return model
     tensors = dict(model.tensors)
     for index, width in enumerate(widths):
         for place in mlp_places(model, index):

@@ -1,4 +1,8 @@
-"""From "how much" in any unit to blocks and neurons, before anything is measured."""
+"""From "how much" in any unit to blocks and neurons, before anything is measured.
+
+Heads are counted by a unit of all weights (``parameters``, ``size``); by a unit of
+neurons they go on top.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,11 @@ from compress.core.artifact import ModelDescription, TensorInfo
 from compress.core.contracts import Pruner
 from compress.core.errors import ConfigError
 from compress.core.sizes import parse_size
+from compress.pruning.budgets import narrowest
+from compress.pruning.heads import check_groups, kv_heads, with_kv_groups
 from compress.pruning.places import mlp_places
 
 _PROTECTED = 3  # the first two blocks and the last are never dropped
-_LEAST = 32  # neurons; a GGUF block of width 0 would lose its attention as well
 
 
 @dataclass(frozen=True)
@@ -22,22 +27,20 @@ class Target:
     Attributes:
         dropped: Blocks that go.
         widths: Neurons of each MLP of each block of the original.
-        kept: Neurons to keep in all remaining blocks; each expert of a mixture has its
-            block's width, which counts once.
+        removed: Neurons that go in the blocks that stay; each expert of a mixture has
+            its block's width, which counts once.
         unit: What widths are multiples of.
-        weights: Weights that a neuron has, averaged over blocks; all experts together.
     """
 
     dropped: int
     widths: tuple[int, ...]
-    kept: int
+    removed: int
     unit: int
-    weights: float
 
     @property
-    def blocks(self) -> int:
-        """Blocks that stay."""
-        return len(self.widths) - self.dropped
+    def cuts_neurons(self) -> bool:
+        """Whether any goes from a block that stays."""
+        return self.removed > 0
 
 
 def target_of(
@@ -54,6 +57,7 @@ def target_of(
     Raises:
         ConfigError: That much cannot be removed.
     """
+    check_groups(section, model)
     count = model.block_count
     places = [mlp_places(model, i) for i in range(count)]
     widths = tuple(block[0].neurons for block in places)
@@ -62,26 +66,45 @@ def target_of(
     whole = sum(info.elements for info in model.tensors.values())
     blocks = [_block_weights(model, i) for i in range(count)]
     remove = _removed_weights(section, model, neuron, widths, whole)
+    block = sum(blocks) / count
     dropped = section.blocks
     if dropped is None:
-        share = section.depth_share
-        share = pruner.depth_share if share is None else share
-        dropped = round(share * remove / (sum(blocks) / count))
-    if dropped > max(0, count - _PROTECTED):
+        dropped = round(_depth_share(section, pruner) * remove / block)
+    elif section.total is not None and dropped * block > remove + block / 2:
         raise ConfigError(
-            f"prune: {dropped} of {count} blocks would go; at most "
-            f"{max(0, count - _PROTECTED)} can, since the first two and the last stay"
+            f"prune: {dropped} blocks are {dropped * block / whole:.1%} of all weights "
+            f"but {section.total} comes to {remove / whole:.1%}; leave one of them out"
+        )
+    most = max(0, count - _PROTECTED)
+    if dropped > most:
+        raise ConfigError(
+            f"prune: {dropped} of {count} blocks would go; at most {most} can, since "
+            "the first two and the last stay; ask for less, or set depth_share"
         )
     left = (count - dropped) * sum(widths) / count
-    gone = max(0.0, remove - dropped * sum(blocks) / count)
-    kept = left - gone / neuron
-    least = (count - dropped) * max(_LEAST, unit)
-    if kept < least:
+    if section.expansion_ratio is not None:
+        remove *= (count - dropped) / count
+    else:
+        remove -= dropped * block
+    if section.parameters is not None or section.size is not None:
+        remove -= (count - dropped) * _group_weights(section, model)
+    removed = max(0.0, remove) / neuron
+    least = narrowest(unit) * unit
+    if removed and left - removed < (count - dropped) * least:
         raise ConfigError(
-            f"prune: {left - kept:.0f} of {left:.0f} neurons would go; at least "
-            f"{max(_LEAST, unit)} have to stay in each block; ask for less"
+            f"prune: {removed:.0f} of {left:.0f} neurons would go, and {least} have to "
+            f"stay in each block (a multiple of round_to: {unit}); ask for less, or "
+            "for whole blocks too (depth_share)"
         )
-    return Target(dropped, widths, round(kept), unit, neuron)
+    return Target(dropped, widths, round(removed), unit)
+
+
+def _depth_share(section: PruneSection, pruner: Pruner) -> float:
+    """Return the share of the removed weights that goes as blocks."""
+    if section.expansion_ratio is not None:
+        return 0.0  # it names the width; blocks would have to be named as well
+    share = section.depth_share
+    return pruner.depth_share if share is None else share
 
 
 def _removed_weights(
@@ -113,6 +136,15 @@ def _removed_weights(
             )
         return (bytes_ - wanted) * whole / bytes_
     return 0.0
+
+
+def _group_weights(section: PruneSection, model: ModelDescription) -> float:
+    """Return how many weights a block loses with its heads, mean over blocks."""
+    left = with_kv_groups(model, kv_heads(model) - section.kv_groups).tensors
+    gone = sum(
+        info.elements - left[name].elements for name, info in model.tensors.items()
+    )
+    return gone / model.block_count
 
 
 def _bytes(info: TensorInfo) -> int:

@@ -13,22 +13,32 @@ from compress.report.wording import (
 )
 
 _HEADERS = ("what", "before", "after", "kept")
-_BLOCK_HEADERS = ("block", "neurons before", "after", "kept", "error of MLP output")
+_BLOCK_HEADERS = (
+    "block",
+    "neurons before",
+    "after",
+    "kept",
+    "error of MLP output",
+    "of attention output",
+)
 _ERRORS = (
-    "Error: mean square of the MLP's output error over that of the output, on "
+    "Error: mean square of the output's error over that of the output, on "
     "calibration text, after the repair."
 )
 
 
 def pruning_table(report: Report) -> Table:
-    """Return neurons, blocks and weights before and after."""
+    """Return neurons, heads, blocks and weights before and after."""
     found = branch(report, "pruning")
     rows: list[tuple[str, ...]] = []
     if found:
         blocks = found.get("blocks") or []
         dropped = found.get("dropped") or []
+        heads = branch(found, "kv_groups")
+        cut = heads.get("before") != heads.get("after")
         pairs = {
             "MLP neurons": branch(found, "neurons"),
+            **({"key-value groups in a block": heads} if cut else {}),
             "blocks": {"before": len(blocks) + len(dropped), "after": len(blocks)},
             "weights": branch(found, "parameters"),
         }
@@ -61,15 +71,22 @@ def block_table(report: Report) -> Table:
     for block in branch(report, "pruning").get("blocks") or []:
         before, after = number_at(block, "before"), number_at(block, "after")
         kept = after / before if before and after is not None else None
-        error = number_at(block, "error")
+        errors = [number_at(block, key) for key in ("error", "attention_error")]
         rows.append(
             (
                 str(block.get("block")),
                 count(before),
                 count(after),
                 percent(kept),
-                MISSING if error is None else significant(error),
+                *(MISSING if e is None else significant(e) for e in errors),
             )
         )
-    caption = _ERRORS if any(row[4] != MISSING for row in rows) else ""
-    return Table("Blocks after pruning", _BLOCK_HEADERS, "rrrrr", tuple(rows), caption)
+    measured = [any(row[n] != MISSING for row in rows) for n in (4, 5)]
+    width = 6 if measured[1] else 5  # most runs leave attention alone
+    return Table(
+        "Blocks after pruning",
+        _BLOCK_HEADERS[:width],
+        "r" * width,
+        tuple(row[:width] for row in rows),
+        _ERRORS if any(measured) else "",
+    )

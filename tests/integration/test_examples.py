@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         tie_word_embeddings=True,
         dtype=torch.float16,
-        intermediate_size=128,
+        intermediate_size=320,
     )
     return folder
 
@@ -67,6 +67,10 @@ def test_config_runs(config: Path, checkpoint: Path, tmp_path: Path) -> None:
         "calibration.samples=4",
         "calibration.sequence_length=32",
     ]
+    if load_config(config).recover is not None:
+        short = {"steps": 1, "minutes": "null", "samples": 4, "held_out": 2, "batch": 2}
+        changes += [f"recover.options.{key}={value}" for key, value in short.items()]
+        changes.append("recover.options.sequence_length=16")
     wanted = {entry.format for entry in load_config(config).export}
     result = compress.run(load_config(config, changes))
     assert set(result.report["exports"]) == wanted

@@ -1,4 +1,4 @@
-"""A distribution of one file adds a quantizer: installed as a user would install it."""
+"""A distribution of one file adds two plug-ins: installed as a user would do it."""
 
 from __future__ import annotations
 
@@ -35,10 +35,14 @@ def run(installed: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_it_is_listed_with_its_origin(installed: Path) -> None:
-    done = run(installed, "-m", "compress", "list", "quantizers", "--json")
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("quantizers", "demo-power-of-two"), ("pruners", "demo-longest")],
+)
+def test_it_is_listed_with_its_origin(kind: str, name: str, installed: Path) -> None:
+    done = run(installed, "-m", "compress", "list", kind, "--json")
     assert done.returncode == 0, done.stderr
-    (row,) = (r for r in json.loads(done.stdout) if r["name"] == "demo-power-of-two")
+    (row,) = (r for r in json.loads(done.stdout) if r["name"] == name)
     assert row["origin"] == "compress-plugin-demo 0.1.0"
     assert row["works"]
 

@@ -137,7 +137,7 @@ def test_all_errors_are_told_at_once_in_file_order(tmp_path: Path) -> None:
             "export: [{format: safetensors}, {format: safetensors}]",
             "2:34: export.1.format: 'safetensors' is also export.0",
         ),
-        ("prun: {}", "2:1: prun: unknown key; did you mean 'run'?"),
+        ("prun: {}", "2:1: prun: unknown key; did you mean 'prune'?"),
         ("alocate: {}", "2:1: alocate: unknown key"),
     ],
 )

@@ -1,8 +1,10 @@
-"""A quantizer from outside: round to nearest with power-of-two scales.
+"""A quantizer and a pruner from outside.
 
-The scale of a group is the power of two next above ``amax / highest``, so that
-multiplying by it is a shift. Symmetric grids only. Written against the public contract
-alone: nothing of the toolkit but ``compress.core`` is imported.
+The quantizer rounds to nearest with power-of-two scales: the scale of a group is the
+power of two next above ``amax / highest``, so that multiplying by it is a shift.
+Symmetric grids only. The pruner keeps the neurons with the longest columns of ``down``.
+Written against the public contract alone: nothing of the toolkit but ``compress.core``
+is imported.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.core.contracts import Options, Quantizer
+from compress.core.contracts import Options, Pruner, Quantizer
+from compress.core.neurons import GatedMLP, NeuronStatistics
 from compress.core.scheme import Scheme, Zero
 from compress.core.statistics import LayerStatistics
 from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
@@ -57,3 +60,18 @@ class PowerOfTwo(Quantizer):
         codes = codes.clamp(scheme.lowest, scheme.highest).to(torch.int8)
         stored = scale.to(TORCH_DTYPES[scheme.scale_dtype])
         return QuantizedTensor(codes.view(rows, columns), stored, None, scheme)
+
+
+class Longest(Pruner):
+    """Keeps the neurons whose columns of ``down`` are longest."""
+
+    name = "demo-longest"
+    summary = "longest columns of down (demo of an outside plug-in)"
+    source = "none; an example"
+    needs_activations = False
+    budgets = "uniform"
+
+    def scores(self, mlp: GatedMLP, statistics: NeuronStatistics | None) -> Tensor:
+        """Return the norms of the columns."""
+        norms: Tensor = mlp.down.norm(dim=0)
+        return norms

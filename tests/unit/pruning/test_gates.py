@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,16 @@ import pytest
 import torch
 from export_fixtures import StateDictSource
 from moe_fixtures import opened, save_mixture
+from pruning_fixtures import pruning_of
 from streaming_fixtures import WINDOWS, model_of
 from torch import Tensor
 
-from compress.config.plugins import create_pruner
-from compress.config.prune_section import PruneSection
 from compress.core.artifact import ModelDescription
-from compress.core.errors import CalibrationError, ConfigError
+from compress.core.errors import CalibrationError, CompressError, ConfigError
 from compress.model.loading import ModelHandle
-from compress.pruning.dealing import check_budgets
 from compress.pruning.gates import Gates, learned_shares, ranks_of
 from compress.pruning.places import mlp_places
 from compress.pruning.stage import Pruning
-from compress.pruning.target import target_of
 from compress.recovery.losses import linear_kl
 from compress.recovery.models import WholeModel
 
@@ -43,17 +40,8 @@ def grammar(windows: int, seed: int) -> Tensor:
     return text
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products are tiny, and threads would wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def trained(one_thread: None) -> ModelHandle:
+def trained() -> ModelHandle:
     """A Llama of three blocks that knows most of the grammar."""
     model, description, _ = model_of(
         "llama",
@@ -82,9 +70,9 @@ def ranks(handle: ModelHandle) -> list[Tensor]:
     """Return ranks by the norms of the columns of ``down``."""
     found = []
     for index in range(handle.description.block_count):
-        places = mlp_places(handle.description, index)
-        downs = [handle.source.read(f"{place.down}.weight") for place in places]
-        found.append(torch.stack([ranks_of(down.norm(dim=0)) for down in downs]))
+        (place,) = mlp_places(handle.description, index)
+        down = handle.source.read(f"{place.down}.weight")
+        found.append(ranks_of(down.norm(dim=0)))
     return found
 
 
@@ -116,7 +104,7 @@ def test_a_hard_mask_has_the_gradient_of_the_soft_one(trained: ModelHandle) -> N
     for hard in (False, True):
         masks = gates.masks(0.05, hard=hard)
         slopes.append(torch.autograd.grad(gates.excess(masks), gates.thresholds)[0])
-    values = torch.cat([mask.flatten() for mask in masks])
+    values = torch.cat(masks)
     assert set(values.tolist()) == {0.0, 1.0}
     torch.testing.assert_close(slopes[0], slopes[1])
 
@@ -245,18 +233,6 @@ def test_a_redundant_block_is_pruned_first() -> None:
     assert min(shares[0], *shares[2:]) - shares[1] > 0.1
 
 
-def test_experts_share_their_blocks_threshold(tmp_path: Path) -> None:
-    save_mixture(tmp_path, "mixtral")
-    handle = opened(tmp_path)
-    own = ranks(handle)
-    assert all(len(block) == 4 for block in own)
-    model = whole(handle)
-    shares = learned_shares(model, WINDOWS, own, 0.6, steps=40)
-    assert len(shares) == handle.description.block_count
-    assert sum(shares) / len(shares) == pytest.approx(0.6, rel=0.05)
-    assert shares[0] != shares[1]
-
-
 def test_a_gradient_that_is_not_finite_is_an_error(trained: ModelHandle) -> None:
     model = whole(trained)
     model.blocks[1].mlp.up_proj.weight.fill_(torch.inf)
@@ -264,11 +240,9 @@ def test_a_gradient_that_is_not_finite_is_an_error(trained: ModelHandle) -> None
         learned_shares(model, grammar(4, seed=2), ranks(trained), 0.6, steps=2)
 
 
-def pruning_of(handle: ModelHandle, folder: Path, **section: Any) -> Pruning:
-    parsed = PruneSection(budgets="learned", shape="per-layer", **section)
-    pruner = create_pruner(parsed.method, parsed.options, path=("prune", "options"))
-    target = target_of(parsed, pruner, handle.description, 4)
-    return Pruning(handle.description, handle.source, parsed, pruner, target, folder)
+def learned(handle: ModelHandle, folder: Path, **section: Any) -> Pruning:
+    how = {"budgets": "learned", "shape": "per-layer", "unit": 4} | section
+    return pruning_of(handle.description, handle.source, folder, **how)
 
 
 @pytest.mark.parametrize("method", ["taylor", "cfsp", "maw"])
@@ -291,27 +265,33 @@ def test_any_methods_scores_can_be_ranked(
         return [1.0, 0.75, 0.5]
 
     monkeypatch.setattr("compress.pruning.gates.learned_shares", shares)
-    pruning = pruning_of(trained, tmp_path, method=method, sparsity=0.25)
+    pruning = learned(trained, tmp_path, method=method, sparsity=0.25)
     record = pruning.run(grammar(8, seed=2), {})
     assert [block["after"] for block in record["blocks"]] == [96, 72, 48]
-    assert all(sorted(r[0].tolist()) == pytest.approx(EVEN) for r in seen)
+    assert all(sorted(r.tolist()) == pytest.approx(EVEN) for r in seen)
 
 
 EVEN = [(i + 0.5) / WIDTH for i in range(WIDTH)]
 
 
-def test_less_than_the_floor_is_refused(trained: ModelHandle, tmp_path: Path) -> None:
+def test_less_than_the_floor_is_refused(tmp_path: Path) -> None:
     handle = ModelHandle(*model_of("llama", intermediate_size=256)[1:])
     with pytest.raises(ConfigError, match="a quarter"):
-        check_budgets(pruning_of(handle, tmp_path, sparsity=0.8))
-    check_budgets(pruning_of(handle, tmp_path, sparsity=0.7))
+        learned(handle, tmp_path, sparsity=0.8)
+    assert learned(handle, tmp_path, sparsity=0.7).needs_windows
+
+
+def test_a_mixture_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    save_mixture(tmp_path, "mixtral")
+    with pytest.raises(CompressError, match="one width"):
+        learned(opened(tmp_path), tmp_path, sparsity=0.3).provisional()
 
 
 def test_a_run_ends_in_widths_of_the_target(
     trained: ModelHandle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compress.pruning.gates.STEPS", 20)
-    pruning = pruning_of(trained, tmp_path, sparsity=0.25)
+    pruning = learned(trained, tmp_path, sparsity=0.25)
     record = pruning.run(grammar(8, seed=2), {})
     widths = [block["after"] for block in record["blocks"]]
     assert record["budgets"] == "learned"

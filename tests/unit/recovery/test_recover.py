@@ -115,7 +115,14 @@ def test_the_student_is_a_folder(tmp_path: Path) -> None:
 
 
 def section(**recover: Any) -> Any:
-    return load_config({"model": {"path": "x"}, "recover": recover}).recover
+    prune = {"sparsity": 0.2}
+    data = {"model": {"path": "x"}, "prune": prune, "recover": recover}
+    return load_config(data).recover
+
+
+def test_recovery_wants_something_to_recover_from() -> None:
+    with pytest.raises(ConfigError, match="recover: nothing was removed.*add prune"):
+        load_config({"model": {"path": "x"}, "recover": {}})
 
 
 def test_a_config_names_method_and_options() -> None:
