@@ -88,7 +88,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "propagate": "pruned",
     },
 }
-SAMPLES_OF = {"mix": SAMPLES, "mix x4": 4 * SAMPLES, "wikitext": SAMPLES}
+SAMPLES_OF = {
+    "mix": SAMPLES,
+    "mix x4": 4 * SAMPLES,
+    "wikitext": SAMPLES,
+    "none": SAMPLES,
+}
 REPAIRS = {"plain": "none", "repaired": "least_squares"}
 
 
