@@ -58,6 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "taylor uniform": {"method": "taylor", **UNIFORM},
     "taylor effect": {"method": "taylor", "shape": "per-layer"},
     "taylor cfsp": {"method": "taylor", "shape": "per-layer", "budgets": "cfsp"},
+    "taylor learned": {"method": "taylor", "shape": "per-layer", "budgets": "learned"},
     "taylor measured": {
         "method": "taylor",
         "shape": "per-layer",

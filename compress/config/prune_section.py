@@ -70,11 +70,11 @@ class PruneSection(Section):
         "which calibration text is predicted best; both anew after each block.",
     )
     budgets: Literal[
-        "auto", "uniform", "cfsp", "standardised", "effect", "measured"
+        "auto", "uniform", "cfsp", "standardised", "effect", "measured", "learned"
     ] = Field(
         default="auto",
         description="How neurons are dealt to blocks; auto asks the method. Shape "
-        "uniform has one width for all.",
+        "uniform has one width for all; learned holds the whole model on the device.",
     )
     shape: Literal["uniform", "per-layer", "padded"] = Field(
         default="uniform",

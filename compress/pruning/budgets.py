@@ -10,6 +10,7 @@
 * ``effect``: one threshold on what neurons are worth to the predictions, in nats.
 * ``measured``: each block's loss is measured at a ladder of widths with the method's
   own choice and repair; of all combinations of that total the least sum, exactly.
+* ``learned``: thresholds trained on the KL of the whole model (see ``gates``).
 
 Source: Wang et al., CFSP (arXiv 2409.13199), section 3.2; FLAP for ``standardised``.
 """
@@ -22,10 +23,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Budgets = Literal["uniform", "cfsp", "standardised", "effect", "measured"]
+Budgets = Literal["uniform", "cfsp", "standardised", "effect", "measured", "learned"]
 BUDGETS: tuple[str, ...] = get_args(Budgets)
 _GAIN = 13.1
-_FLOOR = 0.25  # share of its neurons that a block keeps at least
+FLOOR = 0.25
+"""Share of its neurons that a block keeps at least."""
 LEAST = 32
 """Neurons that a block keeps; a GGUF block of width 0 would lose its attention too."""
 
@@ -64,7 +66,7 @@ def threshold_shares(scores: Sequence[Tensor], keep: float) -> list[float]:
         scores: ``[I_l]`` for each block.
         keep: Share of all neurons.
     """
-    limits = [max(1, round(_FLOOR * len(s))) for s in scores]
+    limits = [max(1, round(FLOOR * len(s))) for s in scores]
     ordered = [s.double().sort(descending=True).values for s in scores]
     wanted = round(keep * sum(map(len, scores)))
     free = torch.cat([s[limit:] for s, limit in zip(ordered, limits, strict=True)])

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import ConfigError
-from compress.core.neurons import GatedMLP, NeuronStatistics
-from compress.pruning import budgets
+from compress.core.neurons import GatedMLP, NeuronStatistics, loudest
+from compress.model.loading import ModelHandle
+from compress.pruning import budgets, gates
 from compress.pruning.budgets import narrowest
 from compress.pruning.cutting import choose
 from compress.pruning.depth import turns_of
@@ -22,6 +23,7 @@ from compress.pruning.gradients import Gradients, gradients_of
 from compress.pruning.places import MLPPlace, mlp_places
 from compress.pruning.repair import repaired
 from compress.pruning.statistics import unseen, watched
+from compress.recovery.models import WholeModel
 from compress.workdir import WorkDir, write_atomically
 
 if TYPE_CHECKING:
@@ -94,6 +96,9 @@ class Dealer:
         if kind == "standardised":
             found = self._measure(windows, gradients, self._standardised)
             return self.dealt(budgets.threshold_shares(found, share))
+        if kind == "learned":
+            ranks = self._measure(windows, gradients, self._ranks)
+            return self.dealt(self._learned(windows, ranks))
         ladders = self._measure(windows, gradients, self._ladder)
         unit = pruning.target.unit
         # Never below what uniform shares take, rounded down, which is on each ladder.
@@ -183,6 +188,29 @@ class Dealer:
         pruner = self._pruning.pruner
         return budgets.standardised(pruner.scores(mlp, statistics))
 
+    def _ranks(
+        self, _place: MLPPlace, mlp: GatedMLP, statistics: NeuronStatistics, _: float
+    ) -> Tensor:
+        pruner = self._pruning.pruner
+        protected = loudest(statistics) if pruner.needs_activations else None
+        return gates.ranks_of(pruner.scores(mlp, statistics), protected)
+
+    def _learned(self, windows: Tensor, ranks: Sequence[Tensor]) -> list[float]:
+        pruning = self._pruning
+        model = WholeModel(
+            ModelHandle(self._model, self._source),
+            device=pruning.device,
+            dtype=pruning.dtype,
+        )
+        return gates.learned_shares(
+            model,
+            windows[:_GRADIENT_WINDOWS],
+            ranks,
+            self._share,
+            steps=gates.STEPS,
+            seed=pruning.seed,
+        )
+
     def _ladder(
         self, _place: MLPPlace, mlp: GatedMLP, found: NeuronStatistics, slope: float
     ) -> Tensor:
@@ -221,6 +249,14 @@ def check_budgets(pruning: Pruning) -> None:
         raise ConfigError(
             f"prune.budgets {section.budgets}: with shape: uniform all blocks have one "
             "width; set shape: per-layer, or leave budgets out"
+        )
+    target = pruning.target
+    left = sum(target.widths) * (1 - target.dropped / len(target.widths))
+    if pruning.budgets == "learned" and target.removed >= (1 - budgets.FLOOR) * left:
+        raise ConfigError(
+            f"prune.budgets learned: {target.removed} of {left:.0f} neurons would go, "
+            "and each block keeps a quarter of its own; remove less, or take budgets: "
+            "uniform"
         )
     if pruning.budgets == "measured" and pruning.repair == "none":
         raise ConfigError(
