@@ -245,6 +245,11 @@ def line_of(row: Row, figures: Any, length: int) -> dict[str, Any]:
     }
 
 
+def _has(found: Any, length: int) -> bool:
+    """Whether a row was measured on windows of a length."""
+    return all(str(length) in found["texts"][text] for text in TEXTS)
+
+
 def write_table(done: dict[Row, Any], reference: Reference, options: Any) -> Path:
     """Write all rows that are there: best first, for each sparsity and length."""
     figures: dict[str, Any] = {
@@ -256,7 +261,7 @@ def write_table(done: dict[Row, Any], reference: Reference, options: Any) -> Pat
             lines = [
                 line_of(row, found, length)
                 for row, found in done.items()
-                if row.sparsity == sparsity
+                if row.sparsity == sparsity and _has(found, length)
             ]
             lines.sort(key=lambda line: mean(line[f"KL {text}"] for text in TEXTS))
             title = f"{round(100 * sparsity)} % of the MLP neurons, windows of {length}"
@@ -310,7 +315,7 @@ def main() -> None:
             print(f"{row.name}: {error}", flush=True)
             continue
         write_table(done, reference, options)
-        for length in options.windows:
+        for length in (n for n in options.windows if _has(done[row], n)):
             line = line_of(row, done[row], length)
             rises = " ".join(f"{line[f'rise % {text}']:8.1f}" for text in TEXTS)
             print(f"{row.name:45} {length:5} {rises} {line['seconds']} s", flush=True)

@@ -165,7 +165,8 @@ def choose(
     if width == mlp.neurons:
         return torch.arange(width, device=mlp.down.device)
     if not pruner.needs_activations:
-        return pruner.select(mlp, None, width)
+        protected = None if found is None else loudest(found)
+        return pruner.select(mlp, None, width, protected)
     if found is None:
         return pruner.select(mlp, unseen(mlp), width)
     return pruner.select(mlp, found, width, loudest(found))
