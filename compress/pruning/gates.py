@@ -30,7 +30,6 @@ Mixtures of experts have one width for all blocks, so that there is nothing to l
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,11 +45,9 @@ from compress.recovery.losses import linear_kl
 from compress.recovery.models import WholeModel
 from compress.recovery.text import Order
 
-_log = logging.getLogger(__name__)
-
 STEPS = 120
-"""On a trained model of four blocks 60 steps ended up to 1 % off the budget, 120 within
-0.1 % and at the KL of 240; that was the best one of all combinations of eighths."""
+"""On a small trained model 60 steps ended up to 1 % off the budget, 120 within 0.3 %; the
+KL of 240 steps was no lower, nor that of the best of all combinations of eighths."""
 
 _TOKENS = 2048  # of a step
 _RATE = 0.05  # falls to 0 along a cosine

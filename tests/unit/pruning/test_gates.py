@@ -43,6 +43,8 @@ def grammar(windows: int, seed: int) -> Tensor:
 @pytest.fixture(scope="module")
 def trained() -> ModelHandle:
     """A Llama of three blocks that knows most of the grammar."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # conftest's fixture comes after this one
     model, description, _ = model_of(
         "llama",
         vocab_size=SYMBOLS,
@@ -57,6 +59,7 @@ def trained() -> ModelHandle:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    torch.set_num_threads(threads)
     assert float(loss.detach()) < 2.0  # of log 48 = 3.9
     state = {name: p.detach().clone() for name, p in model.named_parameters()}
     return ModelHandle(description, StateDictSource(state))
