@@ -151,11 +151,18 @@ def cautions(pruning: Pruning) -> list[str]:
     """Return what a user of this pruning should know, as sentences."""
     if pruning.pruner.needs_activations:
         return []
-    return [
+    found = [
         f"prune.method {pruning.pruner.name} looks at no data. Data-driven scores are "
         "better: on calibration text taylor, comp or cfsp lose far less at the same "
         "size."
     ]
+    if pruning.section.kv_groups and not pruning.measures_blocks:
+        found.append(
+            "Attention heads were chosen by the norms of their weights. What they do "
+            "on calibration text says more: set prune.repair to least_squares, or take "
+            "a method that uses data."
+        )
+    return found
 
 
 def _inputs(run: Run, pruning: Pruning) -> tuple[Tensor | None, dict[str, str]]:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from moe_fixtures import KINDS
 from pipeline_fixtures import save_checkpoint
-from safetensors import safe_open
 
 from compress import reshaping
 from compress.config.schema import Config
@@ -63,9 +62,8 @@ def kept_groups(root: Path, count: int) -> list[list[int]]:
     """Return the groups that each of ``count`` blocks of a pruned folder kept."""
     found = []
     for index in range(count):
-        shard = root / "pruned" / f"model-block-{index:04d}.safetensors"
-        with safe_open(shard, framework="pt") as file:
-            kept = json.loads(file.metadata()["record"])["kept"]
+        record = root / "pruning/results" / f"block-{index:04d}.json"
+        kept = json.loads(record.read_text())["kept"]
         found.append(kept[f"model.layers.{index}.self_attn"])
     return found
 

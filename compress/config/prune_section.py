@@ -89,7 +89,7 @@ class PruneSection(Section):
     )
     repair: Literal["auto", "least_squares", "mask", "bias", "none"] = Field(
         default="auto",
-        description="What the neurons that stay take over: auto is least_squares with "
+        description="What the neurons and heads that stay take over: auto is least_squares with "
         "calibration text, else none.",
     )
     propagate: Literal["dense", "pruned"] = Field(

@@ -73,4 +73,5 @@ def test_a_run_prunes_heads_quantizes_and_says_so(tmp_path: Path) -> None:
     assert any("heads" in warning for warning in report["warnings"])
     shapes = {row["role"]: row["shape"] for row in report["layers"]}
     assert (shapes["q"], shapes["k"], shapes["o"]) == ([64, 64], [32, 64], [64, 64])
-    assert report["exports"]["gguf"]["verify"]["same_codes"]
+    assert report["exports"]["gguf"]["verify"]["passed"]
+    assert report["exports"]["gguf"]["codes"]["identical"]
