@@ -89,8 +89,8 @@ class PruneSection(Section):
     )
     repair: Literal["auto", "least_squares", "mask", "bias", "none"] = Field(
         default="auto",
-        description="What the neurons and heads that stay take over: auto is least_squares with "
-        "calibration text, else none.",
+        description="What the neurons and heads that stay take over: auto is "
+        "least_squares with calibration text, else none.",
     )
     propagate: Literal["dense", "pruned"] = Field(
         default="dense",
