@@ -36,6 +36,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from window_scores import open_model, reference_of, score
 
+import compress
 from compress.calibration.data import load_tokens
 from compress.workdir import write_atomically
 
@@ -43,22 +44,6 @@ PERCENTAGES = (0, 10, 20, 30, 40, 50, 60)
 PROMPT, OUTPUT, BATCHES = 128, 128, (1, 16)
 IDLE_SECONDS = 5
 STAGES = ("perplexity", "knowledge", "answers", "speed")
-
-
-def prune_(model: Any, percent: int) -> Any:
-    """Remove neurons whose gate and up rows have the smallest range, in place."""
-    for block in model.model.layers:
-        mlp = block.mlp
-        rows = [m.weight.data.float() for m in (mlp.gate_proj, mlp.up_proj)]
-        score = sum((w.amax(1) + w.amin(1).abs() for w in rows), torch.tensor(0.0))
-        width = len(score) - len(score) * percent // 100
-        keep = score.topk(width).indices.sort().values
-        for module, axis in ((mlp.gate_proj, 0), (mlp.up_proj, 0), (mlp.down_proj, 1)):
-            module.weight.data = module.weight.data.index_select(axis, keep)
-        mlp.gate_proj.out_features = mlp.up_proj.out_features = width
-        mlp.down_proj.in_features = mlp.intermediate_size = width
-    model.config.intermediate_size = width
-    return model
 
 
 class Study:
@@ -77,8 +62,14 @@ class Study:
         self._once: dict[str, Any] = {}
 
     def pruned(self, percent: int) -> Any:
-        """Return a pruned copy on the device."""
-        return prune_(copy.deepcopy(self.dense), percent).to(self.device)
+        """Return a pruned copy on the device: MAW as published, one width, no repair."""
+        if not percent:
+            return copy.deepcopy(self.dense).to(self.device)
+        folder = self.options.work / f"pruned-{percent}"
+        if not folder.exists():
+            share = {"sparsity": percent / 100, "round_to": 1, "repair": "none"}
+            compress.prune(self._folder, folder, method="maw", **share)
+        return open_model(folder, None).to(self.device)
 
     def run(self, stage: str, percent: int) -> Any:
         """Measure one thing of one copy and keep it."""
