@@ -62,7 +62,7 @@ class Study:
         self._once: dict[str, Any] = {}
 
     def pruned(self, percent: int) -> Any:
-        """Return a pruned copy on the device: MAW as published, one width, no repair."""
+        """Return a copy on the device, pruned by MAW as published: no repair."""
         if not percent:
             return copy.deepcopy(self.dense).to(self.device)
         folder = self.options.work / f"pruned-{percent}"

@@ -163,21 +163,3 @@ def test_likelihoods_of_answers_equal_those_of_one_at_a_time(
         hits += rates.index(max(rates)) == row["answer"]
     assert found["bits_per_byte"] == pytest.approx(bits / size, rel=1e-4)
     assert found["accuracy"] == hits / 2
-
-
-def test_the_study_keeps_the_neurons_of_the_widest_range(
-    base: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import maw_study
-
-    mlp = base.model.layers[0].mlp
-    ranges = [
-        float((g.max() + abs(g.min()) + u.max() + abs(u.min())).detach())
-        for g, u in zip(mlp.gate_proj.weight, mlp.up_proj.weight, strict=True)
-    ]
-    best = sorted(sorted(range(64), key=ranges.__getitem__)[12:])
-    expected = mlp.down_proj.weight[:, best]
-    maw_study.prune_(base, 20)
-    assert base.config.intermediate_size == 52  # 64 - floor(12.8)
-    torch.testing.assert_close(mlp.down_proj.weight.data, expected.data)
