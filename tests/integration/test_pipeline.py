@@ -27,7 +27,7 @@ REPORT_KEYS = {
     *("version", "model", "config", "config_text", "command", "seed", "date"),
     *("versions", "hashes", "hardware", "calibration", "size_bytes"),
     *("bits_per_weight", "size_breakdown", "metrics", "transforms", "inputs"),
-    *("kv_cache", "layers", "exports"),
+    *("kv_cache", "layers", "exports", "pruning", "recovery"),
     *("one_plan_two_files", "seconds", "peak_memory_bytes", "predicted", "warnings"),
     "experts",
     "allocation",
