@@ -100,6 +100,8 @@ def prune(
         windows = calibration if pruning.needs_windows else None
         if pruning.needs_windows and windows is None:
             windows = mix_tokens(tokenizer if in_memory else handle.tokenizer())
+        for caution in cautions(pruning, 0 if windows is None else windows.numel()):
+            _log.warning(caution)
         record = pruning.run(windows, {"compress": provenance.versions()["compress"]})
         os.replace(root / FOLDER, target)
     return PrunedModel(target, record)
@@ -113,12 +115,10 @@ def _opened(model: nn.Module | str | Path, tokenizer: Any, cache: Path) -> Model
 
 
 def _check(pruning: Pruning, handle: ModelHandle) -> None:
-    """Raise what would stop the work later, and warn."""
+    """Raise what would stop the work later."""
     if pruning.section.shape == "padded":
         raise ConfigError(
             "shape padded is for runs, which fill up what they write; use per-layer"
         )
     pruning.provisional()
     check_tensors(handle)
-    for caution in cautions(pruning):
-        _log.warning(caution)

@@ -86,7 +86,9 @@ def build_report(
         "seconds": run.seconds,
         "peak_memory_bytes": provenance.peak_memory_bytes(),
         "predicted": run.workdir.stored("predicted"),
-        "warnings": _warnings(run, layers, exports),
+        "warnings": _warnings(
+            run, layers, exports, tokens=tokens.tokens.numel() if tokens else 0
+        ),
     }
 
 
@@ -203,7 +205,7 @@ def _layer_notes(layers: list[dict[str, Any]]) -> list[str]:
 
 
 def _warnings(
-    run: Run, layers: list[dict[str, Any]], exports: Mapping[str, Any]
+    run: Run, layers: list[dict[str, Any]], exports: Mapping[str, Any], *, tokens: int
 ) -> list[str]:
     model, found = run.model, []
     if run.base.tied and not model.tied:
@@ -213,7 +215,7 @@ def _warnings(
             "Bits per weight are per weight of the original."
         )
     if run.pruning is not None:
-        found += reshaping.cautions(run.pruning)
+        found += reshaping.cautions(run.pruning, tokens)
     if run.base.source_gguf is not None:
         found.append(
             f"The source is a GGUF file ({run.base.source_gguf.name}). If it was "

@@ -44,6 +44,8 @@ _log = logging.getLogger(__name__)
 RECOVERED, RECOVERY = "recovered", "recovery"
 _UNIT = 64
 _SUPER_BLOCK = 256
+# Below this, least squares made SmolLM2-135M worse than no repair.
+_TOKENS_A_NEURON = 4
 _IMPORTANCE_WINDOWS = 32
 
 
@@ -123,9 +125,9 @@ def carry_out(run: Run) -> tuple[ModelHandle, dict[str, Any]]:
     pruning = run.pruning
     assert pruning is not None
     run.workdir.compare(provenance.reshaping_fingerprint(run.config), only=True)
-    for caution in cautions(pruning):
-        _log.warning(caution)
     windows, fingerprint = _inputs(run, pruning)
+    for caution in cautions(pruning, 0 if windows is None else windows.numel()):
+        _log.warning(caution)
     with run.timed("prune"):
         record = pruning.run(windows, fingerprint)
     neurons = record["neurons"]
@@ -147,15 +149,28 @@ def carry_out(run: Run) -> tuple[ModelHandle, dict[str, Any]]:
     return subject, {**record, "recovery": recovery, "folder": folder.name}
 
 
-def cautions(pruning: Pruning) -> list[str]:
-    """Return what a user of this pruning should know, as sentences."""
+def cautions(pruning: Pruning, tokens: int) -> list[str]:
+    """Return what a user of this pruning should know, as sentences.
+
+    Args:
+        pruning: As the config says.
+        tokens: Of calibration text; 0 without any.
+    """
+    found = []
+    widest = max(pruning.target.widths)
+    if pruning.repair == "least_squares" and tokens < _TOKENS_A_NEURON * widest:
+        found.append(
+            f"prune.repair least_squares solves for up to {widest:,} neurons on "
+            f"{tokens:,} tokens of calibration text, and fits their noise: give more "
+            "calibration.samples, or set prune.repair to mask or none."
+        )
     if pruning.pruner.needs_activations:
-        return []
-    found = [
+        return found
+    found.append(
         f"prune.method {pruning.pruner.name} looks at no data. Data-driven scores are "
         "better: on calibration text taylor, comp or cfsp lose far less at the same "
         "size."
-    ]
+    )
     if pruning.section.kv_groups and not pruning.measures_blocks:
         found.append(
             "Attention heads were chosen by the norms of their weights. What they do "

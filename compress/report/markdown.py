@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from compress.report.allocation import budget_table, scheme_table
-from compress.report.pruning import block_table, pruning_table
+from compress.report.pruning import block_table, pruning_table, recovery_table
 from compress.report.serving import cache_table, parts_table, upgrades_table
 from compress.report.tables import (
     Report,
@@ -56,6 +56,7 @@ def render_markdown(report: Report) -> str:
         parts += _section(table)
     parts += [*_section(export_table(report)), *_export_notes(report)]
     parts += [*_section(pruning_table(report)), *_section(block_table(report))]
+    parts += _section(recovery_table(report))
     parts += _section(transform_table(report))
     parts += [*_section(budget_table(report)), *_section(scheme_table(report))]
     parts += [*_section(group_table(report)), *_section(worst_layers_table(report))]

@@ -10,7 +10,7 @@ from compress.report.allocation_plots import bits_map, budget_bar, progress_plot
 from compress.report.html import document, draw, paragraph
 from compress.report.layers import layer_table
 from compress.report.plots import histogram_plots, ladder_plot, layer_plot, size_plot
-from compress.report.pruning import block_table, pruning_table
+from compress.report.pruning import block_table, pruning_table, recovery_table
 from compress.report.serving import cache_table, parts_table, upgrades_table
 from compress.report.svg import element
 from compress.report.tables import (
@@ -52,7 +52,9 @@ def render_page(report: Report) -> str:
         "quality": ("Quality", _quality_section(report)),
         "pruning": (
             "Pruning",
-            draw(pruning_table(report)) + draw(block_table(report)),
+            draw(pruning_table(report))
+            + draw(recovery_table(report))
+            + draw(block_table(report)),
         ),
         "transforms": ("Transforms", draw(transform_table(report))),
         "serving": ("Inputs and cache", _serving_section(report)),

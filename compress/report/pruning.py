@@ -7,6 +7,8 @@ from compress.report.wording import (
     MISSING,
     branch,
     count,
+    duration,
+    nats,
     number_at,
     percent,
     significant,
@@ -20,6 +22,10 @@ _BLOCK_HEADERS = (
     "kept",
     "error of MLP output",
     "of attention output",
+)
+_HELD_OUT = (
+    "Held out: windows of the calibration sources that were not trained on. The "
+    "weights are those of the best step."
 )
 _ERRORS = (
     "Error: mean square of the output's error over that of the output, on "
@@ -90,3 +96,21 @@ def block_table(report: Report) -> Table:
         tuple(row[:width] for row in rows),
         _ERRORS if any(measured) else "",
     )
+
+
+def recovery_table(report: Report) -> Table:
+    """Return what training after pruning took, and what it gave back."""
+    found = branch(report, "recovery")
+    rows: list[tuple[str, ...]] = []
+    if found:
+        rows = [
+            ("held-out KL before, nats", nats(number_at(found, "kl_before"))),
+            ("held-out KL after", nats(number_at(found, "kl_after"))),
+            ("steps", count(number_at(found, "steps"))),
+            ("best step", count(number_at(found, "best_step"))),
+            ("tokens", count(number_at(found, "tokens"))),
+            ("time", duration(number_at(found, "seconds"))),
+        ]
+    caption = _HELD_OUT if rows else ""
+    title = f"Recovery by {found.get('method')}" if rows else "Recovery"
+    return Table(title, ("what", "value"), "lr", tuple(rows), caption)

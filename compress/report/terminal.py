@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from compress.report.allocation import budget_table, scheme_table, unit_table
-from compress.report.pruning import pruning_table
+from compress.report.pruning import pruning_table, recovery_table
 from compress.report.serving import cache_table, parts_table, upgrades_table
 from compress.report.tables import (
     Report,
@@ -35,6 +35,7 @@ def summary_table(report: Report) -> str:
     tables = [
         size_table(report),
         pruning_table(report),
+        recovery_table(report),
         budget_table(report),
         scheme_table(report),
     ]

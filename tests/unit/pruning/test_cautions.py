@@ -1,0 +1,37 @@
+"""What a user is warned of before anything is pruned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from model_fixtures import random_model
+from pruning_fixtures import pruning_of
+
+from compress.reshaping import cautions
+
+
+@pytest.mark.parametrize(
+    "section, share, warns",
+    [
+        ({"method": "cfsp"}, 3.9, True),
+        ({"method": "cfsp"}, 4.0, False),
+        ({"method": "cfsp", "repair": "mask"}, 0.1, False),
+        ({"method": "cfsp", "repair": "none"}, 0.1, False),
+    ],
+)
+def test_least_squares_on_little_text_is_warned_of(
+    tmp_path: Path, section: dict[str, str], share: float, warns: bool
+) -> None:
+    _, model, source = random_model()
+    pruning = pruning_of(model, source, tmp_path, sparsity=0.25, **section)
+    tokens = round(share * model.config["intermediate_size"])
+    found = [text for text in cautions(pruning, tokens) if "fits their noise" in text]
+    assert bool(found) == warns
+    assert all(f"{tokens:,} tokens" in text for text in found)
+
+
+def test_a_method_without_data_is_warned_of(tmp_path: Path) -> None:
+    _, model, source = random_model()
+    pruning = pruning_of(model, source, tmp_path, sparsity=0.25, method="maw")
+    assert "Data-driven scores are better" in cautions(pruning, 0)[0]
