@@ -124,8 +124,7 @@ class Cutter:
             values = place.values(source.read).to(weight)
             kept = choose_by_weight(place, weight, values, keep)
         else:
-            solved = repair == "least_squares"
-            kept = choose_groups(place, weight, found, keep=keep, compensated=solved)
+            kept = choose_groups(place, weight, found, keep)
         columns = place.columns(kept)
         result = repaired_columns(weight, found, columns, repair=repair)
         tensors = cut_groups(place, source, kept)
