@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import CheckpointError, MissingDependencyError
-from compress.core.shapes import memory_config, modeling_files
+from compress.core.shapes import attention_of, memory_config, modeling_files
 
 _LOG = logging.getLogger(__name__)
 
@@ -112,6 +112,7 @@ def _load(folder: Path) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
+            attn_implementation=attention_of(config),
             trust_remote_code=_has_own_code(folder, config),
             **options,
         ).eval()

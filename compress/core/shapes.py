@@ -175,6 +175,14 @@ def widths_obstacle(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def attention_of(config: Mapping[str, Any]) -> str:
+    """Return transformers' attention that computes what a config says.
+
+    Flash and SDPA kernels have no soft cap on scores (Gemma 2); 5.17 takes them anyway.
+    """
+    return "eager" if config.get("attn_logit_softcapping") else "sdpa"
+
+
 def heads_obstacle(config: Mapping[str, Any]) -> str | None:
     """Return why transformers refuses a number of heads, if it does.
 

@@ -11,7 +11,7 @@ import torch
 
 from compress.core.errors import CheckpointError
 from compress.core.families import family_of
-from compress.core.shapes import has_widths, mlp_widths
+from compress.core.shapes import attention_of, has_widths, mlp_widths
 from compress.model.experts import split_experts_
 
 
@@ -44,13 +44,13 @@ def build_skeleton(config: Mapping[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
     parsed = as_transformers(config)
-    # Flash and SDPA kernels have no soft cap on attention scores (Gemma 2).
-    attention = "eager" if config.get("attn_logit_softcapping") else "sdpa"
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(
-                parsed, attn_implementation=attention, dtype=torch.float32
+                parsed,
+                attn_implementation=attention_of(config),
+                dtype=torch.float32,
             )
             rebuild_mlps_(model, config)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 from compress.core.artifact import TensorSource
 from compress.core.errors import CheckpointError
 from compress.core.families import family_of
-from compress.core.shapes import memory_config
+from compress.core.shapes import attention_of, memory_config
 from compress.model.experts import stacked, unstacked
 from compress.model.quantized_config import folder_config
 from compress.model.quantized_source import PackedSource, quantization_of
@@ -78,7 +78,9 @@ def _skeleton(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         # Buffers such as rotary frequencies are in no file: they must be computed.
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype or config.dtype or torch.float32
+                config,
+                attn_implementation=attention_of(config.to_dict()),
+                dtype=dtype or config.dtype or torch.float32,
             )
             rebuild_mlps_(model, config.to_dict())
     except (ValueError, KeyError, TypeError, CheckpointError) as error:
