@@ -18,7 +18,6 @@ from compress import provenance
 from compress.config.plugins import create_pruner, recover_options
 from compress.config.recover_section import RecoverSection
 from compress.config.schema import Config
-from compress.core.artifact import ModelDescription
 from compress.core.errors import SchemeError
 from compress.core.scheme import Scheme
 from compress.model.devices import choose_dtype
@@ -107,13 +106,10 @@ def unit_of(config: Config) -> int:
 
 def provisional(pruning: Pruning, handle: ModelHandle) -> ModelHandle:
     """Return a model of the size to come, to be described and never read."""
-    return replace(handle, description=_shaped(pruning, pruning.provisional()))
-
-
-def _shaped(pruning: Pruning, model: ModelDescription) -> ModelDescription:
-    if pruning.section.shape != "padded":
-        return model
-    return padded(model, pruning.source)[0]
+    model = pruning.provisional()
+    if pruning.section.shape == "padded":
+        model, _ = padded(model, pruning.source)
+    return replace(handle, description=model)
 
 
 def carry_out(run: Run) -> tuple[ModelHandle, dict[str, Any]]:

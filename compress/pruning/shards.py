@@ -49,11 +49,7 @@ class ShardFolder:
         """Whether the shard of a block is there."""
         return self._path(_shard(index)).is_file()
 
-    def save_block(
-        self,
-        index: int,
-        tensors: Mapping[str, Tensor],
-    ) -> None:
+    def save_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors of a block, in their storage types."""
         self._save(_shard(index), tensors)
 
