@@ -47,6 +47,8 @@ def stacks(
 def _stacks(layer: LayerPlan) -> bool:
     """Whether rows of other layers may lie above and below those of this one."""
     block = layer.scheme.row_block
+    if block == WHOLE and layer.scheme.codebook is not None:
+        return False  # tables belong to one matrix
     tiles = block == WHOLE or layer.shape[0] % block == 0
     return tiles and not layer.scheme.rank  # a correction is that of one layer
 

@@ -47,8 +47,8 @@ class RoundToNearest(Quantizer):
         return tuple(f"int{bits}-g32" for bits in range(8, 1, -1))
 
     def supports(self, scheme: Scheme) -> bool:
-        """Whether this quantizer can produce ``scheme``: any."""
-        return True
+        """Whether this quantizer can produce ``scheme``: any on a grid."""
+        return scheme.codebook is None
 
     def quantize(
         self, weight: Tensor, scheme: Scheme, statistics: LayerStatistics | None

@@ -90,10 +90,10 @@ class Quantizer(Plugin):
     def supports(self, scheme: Scheme) -> bool:
         """Whether this quantizer can produce ``scheme``.
 
-        By default any scheme without a low-rank correction; one that ends with
-        ``low_rank.correct`` can say yes to all.
+        By default any scheme on a grid without a low-rank correction; one that ends
+        with ``low_rank.correct`` can say yes to all grids.
         """
-        return not scheme.rank
+        return not scheme.rank and scheme.codebook is None
 
     @abstractmethod
     def quantize(

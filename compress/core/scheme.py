@@ -23,6 +23,8 @@ SCALE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 INTEGER = "int"
 IQ4 = "iq4"
 """The grid of ggml's IQ4 types: sixteen levels, denser near zero."""
+CODEBOOK = "codebook"
+"""No grid of its own: codes are places in tables that are stored with the matrix."""
 SUPER_COLUMNS = 256
 """Columns that share the float16 of ``SUPER`` scales."""
 WHOLE = -1
@@ -114,19 +116,40 @@ class InputScheme:
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """A grid with a scale for each run of columns.
+class Codebook:
+    """Tables of vectors that codes point to, instead of a grid.
+
+    A run of ``vector`` neighbouring columns of a row is the sum of one entry of each of
+    ``count`` tables, times the row's scale if rows have one. With vectors of one number
+    this is a palette; with several tables it is additive quantization (AQLM).
 
     Attributes:
-        bits: Nominal bits of a code, 2 to 8.
+        count: Tables that are summed, ``M``.
+        vector: Columns that one code stands for, ``g``.
+        scaled: Whether each row has a scale.
+    """
+
+    count: int = 1
+    vector: int = 1
+    scaled: bool = False
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A grid with a scale for each run of columns, or tables of a matrix's own.
+
+    Attributes:
+        bits: Nominal bits of a code, 2 to 8; of a place in a table, 1 to 16.
         group_size: Columns that share a scale; ``None`` means the whole row.
         zero: Kind of zero point; integers only.
-        scale_dtype: Storage type of ``FREE`` scales, float minima and ``RATIO`` rows.
-        grid: ``int``, ``iq4``, or the name of a float grid.
+        scale_dtype: Storage type of ``FREE`` scales, float minima, ``RATIO`` rows and
+            tables.
+        grid: ``int``, ``iq4``, ``codebook``, or the name of a float grid.
         scales: How scales are stored.
-        row_block: Rows that share a scale; :data:`WHOLE` means all of them.
+        row_block: Rows that share a scale, or tables; :data:`WHOLE` means all of them.
         rank: Columns of a low-rank correction in 8 bits (LoRC); 0 means none.
         inputs: What the inputs are rounded to at run time; ``None`` leaves them.
+        codebook: Of the grid ``codebook``.
     """
 
     bits: int
@@ -138,6 +161,7 @@ class Scheme:
     row_block: int = 1
     rank: int = 0
     inputs: InputScheme | None = None
+    codebook: Codebook | None = None
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
@@ -228,6 +252,11 @@ class Scheme:
                 f"not divide the {columns} columns of {layer}; use a scheme with "
                 "groups of 32"
             )
+        if self.codebook is not None and columns % self.codebook.vector:
+            raise SchemeError(
+                f"{self.name} codes {self.codebook.vector} columns at a time, which do "
+                f"not divide the {columns} columns of {layer}"
+            )
         if columns % self.group_of(columns):
             fitting = [g for g in (16, 32, 64, 96, 128, 192, 256) if columns % g == 0]
             remedy = f"use {' or '.join(map(str, fitting))}" if fitting else "use none"
@@ -263,6 +292,8 @@ class Scheme:
             total = self.bits + shared * (inner + 16 / SUPER_COLUMNS)
             return total + self._rank_bits(columns, rows)
         free = SCALE_BITS[self.scale_dtype]
+        if self.codebook is not None:
+            return self._table_bits(self.codebook, columns, rows, free)
         scale = float(_EXTRA_BITS.get(self.scales, free))
         scale += {Zero.NONE: 0, Zero.INTEGER: self.bits, Zero.OFFSET: free}[self.zero]
         total = self.bits + scale / self.group_of(columns)
@@ -276,6 +307,17 @@ class Scheme:
         if self.scales is Scales.TWO_LEVEL:
             total += 32 / (rows * columns)
         return total + self._rank_bits(columns, rows)
+
+    def _table_bits(
+        self, codebook: Codebook, columns: int, rows: int | None, free: int
+    ) -> float:
+        total = self.bits * codebook.count / codebook.vector
+        total += free / columns if codebook.scaled else 0.0
+        if rows is None:
+            return total
+        tables = math.ceil(rows / self.rows_of_scale(rows)) * codebook.count
+        entries = tables * (1 << self.bits) * codebook.vector
+        return total + free * entries / (rows * columns)
 
     def _rank_bits(self, columns: int, rows: int | None) -> float:
         if not self.rank or rows is None:

@@ -10,7 +10,11 @@ A name is ``WEIGHTS[+INPUTS][-lorcR]``. Weights are
   ``-tensor`` (one scale) or ``-b<size>`` (square blocks), and ``-pow2`` or ``-ratio``
   for scales that are powers of two, alone or within a row;
 * ``nvfp4``, ``mxfp4``, ``mxfp6``, ``mxfp8``;
-* ggml's ``q2_k`` to ``q6_k``, ``iq4_nl`` and ``iq4_xs``.
+* ggml's ``q2_k`` to ``q6_k``, ``iq4_nl`` and ``iq4_xs``;
+* ``palette<bits>`` with a table of free values for each 16 rows, ``-r<rows>`` for each
+  so many or ``-tensor`` for all, ``palette-<columns>x<bits>`` with vectors in place of
+  values (one table for all rows unless it says ``-r``), ``-scaled`` for a scale a row;
+* ``aqlm-<tables>x<bits>g<columns>``, sums of vectors under a scale a row.
 
 Inputs are a grid with an optional group, ``int8`` or ``e4m3-g128``; the usual pairs
 have names of their own: ``w8a8``, ``w6a8-g128``, ``w6a8-g128-group``, ``fp8-w8a8``,
@@ -26,11 +30,13 @@ from dataclasses import replace
 
 from compress.core.errors import SchemeError
 from compress.core.scheme import (
+    CODEBOOK,
     FLOAT_FORMATS,
     INTEGER,
     IQ4,
     SUPER_COLUMNS,
     WHOLE,
+    Codebook,
     InputScheme,
     Scales,
     Scheme,
@@ -64,6 +70,7 @@ _FOR_OTHER_COLUMNS = {
 _FLOAT_NAMES = {"fp4": "e2m1", "fp6": "e2m3", "fp8": "e4m3"}
 _MICROSCALING = {"mxfp4": "e2m1", "mxfp6": "e2m3", "mxfp8": "e4m3"}
 _NVFP4_INPUTS = "nvfp4"
+_TABLE_ROWS = 16  # of a palette whose name does not say it
 
 _RANK = re.compile(r"(.+)-lorc([1-9]\d*)")
 _INTEGER = re.compile(r"int([2-8])(?:-g([1-9]\d*))?(?:-(asym|offset))?")
@@ -71,6 +78,11 @@ _FLOAT = re.compile(
     rf"({'|'.join([*_FLOAT_NAMES, *FLOAT_FORMATS])})"
     r"(?:-g([1-9]\d*)|-(tensor)|-b([1-9]\d*))?(?:-(pow2|ratio))?"
 )
+_PALETTE = re.compile(
+    r"palette(?:([1-8])|-([1-9]\d?)x([1-9]\d?))(?:-r([1-9]\d*)|-(tensor))?(-scaled)?"
+)
+_AQLM = re.compile(r"aqlm-([1-9]\d?)x([1-9]\d?)g([1-9]\d?)")
+_MOST_CODE_BITS = 16
 _INPUTS = re.compile(rf"(int[468]|{'|'.join(FLOAT_FORMATS)})(?:-g([1-9]\d*))?")
 
 # Pairs with a name of their own: pattern and how it is spelled in full, both ways.
@@ -100,6 +112,8 @@ _EXAMPLES = (
     *_MICROSCALING,
     *GGUF_SCHEMES,
     *K_SCHEMES,
+    *(f"palette{b}" for b in range(2, 9)),
+    *("palette-2x6", "palette-4x8", "aqlm-1x8g4", "aqlm-1x8g8", "aqlm-2x8g8"),
 )
 
 
@@ -163,6 +177,8 @@ def _weights(key: str, name: str) -> Scheme | None:
         if scheme.zero is Zero.OFFSET and scheme.bits == 8:
             raise SchemeError(f"scheme {name!r}: an offset grid has at most 7 bits")
         return scheme
+    if key.startswith(("palette", "aqlm")):
+        return _tables(key, name)
     if match := _FLOAT.fullmatch(key):
         grid = _FLOAT_NAMES.get(match[1], match[1])
         block = match[4]
@@ -182,6 +198,38 @@ def _weights(key: str, name: str) -> Scheme | None:
     return None
 
 
+def _tables(key: str, name: str) -> Scheme | None:
+    """Return a scheme of tables; ``None`` if the name is none."""
+    if match := _AQLM.fullmatch(key):
+        count, bits, vector = map(int, match.groups())
+        codebook, rows = Codebook(count, vector, scaled=True), WHOLE
+    elif match := _PALETTE.fullmatch(key):
+        bits, vector = int(match[1] or match[3]), int(match[2] or 1)
+        rows = int(match[4] or (_TABLE_ROWS if vector == 1 else 0)) or WHOLE
+        codebook = Codebook(1, vector, scaled=match[6] is not None)
+        rows = WHOLE if match[5] else rows
+    else:
+        return None
+    if bits > _MOST_CODE_BITS:
+        raise SchemeError(
+            f"scheme {name!r}: codes have at most {_MOST_CODE_BITS} bits, not {bits}"
+        )
+    return Scheme(bits, None, grid=CODEBOOK, row_block=rows, codebook=codebook)
+
+
+def _tables_name(scheme: Scheme, codebook: Codebook) -> str:
+    count, vector, scaled = codebook.count, codebook.vector, codebook.scaled
+    wide = count > 1 or vector > 1 or scheme.bits > 8
+    if scaled and scheme.row_block == WHOLE and wide:
+        return f"aqlm-{count}x{scheme.bits}g{vector}"
+    name = f"palette{scheme.bits}" if vector == 1 else f"palette-{vector}x{scheme.bits}"
+    if scheme.row_block == WHOLE:
+        name += "-tensor" if vector == 1 else ""
+    elif (vector, scheme.row_block) != (1, _TABLE_ROWS):
+        name += f"-r{scheme.row_block}"
+    return f"{name}-scaled" if scaled else name
+
+
 def _inputs(key: str) -> InputScheme | None:
     if key == _NVFP4_INPUTS:
         return InputScheme("e2m1", 16, two_level=True)
@@ -190,6 +238,8 @@ def _inputs(key: str) -> InputScheme | None:
 
 
 def _weights_name(scheme: Scheme) -> str:
+    if scheme.codebook is not None:
+        return _tables_name(scheme, scheme.codebook)
     group = f"-g{scheme.group_size}" if scheme.group_size else ""
     if scheme.scales is Scales.SUPER or scheme.grid == IQ4:
         alike = replace(scheme, scale_dtype="float16", rank=0, inputs=None)
@@ -228,6 +278,7 @@ def _unknown(name: str) -> SchemeError:
     return SchemeError(
         f"unknown scheme {name!r}{hint} Schemes are int2..int8 with an optional -gN "
         "and -asym or -offset, fp4, fp6, fp8 with -gN and -pow2 or -ratio, nvfp4, "
-        "mxfp4, w8a8, w6a8-gN, fp8-w8a8, fp8-block, w4a8-fp-gN and "
+        "mxfp4, w8a8, w6a8-gN, fp8-w8a8, fp8-block, w4a8-fp-gN, palette2..palette8, "
+        "aqlm-MxBgG and "
         f"{', '.join([*GGUF_SCHEMES, *K_SCHEMES])}; 'dense' keeps a layer as it is"
     )

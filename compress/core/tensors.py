@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from compress.core import scales
+from compress.core import codebooks, scales
 from compress.core.scales import TORCH_DTYPES as TORCH_DTYPES
 from compress.core.scheme import Scheme, Zero
 
@@ -58,9 +58,11 @@ class QuantizedTensor:
 
     Attributes:
         codes: ``[R, C]``: int8 in ``[scheme.lowest, scheme.highest]``, uint8 bit
-            patterns of a float grid, or int8 indices of a table.
+            patterns of a float grid, or int8 indices of ggml's table. With tables of
+            its own ``[R, C / g * M]`` places in them, see ``core/codebooks.py``.
         scale: ``[R, C / group]`` as stored; see ``core/scales.py``. One row for each
-            block of rows where these share scales.
+            block of rows where these share scales. With tables ``[R, 1]`` if rows have
+            scales, else ``[1, 1]`` of one.
         zero: ``None``, int8 codes, or float minima in the storage type (int8 under
             ``outer`` with ``SUPER`` scales); as ``scale``.
         scheme: What the numbers mean.
@@ -68,6 +70,8 @@ class QuantizedTensor:
         outer: What the scales have in common, if anything; see ``core/scales.py``.
         low_rank: A correction that is added; only if the scheme has a rank, and then
             it may still be left out where it brings nothing.
+        tables: ``[T, M, 2**bits, g]`` in the storage type: what codes point to, for
+            each of ``T`` runs of ``row_block`` rows; only with the grid ``codebook``.
     """
 
     codes: Tensor
@@ -77,11 +81,16 @@ class QuantizedTensor:
     notes: tuple[str, ...] = field(default=())
     outer: Tensor | None = None
     low_rank: LowRank | None = None
+    tables: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows (outputs) and columns (inputs)."""
-        return self.codes.shape[0], self.codes.shape[1]
+        rows, width = self.codes.shape
+        codebook = self.scheme.codebook
+        if codebook is not None:
+            width = width // codebook.count * codebook.vector
+        return rows, width
 
     def scales(self) -> Tensor:
         """Return the float32 scales ``[R, C / group]``, one row for each row."""
@@ -95,6 +104,9 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return ``[R, C]`` values, computed in float32 and rounded to ``dtype``."""
         rows, columns = self.shape
+        if self.tables is not None:
+            values = codebooks.decode(self.codes, self.tables, self.scheme)
+            return (values * self.scale.float()).to(dtype)
         scale = self.scales()
         levels = self.scheme.levels.to_levels(self.codes)
         groups = levels.view(rows, scale.shape[1], -1)
@@ -115,12 +127,18 @@ class QuantizedTensor:
         """
         block = self.scheme.rows_of_scale(self.shape[0])
         shared = self.scale.shape[0] == 1 and self.shape[0] > 1
+        of_rows = 1 if self.tables is not None else block
         parts, start = [], 0
         for size in sizes:
             rows = slice(start, start + size)
             kept = (
-                slice(0, 1) if shared else slice(start // block, -(-rows.stop // block))
+                slice(0, 1)
+                if shared
+                else slice(start // of_rows, -(-rows.stop // of_rows))
             )
+            tables = self.tables
+            if tables is not None:
+                tables = tables[start // block : -(-rows.stop // block)].clone()
             outer = self.outer
             if outer is not None:  # a copy, since files hold no tensor twice
                 outer = (outer[rows] if outer.dim() == 2 else outer).clone()
@@ -137,6 +155,7 @@ class QuantizedTensor:
                     self.notes,
                     outer,
                     low,
+                    tables,
                 )
             )
             start += size
@@ -151,6 +170,8 @@ class QuantizedTensor:
             tensors["outer"] = self.outer
         if self.low_rank is not None:
             tensors |= {f"low_rank.{k}": v for k, v in vars(self.low_rank).items()}
+        if self.tables is not None:
+            tensors["tables"] = self.tables
         return tensors
 
     @classmethod
@@ -170,4 +191,5 @@ class QuantizedTensor:
             notes,
             tensors.get("outer"),
             low_rank,
+            tensors.get("tables"),
         )

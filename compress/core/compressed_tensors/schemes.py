@@ -82,6 +82,11 @@ def obstacle(scheme: Scheme) -> str | None:
         )
     if scheme.is_integer:
         return None
+    if scheme.codebook is not None:
+        return (
+            f"compressed-tensors has no tables, which {scheme.name} needs; export to "
+            "another format, or set dense: true in this export"
+        )
     if scheme.grid not in _formats(scheme):
         return (
             f"no stock loader reads {scheme.name}; use fp4, fp8, nvfp4, mxfp4 or "
