@@ -17,7 +17,7 @@ from compress.core.plan import LayerPlan, Plan
 from compress.core.scheme import Scheme
 from compress.core.shapes import modeling_files, stored_config, with_widths
 from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
-from compress.model.skeleton import rebuild_mlps_
+from compress.model.skeleton import rebuild_blocks_
 
 WIDTHS = (96, 32, 64)
 
@@ -33,7 +33,7 @@ def uneven_model(
     model, description, _ = model_of(kind, dtype=dtype, **changes)
     config = with_widths(description.config, widths)
     torch.manual_seed(1)
-    rebuild_mlps_(model, config)
+    rebuild_blocks_(model, config)
     model = model.eval().to(TORCH_DTYPES[dtype])
     state = {}
     with torch.no_grad():

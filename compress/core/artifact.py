@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compress.core.families import Family, Linear, expert_count
 from compress.core.plan import Plan
-from compress.core.shapes import has_widths, heads_fill
+from compress.core.shapes import attention_flags, blocks_differ, heads_fill
 from compress.core.statistics import InputSquares
 from compress.core.tensors import QuantizedTensor
 
@@ -84,9 +84,13 @@ class ModelDescription:
     def gguf_architecture(self) -> str | None:
         """Name in GGUF if our own writer knows such models."""
         family, config = self.family, self.config
-        if has_widths(config) or (family.gguf_heads_fill and not heads_fill(config)):
+        if blocks_differ(config) or (family.gguf_heads_fill and not heads_fill(config)):
             return family.gguf_uneven_architecture
         return family.gguf_architecture
+
+    def has_attention(self, index: int) -> bool:
+        """Whether block ``index`` has attention."""
+        return attention_flags(self.config)[index]
 
     def experts(self, index: int) -> int:
         """Number of experts of block ``index``; 0 where its MLP is an ordinary one."""
@@ -97,7 +101,10 @@ class ModelDescription:
 
     def block_linears(self, index: int) -> tuple[Linear, ...]:
         """Return the quantizable layers of block ``index``, in order of execution."""
-        return self.family.block_linears(self.experts(index))
+        found = self.family.block_linears(self.experts(index))
+        if self.has_attention(index):
+            return found
+        return tuple(x for x in found if not self.family.is_attention(x.path))
 
     def linears(self) -> list[str]:
         """Full names of all quantizable layers of all blocks, in model order."""

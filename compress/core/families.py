@@ -104,7 +104,9 @@ class Family:
             are as wide as the model; others need the uneven one.
         attention_norm: Norm that feeds the linears with input ``attention``.
         mlp_norm: Norm that feeds the linears with input ``mlp``.
-        output_norms: Norms between a sub-layer and the residual stream.
+        output_norms: Norms between a sub-layer and the residual stream, attention's
+            first.
+        attention: Path of the attention inside a block.
     """
 
     name: str
@@ -120,10 +122,20 @@ class Family:
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     output_norms: tuple[str, ...] = ()
+    attention: str = "self_attn"
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+
+    @property
+    def attention_norms(self) -> tuple[str, ...]:
+        """Norms of a block that only its attention uses, besides those inside it."""
+        return (self.attention_norm, *self.output_norms[:1])
+
+    def is_attention(self, path: str) -> bool:
+        """Whether a path inside a block is part of what goes with its attention."""
+        return path.startswith(f"{self.attention}.") or path in self.attention_norms
 
     def block(self, index: int) -> str:
         """Full path of decoder block ``index``."""

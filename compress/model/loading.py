@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.errors import CheckpointError, MissingDependencyError
 from compress.core.families import family_of
-from compress.core.shapes import has_widths, memory_config
+from compress.core.shapes import blocks_differ, memory_config
 from compress.core.tensors import TORCH_DTYPES
 from compress.model.experts import unstacked
 from compress.model.quantized_source import PackedSource
@@ -53,7 +53,7 @@ class ModelHandle:
 
         folder = self.description.assets
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
-        if has_widths(self.description.config):
+        if blocks_differ(self.description.config):
             # The folder's own config names code, which is not run here.
             options["config"] = as_transformers(self.description.config)
         try:

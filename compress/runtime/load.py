@@ -16,7 +16,7 @@ from compress.core.shapes import attention_of, memory_config
 from compress.model.experts import stacked, unstacked
 from compress.model.quantized_config import folder_config
 from compress.model.quantized_source import PackedSource, quantization_of
-from compress.model.skeleton import as_transformers, rebuild_mlps_
+from compress.model.skeleton import as_transformers, rebuild_blocks_
 from compress.model.sources import SafetensorsSource
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _skeleton(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
                 attn_implementation=attention_of(config.to_dict()),
                 dtype=dtype or config.dtype or torch.float32,
             )
-            rebuild_mlps_(model, config.to_dict())
+            rebuild_blocks_(model, config.to_dict())
     except (ValueError, KeyError, TypeError, CheckpointError) as error:
         raise CheckpointError(
             f"{path}/config.json: transformers cannot build this model: {error}"
