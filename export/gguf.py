@@ -26,7 +26,7 @@ from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.contracts import Exporter, ExportResult, Problem
 from compress.core.errors import CheckpointError, ExportError
 from compress.core.plan import Plan
-from compress.core.shapes import WIDTHS, has_widths
+from compress.core.shapes import blocks_differ, what_differs
 from compress.core.tensors import QuantizedTensor
 from compress.export.gguf_blocks import (
     CODED_TYPES,
@@ -281,11 +281,12 @@ class GGUFExporter(Exporter):
 def _own_problem(model: ModelDescription) -> Problem | None:
     if model.gguf_architecture is not None:
         return None
-    if has_widths(model.config):
+    if blocks_differ(model.config):
+        key, what = what_differs(model.config)
         return Problem(
-            WIDTHS,
-            f"blocks of {model.family.name} cannot differ in the width of their MLPs "
-            "in llama.cpp; prune with `shape: uniform` or `shape: padded`",
+            key,
+            f"blocks of {model.family.name} cannot differ {what} in llama.cpp; prune "
+            "with `shape: uniform` or `shape: padded`",
         )
     return Problem(
         "template",

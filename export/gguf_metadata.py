@@ -1,8 +1,8 @@
 """GGUF metadata of the architectures that our own writer knows.
 
 ``llama`` (also mistral, mixtral), ``qwen2``, ``qwen3`` and ``qwen3moe``; ``deci`` for
-a llama, mistral or qwen2 whose blocks differ in width, and for a qwen2 that has lost
-heads. It is llama's graph, and the only one here whose sizes may be an array with an
+a llama, mistral or qwen2 whose blocks differ in width or lack attention (0 heads),
+and for a qwen2 that has lost heads. It is llama's graph, and the only one here whose sizes may be an array with an
 entry for each block. What GGUF or
 llama.cpp's graph cannot express is an error here, not a file that computes something
 else.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compress.core.artifact import ModelDescription
 from compress.core.contracts import Problem
-from compress.core.shapes import mlp_widths
+from compress.core.shapes import attention_flags, mlp_widths
 from compress.export.gguf_experts import expert_metadata
 from compress.export.gguf_reader import GGUFFile, MetadataValue
 from compress.export.gguf_writer import real, text, whole, wholes
@@ -159,10 +159,10 @@ def architecture_metadata(model: ModelDescription) -> dict[str, MetadataValue]:
         for ours, theirs in (("beta_fast", 32.0), ("beta_slow", 1.0)):
             values[f"rope.scaling.yarn_{ours}"] = real(rope.get(ours) or theirs)
     if name == "deci":
-        count = model.block_count
+        flags = attention_flags(config)
         values["feed_forward_length"] = wholes(mlp_widths(config))
-        values["attention.head_count"] = wholes([heads] * count)
-        values["attention.head_count_kv"] = wholes([shared] * count)
+        values["attention.head_count"] = wholes([heads * flag for flag in flags])
+        values["attention.head_count_kv"] = wholes([shared * flag for flag in flags])
     values |= expert_metadata(model)
     general = {"general.architecture": text(name), "general.type": text("model")}
     return general | {f"{name}.{key}": value for key, value in values.items()}

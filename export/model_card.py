@@ -10,7 +10,7 @@ from compress.core import compressed_tensors as ct
 from compress.core.artifact import CompressedModel
 from compress.core.plan import LayerPlan
 from compress.core.scheme import Scales, Scheme, Zero
-from compress.core.shapes import has_widths, mlp_widths
+from compress.core.shapes import attention_flags, blocks_differ, has_widths, mlp_widths
 
 
 def model_card(
@@ -47,7 +47,7 @@ def model_card(
         _what(artifact, size_bytes, dense=dense),
         _table(schemes, description.dtype, dense=dense),
         _cache(artifact),
-        _loading({} if dense else schemes, own_code=has_widths(description.config)),
+        _loading({} if dense else schemes, own_code=blocks_differ(description.config)),
         "## Notes\n\n" + "\n".join(f"- {note}" for note in notes) if notes else "",
         _origin(artifact.provenance, licence),
     ]
@@ -95,6 +95,9 @@ def _what(artifact: CompressedModel, size_bytes: int, *, dense: bool) -> str:
     if has_widths(description.config):
         widths = mlp_widths(description.config)
         shape = f", whose MLPs are {min(widths)} to {max(widths)} neurons wide"
+    without = attention_flags(description.config).count(False)
+    if without:
+        shape += f", {without} of them without attention"
     moved = ""
     if description.transforms:
         names = ", ".join(description.transforms)

@@ -20,7 +20,12 @@ from compress.core.contracts import Problem
 from compress.core.errors import ExportError, SchemeError
 from compress.core.plan import LayerPlan, Plan
 from compress.core.scheme import Scales, Scheme, Zero
-from compress.core.shapes import MODELING_FILE, WIDTHS, has_widths, widths_obstacle
+from compress.core.shapes import (
+    MODELING_FILE,
+    blocks_differ,
+    shapes_obstacle,
+    what_differs,
+)
 from compress.export import vllm_rules
 from compress.export.experts import (
     expert_notes,
@@ -75,10 +80,10 @@ def notes(plan: Plan, model: ModelDescription, *, dense: bool) -> tuple[str, ...
     layers = plan.layers.values()
     schemes = list(groups_of(plan.layers))
     found: list[str] = []
-    if has_widths(model.config):
+    if blocks_differ(model.config):
         found.append(
-            "Blocks differ in the width of their MLPs, which transformers loads with "
-            f"trust_remote_code=True only: the few lines that it then runs are "
+            f"Blocks differ {what_differs(model.config)[1]}, which transformers loads "
+            f"with trust_remote_code=True only: the few lines that it then runs are "
             f"{MODELING_FILE} of this folder."
         )
     if dense:
@@ -115,17 +120,18 @@ def notes(plan: Plan, model: ModelDescription, *, dense: bool) -> tuple[str, ...
 
 
 def _shape_problems(model: ModelDescription, runtime: str) -> list[Problem]:
-    """List what a folder or the runtime cannot be told about the width of MLPs."""
-    if not has_widths(model.config):
+    """List what a folder or the runtime cannot be told about blocks that differ."""
+    if not blocks_differ(model.config):
         return []
-    obstacle = widths_obstacle(model.config)
+    key, what = what_differs(model.config)
+    obstacle = shapes_obstacle(model.config)
     if obstacle is not None:
-        return [Problem(WIDTHS, obstacle)]
+        return [Problem(key, obstacle)]
     if runtime == "vllm":
         return [
             Problem(
-                WIDTHS,
-                f"vLLM's own {model.family.name} has one width for all blocks; prune "
+                key,
+                f"in vLLM's own {model.family.name} blocks cannot differ {what}; prune "
                 "with `shape: uniform` or `shape: padded`, or set runtime: "
                 "transformers",
             )

@@ -67,7 +67,7 @@ def observe(
         with model.block(index):
             activations.hidden = model.run_block(index, activations)
         _fill_experts(model.description, index, wanted, found.input_amax)
-        if rule is not None:
+        if rule is not None and model.description.has_attention(index):
             names = scale_names(model.description, index)
             for name, tensor in zip(names, states.take(), strict=True):
                 found.kv_scales[name] = _finite(rule.scale_of(tensor), name)

@@ -61,13 +61,20 @@ class PruneSection(Section):
         default=None,
         ge=0,
         le=1,
-        description="Share of the removed weights that goes as whole blocks; null asks "
-        "the method (0, but 0.5 for comp).",
+        description="Share of the removed weights that goes as whole blocks, or as "
+        "attention; null asks the method (0, but 0.5 for comp), and 2SSP's equation "
+        "for attention.",
     )
-    depth_by: Literal["importance", "perplexity"] = Field(
-        default="importance",
-        description="Drop the block that changes its input least, or the one without "
-        "which calibration text is predicted best; both anew after each block.",
+    depth_unit: Literal["block", "attention"] = Field(
+        default="block",
+        description="What depth_share removes: whole blocks, or their attention alone, "
+        "which needs shape per-layer or padded.",
+    )
+    depth_by: Literal["auto", "importance", "perplexity"] = Field(
+        default="auto",
+        description="Drop what changes the residual stream least, or that without "
+        "which calibration text is predicted best; both anew after each one. auto is "
+        "importance for blocks, perplexity for attention.",
     )
     budgets: Literal[
         "auto", "uniform", "cfsp", "standardised", "effect", "measured", "learned"
@@ -114,6 +121,17 @@ class PruneSection(Section):
             raise ValueError(
                 f"depth_share and {other} contradict; blocks says how many go"
             )
+        if self.depth_unit == "attention":
+            if self.blocks is not None or self.total is None:
+                raise ValueError(
+                    "depth_unit attention takes its share of sparsity, parameters or "
+                    "size; give one of them, and leave blocks and expansion_ratio out"
+                )
+            if self.shape == "uniform":
+                raise ValueError(
+                    "depth_unit attention: blocks with and without attention are no "
+                    "uniform ones; set shape: per-layer"
+                )
         return self
 
     @property

@@ -144,9 +144,7 @@ def attention_flags(config: Mapping[str, Any]) -> tuple[bool, ...]:
     return tuple(flags)
 
 
-def with_attention(
-    config: Mapping[str, Any], flags: Sequence[bool]
-) -> dict[str, Any]:
+def with_attention(config: Mapping[str, Any], flags: Sequence[bool]) -> dict[str, Any]:
     """Return the config of a model some of whose blocks have no attention.
 
     Args:
@@ -208,7 +206,9 @@ def stored_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not blocks_differ(config):
         return dict(config)
-    kind, (base_config, base_model) = _known(str(config["model_type"]), what_differs(config)[1])
+    kind, (base_config, base_model) = _known(
+        str(config["model_type"]), what_differs(config)[1]
+    )
     module = MODELING_FILE.removesuffix(".py")
     return {
         **config,

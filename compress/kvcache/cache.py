@@ -65,6 +65,8 @@ class CacheRounding:
         self, keys: Tensor, values: Tensor, block: int
     ) -> tuple[Tensor, Tensor]:
         """Return rounded keys and values of a block, in their types."""
+        if not self.model.has_attention(block):
+            return keys, values  # nothing reads them
         k_scale, v_scale = scale_names(self.model, block)
         # llama.cpp pairs neighbours where transformers rotates halves: its blocks of
         # keys hold other channels than runs of 32 here would.

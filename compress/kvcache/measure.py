@@ -71,7 +71,7 @@ def measure_types(
 def _entry(pair: CachePair, model: ModelDescription) -> dict[str, Any]:
     size = partial(
         bytes_a_token,
-        blocks=model.block_count,
+        blocks=sum(map(model.has_attention, range(model.block_count))),
         heads=head_count(model),
         size=head_size(model),
     )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from compress.core.errors import CheckpointError
-from compress.core.shapes import with_widths
+from compress.core.shapes import with_attention, with_widths
 from compress.export.gguf_metadata import ROPE_TENSOR, rope_divisors
 from compress.export.gguf_reader import GGUFFile, open_gguf
 
@@ -91,7 +91,7 @@ def _model_type(file: GGUFFile) -> str:
 
 
 def _known_config(file: GGUFFile) -> dict[str, Any]:
-    heads = _whole(file, "attention.head_count")
+    heads = _heads(file, "attention.head_count")
     hidden = _whole(file, "embedding_length")
     width = file.architecture_value("attention.key_length", hidden // heads)
     if width != file.architecture_value("attention.value_length", width):
@@ -105,9 +105,9 @@ def _known_config(file: GGUFFile) -> dict[str, Any]:
         "architectures": [_CLASSES[kind]],
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
-        **_widths(file),
+        **_blocks(file),
         "num_attention_heads": heads,
-        "num_key_value_heads": _whole(file, "attention.head_count_kv", heads),
+        "num_key_value_heads": _heads(file, "attention.head_count_kv", heads),
         "head_dim": width,
         "max_position_embeddings": _whole(file, "context_length"),
         "rms_norm_eps": file.require(
@@ -145,18 +145,34 @@ def _experts(file: GGUFFile, kind: str) -> dict[str, Any]:
     return config
 
 
-def _widths(file: GGUFFile) -> dict[str, Any]:
-    """Return the keys that say how many blocks there are, and how wide their MLPs."""
-    blocks = {"num_hidden_layers": _whole(file, "block_count")}
-    stored = file.architecture_value("feed_forward_length")
-    if file.architecture != "deci" or not isinstance(stored, list):
-        return blocks | {"intermediate_size": _whole(file, "feed_forward_length")}
+def _blocks(file: GGUFFile) -> dict[str, Any]:
+    """Return how many blocks there are, how wide their MLPs, and which attend."""
+    blocks: dict[str, Any] = {"num_hidden_layers": _whole(file, "block_count")}
+    widths = file.architecture_value("feed_forward_length")
+    heads = file.architecture_value("attention.head_count")
+    uneven = file.architecture == "deci"
+    if not uneven or not isinstance(widths, list):
+        blocks["intermediate_size"] = _whole(file, "feed_forward_length")
     try:
-        return with_widths(blocks, stored)
+        if uneven and isinstance(widths, list):
+            blocks = with_widths(blocks, widths)
+        if uneven and isinstance(heads, list):
+            blocks = with_attention(blocks, [count > 0 for count in heads])
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{file.path}: deci.feed_forward_length: {error}"
-        ) from error
+        raise CheckpointError(f"{file.path}: sizes of blocks: {error}") from error
+    return blocks
+
+
+def _heads(file: GGUFFile, suffix: str, default: int | None = None) -> int:
+    """Return the heads of blocks that have attention; all have as many."""
+    value = file.architecture_value(suffix, default)
+    if file.architecture == "deci" and isinstance(value, list):
+        counts = file.architecture_value("attention.head_count")
+        without = [n == 0 for n in counts] if isinstance(counts, list) else []
+        found = {n for n in value if n}
+        if without == [n == 0 for n in value] and len(found) == 1:
+            return int(found.pop())
+    return _whole(file, suffix, default)
 
 
 def _whole(file: GGUFFile, suffix: str, default: int | None = None) -> int:

@@ -24,6 +24,7 @@ from torch import Tensor
 from compress.core.artifact import TensorInfo, TensorSource
 from compress.core.errors import CheckpointError
 from compress.core.families import Family, Linear, expert_count, family_of
+from compress.core.shapes import attention_flags
 from compress.core.tensors import TORCH_DTYPES
 from compress.export.gguf_metadata import ROPE_TENSOR
 from compress.export.gguf_names import from_gguf_rows, name_finder, rotary_heads
@@ -145,13 +146,19 @@ def _places(file: GGUFFile) -> dict[str, _Place]:
 def _candidates(family: Family, config: Mapping[str, Any]) -> list[tuple[str, bool]]:
     """Return tensor names of a family and whether each must be there."""
     names = [f"{family.embedding}.weight"]
-    for index in range(int(config["num_hidden_layers"])):
+    for index, attends in enumerate(attention_flags(config)):
         block = family.block(index)
         for linear in family.block_linears(expert_count(config)):
+            if not attends and family.is_attention(linear.path):
+                continue
             names.append(f"{block}.{linear.path}.weight")
             if _has_bias(linear, family, config):
                 names.append(f"{block}.{linear.path}.bias")
-        names += [f"{block}.{norm}.weight" for norm in family.norms]
+        names += [
+            f"{block}.{norm}.weight"
+            for norm in family.norms
+            if attends or not family.is_attention(norm)
+        ]
         if family.experts is not None:
             names.append(f"{block}.{family.experts.mlp}.gate.weight")
     names.append(f"{family.final_norm}.weight")

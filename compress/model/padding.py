@@ -1,8 +1,9 @@
-"""MLPs of different widths made equally wide with neurons that do nothing.
+"""Blocks that differ made alike with neurons and heads that do nothing.
 
 Rows of zeros in gate and up and columns of zeros in down add ``act(0) * 0 = 0``: the
-model computes the same, and every loader knows its shape. It takes the memory and time
-of the widest block everywhere.
+model computes the same, and every loader knows its shape. So does attention whose
+matrices and norms are all zeros, where a block has none. It takes the memory and time of
+the widest block everywhere.
 """
 
 from __future__ import annotations
@@ -15,13 +16,20 @@ from torch import Tensor, nn
 
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.errors import CheckpointError
-from compress.core.shapes import mlp_widths, with_widths
+from compress.core.shapes import (
+    attention_flags,
+    mlp_widths,
+    with_attention,
+    with_widths,
+)
+from compress.core.tensors import TORCH_DTYPES
+from compress.model.sources import in_model_order
 
 
 def padded(
     model: ModelDescription, source: TensorSource, *, multiple: int = 1
 ) -> tuple[ModelDescription, TensorSource]:
-    """Return a model of equally wide blocks that computes the same.
+    """Return a model of blocks that are alike, which computes the same.
 
     Args:
         model: Of a family whose MLP is dense.
@@ -40,9 +48,30 @@ def padded(
         else info
         for name, info in model.tensors.items()
     }
-    config = with_widths(model.config, [width] * len(widths))
-    described = replace(model, config=config, tensors=tensors)
-    return described, _PaddedSource(source, pads)
+    zeros = _attention(model)
+    config = with_attention(model.config, [True] * len(widths))
+    config = with_widths(config, [width] * len(widths))
+    ordered = in_model_order({**tensors, **zeros}, model.family)
+    described = replace(model, config=config, tensors=ordered)
+    return described, _PaddedSource(source, pads, zeros)
+
+
+def _attention(model: ModelDescription) -> dict[str, TensorInfo]:
+    """Return the tensors that blocks without attention lack, as block 0 has them."""
+    family = model.family
+    first = f"{family.block(0)}."
+    parts = {
+        name.removeprefix(first): info
+        for name, info in model.tensors.items()
+        if name.startswith(first)
+        and family.is_attention(name.removeprefix(first).rpartition(".")[0])
+    }
+    return {
+        f"{family.block(index)}.{name}": info
+        for index, attends in enumerate(attention_flags(model.config))
+        for name, info in parts.items()
+        if not attends
+    }
 
 
 @dataclass(frozen=True)
@@ -85,19 +114,28 @@ def _pads(model: ModelDescription, zeros: list[int]) -> dict[str, _Pad]:
 
 
 class _PaddedSource(TensorSource):
-    """Another source, with zeros behind some tensors."""
+    """Another source, with zeros behind some tensors, and tensors of zeros."""
 
-    def __init__(self, source: TensorSource, pads: Mapping[str, _Pad]) -> None:
-        self._source, self._pads = source, pads
+    def __init__(
+        self,
+        source: TensorSource,
+        pads: Mapping[str, _Pad],
+        zeros: Mapping[str, TensorInfo],
+    ) -> None:
+        self._source, self._pads, self._zeros = source, pads, zeros
 
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return {
+        padded = {
             name: replace(info, shape=self._pads[name].shape(info.shape))
             if name in self._pads
             else info
             for name, info in self._source.tensors().items()
         }
+        return padded | self._zeros
 
     def read(self, name: str) -> Tensor:
+        if name in self._zeros:
+            info = self._zeros[name]
+            return torch.zeros(info.shape, dtype=TORCH_DTYPES[info.dtype])
         tensor = self._source.read(name)
         return self._pads[name](tensor) if name in self._pads else tensor

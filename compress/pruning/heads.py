@@ -134,7 +134,7 @@ def with_kv_groups(model: ModelDescription, count: int) -> ModelDescription:
     if count == kv_heads(model):
         return model
     tensors, kept = dict(model.tensors), torch.arange(count)
-    for index in range(model.block_count):
+    for index in filter(model.has_attention, range(model.block_count)):
         place = attention_place(model, index)
         for name, parts in place.rows:
             rows = len(place.row_indices(parts, kept))

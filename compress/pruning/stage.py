@@ -26,7 +26,7 @@ from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
 from compress.pruning.cutting import Cut, Cutter, Place
 from compress.pruning.dealing import Dealer
-from compress.pruning.depth import choose_blocks
+from compress.pruning.depth import UNITS, choose_units
 from compress.pruning.heads import (
     AttentionPlace,
     attention_place,
@@ -36,7 +36,7 @@ from compress.pruning.heads import (
 from compress.pruning.places import MLPPlace, mlp_places
 from compress.pruning.shards import ShardFolder
 from compress.pruning.statistics import run_through, watched
-from compress.pruning.surgery import with_mlp_widths, without_blocks
+from compress.pruning.surgery import with_mlp_widths, without_attention, without_blocks
 from compress.pruning.target import Target
 from compress.workdir import WorkDir
 
@@ -75,6 +75,7 @@ class Pruning:
         """Whether calibration text has to be run."""
         return (
             self.target.dropped > 0
+            or self.target.attentions > 0
             or (self.target.cuts_neurons and self.budgets != "uniform")
             or self.measures_blocks
         )
@@ -98,6 +99,13 @@ class Pruning:
         return "least_squares" if self.pruner.needs_activations else "none"
 
     @property
+    def depth_by(self) -> str:
+        """How blocks or attentions to remove are chosen."""
+        if self.section.depth_by != "auto":
+            return self.section.depth_by
+        return "perplexity" if self.section.depth_unit == "attention" else "importance"
+
+    @property
     def budgets(self) -> str:
         """How neurons are dealt to blocks."""
         if self.section.shape == "uniform":
@@ -109,7 +117,10 @@ class Pruning:
         """Return a description of the size to come, before anything is measured."""
         last = range(self.model.block_count - 1, 0, -1)
         dropped = list(last)[: self.target.dropped]
-        model, _ = without_blocks(self.model, self.source, dropped)
+        model, source = without_blocks(self.model, self.source, dropped)
+        attending = [i for i in last if model.has_attention(i)]
+        silent = attending[: self.target.attentions]
+        model, _ = without_attention(model, source, silent)
         return self._described(model, Dealer(self, model, self.source).provisional())
 
     def run(
@@ -123,8 +134,9 @@ class Pruning:
         """
         folder, work = ShardFolder(self.root / FOLDER), WorkDir(self.root / WORK)
         work.begin(fingerprint, overwrite=False)
-        dropped = work.stage("blocks", lambda: self._blocks(windows))
-        model, source = without_blocks(self.model, self.source, dropped)
+        gone = work.stage("blocks", lambda: self._units(windows))
+        model, source = without_blocks(self.model, self.source, gone["dropped"])
+        model, source = without_attention(model, source, gone["attention"])
         dealer = Dealer(self, model, source)
         gradients = dealer.gradients(work, windows)
         widths = work.stage("widths", lambda: dealer.widths(windows, gradients))
@@ -132,7 +144,7 @@ class Pruning:
         if not folder.complete:
             cutter = Cutter(self, source, widths=widths, gradients=gradients)
             _Walk(self, model, source, cutter, (folder, work)).run(windows)
-        record = self._record(dropped, widths, work)
+        record = self._record(gone, widths, work)
         if not folder.complete:
             about = {key: record[key] for key in ("method", "dropped", "checksum")}
             folder.finish(described, source, {"compress_pruning": about})
@@ -142,18 +154,25 @@ class Pruning:
         """Return a model that runs where this pruning does."""
         return StreamedModel(model, source, device=self.device, dtype=self.dtype)
 
-    def _blocks(self, windows: Tensor | None) -> list[int]:
-        if not self.target.dropped:
-            return []
-        assert windows is not None
-        return choose_blocks(
-            self.model,
-            self.source,
-            windows,
-            count=self.target.dropped,
-            by=self.section.depth_by,
-            streamed=self.streamed,
-        )
+    def _units(self, windows: Tensor | None) -> dict[str, list[int]]:
+        """Return the blocks that go, and those whose attention goes."""
+        target, unit = self.target, self.section.depth_unit
+        chosen: list[int] = []
+        if target.dropped or target.attentions:
+            assert windows is not None
+            chosen = choose_units(
+                self.model,
+                self.source,
+                windows,
+                unit=UNITS[unit],
+                count=target.dropped + target.attentions,
+                by=self.depth_by,
+                streamed=self.streamed,
+            )
+        none: list[int] = []
+        if unit == "attention":
+            return {"dropped": none, "attention": chosen}
+        return {"dropped": chosen, "attention": none}
 
     def _described(
         self, model: ModelDescription, widths: Sequence[int]
@@ -172,8 +191,9 @@ class Pruning:
         return replace(found, config=config, tensors=ordered)
 
     def _record(
-        self, dropped: Sequence[int], widths: Sequence[int], work: WorkDir
+        self, gone: Mapping[str, list[int]], widths: Sequence[int], work: WorkDir
     ) -> dict[str, Any]:
+        dropped = gone["dropped"]
         blocks = [work.finished(_block(i)) for i in range(len(widths))]
         left = [i for i in range(self.model.block_count) if i not in dropped]
         kept = hashlib.sha256(json.dumps([b["kept"] for b in blocks]).encode())
@@ -187,7 +207,9 @@ class Pruning:
             "shape": self.section.shape,
             "round_to": self.target.unit,
             "propagate": self.section.propagate,
+            "depth_by": self.depth_by,
             "dropped": sorted(dropped),
+            "attention_removed": sorted(gone["attention"]),
             "neurons": {"before": before, "after": sum(widths)},
             "kv_groups": heads
             | {"by": "activations" if self.measures_blocks else "weights"},
@@ -236,7 +258,8 @@ class _Walk:
     def _places(self, index: int) -> tuple[list[Place], list[Place]]:
         """Return what is cut in a block, in order of execution."""
         groups, neurons = self._pruning.section.kv_groups, self._pruning.target
-        heads: list[Place] = [attention_place(self._model, index)] if groups else []
+        cuts = groups > 0 and self._model.has_attention(index)
+        heads: list[Place] = [attention_place(self._model, index)] if cuts else []
         return heads, [*mlp_places(self._model, index)] if neurons.cuts_neurons else []
 
     def _block(

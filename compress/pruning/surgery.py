@@ -1,4 +1,4 @@
-"""Descriptions and sources of a model that has lost blocks or neurons.
+"""Descriptions and sources of a model that has lost blocks, attention or neurons.
 
 Nothing here looks at values: what is cut was decided before. Tensors are sliced when
 they are read, so that a model larger than memory is cut like any other.
@@ -14,7 +14,15 @@ from torch import Tensor
 
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.errors import CheckpointError
-from compress.core.shapes import WIDTHS, with_widths
+from compress.core.shapes import (
+    ATTENTION,
+    WIDTHS,
+    attention_flags,
+    has_widths,
+    lacks_attention,
+    with_attention,
+    with_widths,
+)
 from compress.pruning.places import MLPPlace, mlp_places
 
 _LISTS_OF_INDICES = ("mlp_only_layers",)
@@ -72,6 +80,40 @@ def without_blocks(
     return described, RenamedSource(source, names)
 
 
+def without_attention(
+    model: ModelDescription, source: TensorSource, removed: Sequence[int]
+) -> tuple[ModelDescription, TensorSource]:
+    """Return the model with blocks that have no attention, nor the norms around it.
+
+    Args:
+        model: May have such blocks already.
+        source: Its tensors.
+        removed: Numbers of blocks.
+
+    Raises:
+        CheckpointError: Block 0 is among them.
+    """
+    if not removed:
+        return model, source
+    family = model.family
+    gone = {f"{family.block(index)}." for index in removed}
+
+    def stays(name: str) -> bool:
+        block = next((prefix for prefix in gone if name.startswith(prefix)), None)
+        if block is None:
+            return True
+        return not family.is_attention(name.removeprefix(block).rpartition(".")[0])
+
+    tensors = {name: info for name, info in model.tensors.items() if stays(name)}
+    flags = [
+        flag and index not in removed
+        for index, flag in enumerate(attention_flags(model.config))
+    ]
+    config = with_attention(model.config, flags)
+    described = replace(model, config=config, tensors=tensors)
+    return described, RenamedSource(source, {name: name for name in tensors})
+
+
 def _config_of_blocks(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
     """Return a config whose lists over blocks have the entries of those kept."""
     count = int(config["num_hidden_layers"])
@@ -84,8 +126,10 @@ def _config_of_blocks(config: Mapping[str, Any], kept: Sequence[int]) -> dict[st
             continue  # several tokens may end a text
         elif isinstance(value, list) and len(value) == count:
             changed[key] = [value[i] for i in kept]
-    if WIDTHS in changed:
-        return with_widths(changed, changed[WIDTHS])
+    if lacks_attention(changed):
+        changed = with_attention(changed, changed[ATTENTION])
+    if has_widths(changed):
+        changed = with_widths(changed, changed[WIDTHS])
     return changed
 
 

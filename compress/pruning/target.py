@@ -12,11 +12,13 @@ from compress.config.prune_section import PruneSection
 from compress.core.artifact import ModelDescription, TensorInfo
 from compress.core.contracts import Pruner
 from compress.core.errors import ConfigError
+from compress.core.shapes import attention_flags, shapes_obstacle, with_attention
 from compress.core.sizes import parse_size
 from compress.pruning.budgets import narrowest
 from compress.pruning.heads import check_groups, kv_heads, with_kv_groups
 from compress.pruning.places import mlp_places
 
+_BALANCE = 1.5  # alpha of 2SSP, section 4.3
 _PROTECTED = 3  # the first two blocks and the last are never dropped
 
 
@@ -26,6 +28,7 @@ class Target:
 
     Attributes:
         dropped: Blocks that go.
+        attentions: Blocks of those that stay which lose their attention.
         widths: Neurons of each MLP of each block of the original.
         removed: Neurons that go in the blocks that stay; each expert of a mixture has
             its block's width, which counts once.
@@ -33,6 +36,7 @@ class Target:
     """
 
     dropped: int
+    attentions: int
     widths: tuple[int, ...]
     removed: int
     unit: int
@@ -67,8 +71,11 @@ def target_of(
     blocks = [_block_weights(model, i) for i in range(count)]
     remove = _removed_weights(section, model, neuron, widths, whole)
     block = sum(blocks) / count
-    dropped = section.blocks
-    if dropped is None:
+    dropped, attentions = section.blocks, 0
+    if section.depth_unit == "attention":
+        dropped, attentions = 0, _attentions(section, model, remove, sum(mlp))
+        remove -= attentions * _attention_weights(model)
+    elif dropped is None:
         dropped = round(_depth_share(section, pruner) * remove / block)
     elif section.total is not None and dropped * block > remove + block / 2:
         raise ConfigError(
@@ -87,7 +94,9 @@ def target_of(
     else:
         remove -= dropped * block
     if section.parameters is not None or section.size is not None:
-        remove -= (count - dropped) * _group_weights(section, model)
+        attending = attention_flags(model.config).count(True) - attentions
+        share = (count - dropped) / count
+        remove -= share * attending * _group_weights(section, model)
     removed = max(0.0, remove) / neuron
     least = narrowest(unit) * unit
     if removed and left - removed < (count - dropped) * least:
@@ -96,7 +105,7 @@ def target_of(
             f"stay in each block (a multiple of round_to: {unit}); ask for less, or "
             "for whole blocks too (depth_share)"
         )
-    return Target(dropped, widths, round(removed), unit)
+    return Target(dropped, attentions, widths, round(removed), unit)
 
 
 def _depth_share(section: PruneSection, pruner: Pruner) -> float:
@@ -105,6 +114,54 @@ def _depth_share(section: PruneSection, pruner: Pruner) -> float:
         return 0.0  # it names the width; blocks would have to be named as well
     share = section.depth_share
     return pruner.depth_share if share is None else share
+
+
+def _attentions(
+    section: PruneSection, model: ModelDescription, remove: float, mlp: int
+) -> int:
+    """Return how many blocks lose their attention.
+
+    Without a share, as many as 2SSP (arXiv 2501.17771, equation 5) removes: of L, with
+    p the share of the blocks' weights that goes, ``round(L p^(MLP / attention / 1.5))``.
+
+    Raises:
+        ConfigError: There are not as many, or no folder can be told so.
+    """
+    flags = attention_flags(model.config)
+    most = flags.count(True) - 1
+    tried = with_attention(model.config, [True] + [False] * (len(flags) - 1))
+    obstacle = shapes_obstacle(tried) if len(flags) > 1 else None
+    if obstacle is not None:
+        raise ConfigError(f"prune.depth_unit attention: {obstacle}")
+    one = _attention_weights(model)
+    if section.depth_share is not None:
+        found = round(section.depth_share * remove / one)
+    else:
+        blocks = sum(_block_weights(model, i) for i in range(len(flags)))
+        power = mlp / (flags.count(True) * one) / _BALANCE
+        found = round(flags.count(True) * (remove / blocks) ** power)
+        found = min(found, int(remove / one))
+    if found > most:
+        raise ConfigError(
+            f"prune: {found} of {flags.count(True)} attentions would go; at most "
+            f"{most} can, since that of the first block stays; lower depth_share"
+        )
+    return found
+
+
+def _attention_weights(model: ModelDescription) -> float:
+    """Return how many weights attention has with its norms, mean over blocks."""
+    flags, family = attention_flags(model.config), model.family
+    found = 0
+    for index in range(len(flags)):
+        block = f"{family.block(index)}."
+        found += sum(
+            info.elements
+            for name, info in model.tensors.items()
+            if name.startswith(block)
+            and family.is_attention(name.removeprefix(block).rpartition(".")[0])
+        )
+    return found / flags.count(True)
 
 
 def _removed_weights(
@@ -139,12 +196,12 @@ def _removed_weights(
 
 
 def _group_weights(section: PruneSection, model: ModelDescription) -> float:
-    """Return how many weights a block loses with its heads, mean over blocks."""
+    """Return how many weights an attention loses with its heads, on average."""
     left = with_kv_groups(model, kv_heads(model) - section.kv_groups).tensors
     gone = sum(
         info.elements - left[name].elements for name, info in model.tensors.items()
     )
-    return gone / model.block_count
+    return gone / attention_flags(model.config).count(True)
 
 
 def _bytes(info: TensorInfo) -> int:

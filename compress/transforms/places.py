@@ -85,9 +85,11 @@ def places_of(
     found = []
     values, outputs = family.with_role("v", "qkv"), family.with_role("o")
     up, down = family.with_role("up", "gate_up"), family.with_role("down")
-    attention = family.readers("attention")
-    found.append(Place("norm", family.attention_norm, attention, "attention", hidden))
-    if values is not None and outputs is not None:
+    attention, attends = family.readers("attention"), model.has_attention(index)
+    if attends:
+        norm = family.attention_norm
+        found.append(Place("norm", norm, attention, "attention", hidden))
+    if attends and values is not None and outputs is not None:
         start = (heads + shared) * width if values.role == "qkv" else 0
         found.append(
             Place(
