@@ -2,10 +2,9 @@
 
 ``llama`` (also mistral, mixtral), ``qwen2``, ``qwen3`` and ``qwen3moe``; ``deci`` for
 a llama, mistral or qwen2 whose blocks differ in width or lack attention (0 heads),
-and for a qwen2 that has lost heads. It is llama's graph, and the only one here whose sizes may be an array with an
-entry for each block. What GGUF or
-llama.cpp's graph cannot express is an error here, not a file that computes something
-else.
+and for a qwen2 that has lost heads. It is llama's graph, and the only one here whose
+sizes may be an array with an entry for each block. What GGUF or llama.cpp's graph
+cannot express is an error here, not a file that computes something else.
 
 Source: llama.cpp ``convert_hf_to_gguf.py`` and ``gguf.constants.Keys``.
 """

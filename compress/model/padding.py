@@ -2,8 +2,8 @@
 
 Rows of zeros in gate and up and columns of zeros in down add ``act(0) * 0 = 0``: the
 model computes the same, and every loader knows its shape. So does attention whose
-matrices and norms are all zeros, where a block has none. It takes the memory and time of
-the widest block everywhere.
+matrices and norms are all zeros, where a block has none. It takes the memory and time
+of the widest block everywhere.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class _PaddedSource(TensorSource):
             else info
             for name, info in self._source.tensors().items()
         }
-        return padded | self._zeros
+        return {**padded, **self._zeros}
 
     def read(self, name: str) -> Tensor:
         if name in self._zeros:

@@ -129,7 +129,7 @@ class Dealer:
             found = self._even(total / len(have))
         else:
             found = budgets.deal(shares, have, total=total, unit=target.unit)
-        if found == have and not target.dropped:
+        if found == have and not target.dropped and not target.attentions:
             raise ConfigError(
                 f"prune: {target.removed} of {sum(have)} neurons are to go, but widths "
                 f"are rounded to multiples of {target.unit}, which leaves all; ask for "

@@ -9,11 +9,11 @@ Both are found anew after each one, since what is gone changes what its neighbou
 Of blocks the first two and the last stay: they make and read the residual stream. The
 attention of the first block stays, by whose heads llama.cpp knows the width of all.
 
-Source: Men et al., ShortGPT (arXiv 2403.03853) for importance of blocks, He et al. (arXiv
-2406.15786) of attention; Kim et al., Shortened LLaMA (arXiv 2402.02834) for blocks by
-perplexity, Sandri et al., 2SSP (arXiv 2501.17771, second stage) for attention. What
-differs from 2SSP: attention goes before neurons do, so that these are measured, and the
-rest repaired, on what is left; 16 windows instead of one sample.
+Source: Men et al., ShortGPT (arXiv 2403.03853) for importance of blocks, He et al.
+(arXiv 2406.15786) of attention; Kim et al., Shortened LLaMA (arXiv 2402.02834) for
+blocks by perplexity, Sandri et al., 2SSP (arXiv 2501.17771) for attention, which is its
+second stage. What differs from 2SSP: attention goes before neurons do, so that these
+are measured, and the rest repaired, on what is left; 16 windows instead of one sample.
 """
 
 from __future__ import annotations
@@ -139,14 +139,16 @@ class Attention(Unit):
         return output, hidden.to(written[0]) + written[0]
 
 
-UNITS: dict[str, Unit] = {"block": Blocks(), "attention": Attention()}
+_BLOCKS = Blocks()
+UNITS: dict[str, Unit] = {"block": _BLOCKS, "attention": Attention()}
 
 
 def _writer(model: StreamedModel, index: int) -> nn.Module:
     """Return the module whose output attention adds to the stream."""
     family = model.description.family
     path = family.output_norms[0] if family.output_norms else family.attention
-    return model.model.get_submodule(f"{family.block(index)}.{path}")
+    found: nn.Module = model.model.get_submodule(f"{family.block(index)}.{path}")
+    return found
 
 
 def _zeros(_module: nn.Module, _inputs: Any, output: Any) -> Any:
@@ -156,9 +158,7 @@ def _zeros(_module: nn.Module, _inputs: Any, output: Any) -> Any:
 
 
 @torch.no_grad()
-def turns_of(
-    model: StreamedModel, windows: Tensor, unit: Unit = UNITS["block"]
-) -> list[Turn]:
+def turns_of(model: StreamedModel, windows: Tensor, unit: Unit = _BLOCKS) -> list[Turn]:
     """Return how each block, or its attention, turns the stream, in one pass.
 
     Args:

@@ -122,7 +122,7 @@ def _attentions(
     """Return how many blocks lose their attention.
 
     Without a share, as many as 2SSP (arXiv 2501.17771, equation 5) removes: of L, with
-    p the share of the blocks' weights that goes, ``round(L p^(MLP / attention / 1.5))``.
+    p the share of the blocks' weights that goes, ``round(L p^(MLP/attention/1.5))``.
 
     Raises:
         ConfigError: There are not as many, or no folder can be told so.

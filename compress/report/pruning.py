@@ -68,6 +68,9 @@ def pruning_note(report: Report) -> str:
     ]
     if dropped:
         parts.append(f"Dropped blocks: {', '.join(map(str, dropped))}.")
+    silent = found.get("attention_removed") or []
+    if silent:
+        parts.append(f"Blocks without attention: {', '.join(map(str, silent))}.")
     return " ".join(parts)
 
 

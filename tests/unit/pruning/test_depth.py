@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compress.core.errors import CheckpointError
 from compress.model.streaming import StreamedModel
-from compress.pruning.depth import choose_blocks, turns_of
+from compress.pruning.depth import UNITS, choose_units, turns_of
 from compress.pruning.surgery import without_blocks
 
 
@@ -87,8 +87,14 @@ def best_by_hand(kind: str, by: str, count: int) -> list[int]:
 @pytest.mark.parametrize("by", ["importance", "perplexity"])
 def test_chosen_blocks_are_those_of_trying_all(by: str) -> None:
     _, description, source = model_of("llama", num_hidden_layers=7)
-    found = choose_blocks(
-        description, source, WINDOWS, count=3, by=by, streamed=StreamedModel
+    found = choose_units(
+        description,
+        source,
+        WINDOWS,
+        unit=UNITS["block"],
+        count=3,
+        by=by,
+        streamed=StreamedModel,
     )
     assert found == best_by_hand("llama", by, 3)
     assert len(set(found)) == 3
