@@ -1,4 +1,4 @@
-"""Random models whose blocks have MLPs of different widths, and their folders."""
+"""Random models whose blocks differ in width or attention, and their folders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from streaming_fixtures import model_of
 from compress.core.artifact import CompressedModel, ModelDescription, TensorInfo
 from compress.core.plan import LayerPlan, Plan
 from compress.core.scheme import Scheme
-from compress.core.shapes import modeling_files, stored_config, with_widths
+from compress.core.shapes import (
+    modeling_files,
+    stored_config,
+    with_attention,
+    with_widths,
+)
 from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
 from compress.model.skeleton import rebuild_blocks_
 
@@ -26,12 +31,17 @@ def uneven_model(
     kind: str = "llama",
     *,
     widths: tuple[int, ...] = WIDTHS,
+    silent: tuple[int, ...] = (),
     dtype: str = "float32",
     **changes: Any,
 ) -> tuple[Any, ModelDescription, StateDictSource]:
-    """Return a random model with an MLP width for each block, as ``model_of`` does."""
+    """Return a random model with an MLP width for each block, as ``model_of`` does.
+
+    Blocks in ``silent`` have no attention.
+    """
     model, description, _ = model_of(kind, dtype=dtype, **changes)
     config = with_widths(description.config, widths)
+    config = with_attention(config, [i not in silent for i in range(len(widths))])
     torch.manual_seed(1)
     rebuild_blocks_(model, config)
     model = model.eval().to(TORCH_DTYPES[dtype])

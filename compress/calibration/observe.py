@@ -67,10 +67,11 @@ def observe(
         with model.block(index):
             activations.hidden = model.run_block(index, activations)
         _fill_experts(model.description, index, wanted, found.input_amax)
-        if rule is not None and model.description.has_attention(index):
-            names = scale_names(model.description, index)
-            for name, tensor in zip(names, states.take(), strict=True):
-                found.kv_scales[name] = _finite(rule.scale_of(tensor), name)
+        if rule is not None:
+            seen, names = states.take(), scale_names(model.description, index)
+            if model.description.has_attention(index):  # else stand-ins went by
+                for name, tensor in zip(names, seen, strict=True):
+                    found.kv_scales[name] = _finite(rule.scale_of(tensor), name)
     if model.description.family.head in layers:
         with model.head() as head:
             for hidden in activations.hidden:

@@ -41,6 +41,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3 rope": ("llama", {"rope_parameters": LLAMA3}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
+    "llama silent": ("llama", {"silent": (1,), "tied": True}),
+    "llama all silent but one": ("llama", {"silent": (1, 2), "attention_bias": True}),
+    "mistral silent": ("mistral", {"sliding_window": None, "silent": (2,)}),
+    "qwen2 silent": ("qwen2", {"silent": (1,)}),
 }
 WINDOWS = torch.randint(0, ROWS, (2, 64), generator=torch.Generator().manual_seed(0))
 PLAIN = GGUFExporter(GGUFOptions(embedding="f32"))
@@ -91,12 +95,14 @@ def test_llamacpp_computes_what_torch_computes(
     assert largest(found - in_llamacpp(other)) < 1e-4
 
 
+@pytest.mark.parametrize("silent", [(), (1,)])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("scheme", ["q4_0", "q5_1", "q8_0"])
 def test_coded_files_hold_the_codes(
-    kind: str, scheme: str, assets: Path, tmp_path: Path
+    kind: str, scheme: str, silent: tuple[int, ...], assets: Path, tmp_path: Path
 ) -> None:
-    model, artifact = uneven_artifact(kind, scheme=scheme, assets=assets, **TOKENS)
+    changes = {**TOKENS, "silent": silent}
+    model, artifact = uneven_artifact(kind, scheme=scheme, assets=assets, **changes)
     plan, described = artifact.plan, artifact.description
     (path,) = PLAIN.write(artifact, tmp_path).files
     found = torch.stack(list(PLAIN.replay(tmp_path, WINDOWS)))
@@ -131,9 +137,29 @@ def test_a_file_is_read_back(case: str, assets: Path, tmp_path: Path) -> None:
     assert all((left.read(n) == right.read(n)).all() for n in left.tensors)
 
 
+def test_blocks_without_attention_need_no_widths(assets: Path, tmp_path: Path) -> None:
+    """The list of llama.cpp's heads has a zero, that of its widths is one number."""
+    even = {"widths": (96, 96, 96), "silent": (1,)}
+    model, artifact = uneven_artifact("llama", assets=assets, **TOKENS, **even)
+    (path,) = PLAIN.write(artifact, tmp_path).files
+    file = open_gguf(path)
+    assert file.architecture_value("attention.head_count") == [4, 0, 4]
+    assert file.architecture_value("attention.head_count_kv") == [2, 0, 2]
+    assert not any(name.startswith("blk.1.attn") for name in file.tensors)
+    assert largest(in_llamacpp(path) - logits_of(model)) < 1e-3
+    again = open_model(str(path), cache=tmp_path / "cache").description.config
+    assert again["attention_per_layer"] == [True, False, True]
+    assert "intermediate_size_per_layer" not in again
+
+
+@pytest.mark.parametrize("silent", [(), (1,)])
 @pytest.mark.parametrize("kind", ["qwen3", "smollm3", "gemma2", "gemma3_text", "phi3"])
-def test_families_that_deci_cannot_express_are_refused(kind: str, assets: Path) -> None:
-    _, artifact = uneven_artifact(kind, assets=assets)
+def test_families_that_deci_cannot_express_are_refused(
+    kind: str, silent: tuple[int, ...], assets: Path
+) -> None:
+    _, artifact = uneven_artifact(kind, assets=assets, silent=silent)
     (problem,) = PLAIN.check(artifact.plan, artifact.description)
     assert "`shape: uniform` or `shape: padded`" in problem.message
+    what = "whether they have attention" if silent else "the width of their MLPs"
+    assert what in problem.message
     assert PLAIN.bound_layers(artifact.description) == ()

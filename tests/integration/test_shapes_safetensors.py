@@ -27,9 +27,12 @@ def logits_of(model: object, windows: torch.Tensor = WINDOWS) -> torch.Tensor:
     return logits
 
 
+@pytest.mark.parametrize("silent", [(), (1,)])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_coded_folders_load(kind: str, tmp_path: Path) -> None:
-    model, artifact = uneven_artifact(kind, scheme="int4-g32")
+def test_coded_folders_load(kind: str, silent: tuple[int, ...], tmp_path: Path) -> None:
+    model, artifact = uneven_artifact(kind, scheme="int4-g32", silent=silent)
+    attention = [name for name in artifact.plan.layers if "layers.1.self_attn" in name]
+    assert (attention == []) == bool(silent)
     exporter = SafetensorsExporter(SafetensorsOptions())
     assert exporter.check(artifact.plan, artifact.description) == []
     exporter.write(artifact, tmp_path)
@@ -58,14 +61,14 @@ def test_the_card_names_the_code_and_how_to_trust_it(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     save_tokenizer(tmp_path / "assets")
-    _, artifact = uneven_artifact(assets=tmp_path / "assets")
+    _, artifact = uneven_artifact(assets=tmp_path / "assets", silent=(1,))
     folder = tmp_path / "out"
     folder.mkdir()
     SafetensorsExporter(SafetensorsOptions()).write(artifact, folder)
     card = (folder / "README.md").read_text()
     assert 'from_pretrained("FOLDER", trust_remote_code=True)' in card
     assert MODELING_FILE in card
-    assert "MLPs are 32 to 96 neurons wide" in card
+    assert "MLPs are 32 to 96 neurons wide, 1 of them without attention" in card
     stock = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     handle = open_model(str(folder), cache=tmp_path)
     text = "the cat's friends"
