@@ -3,7 +3,8 @@
 The measurement alone, by plain transformers: the base model runs once and leaves its
 last hidden states (a few MB, where log-probabilities would be GB); the head makes the
 logits of both models from them again, a few hundred positions at a time. What is
-measured may be a folder, a state dict or a model; widths may differ by block.
+measured may be a folder, a state dict or a model; widths may differ by block, and
+attention may be missing: its matrices are then zeros.
 
     reference = reference_of(folder, tokenizer, windows={512: 8, 2048: 2})
     score(pruned_folder, reference)["wikitext2"]["512"]["rise"]
@@ -162,7 +163,13 @@ def open_model(source: Source, base: Any) -> Any:
             if module.weight.shape != weight.shape or (module.bias is not None) != bias:
                 rows, columns = weight.shape
                 model.set_submodule(name, torch.nn.Linear(columns, rows, bias))
+    flags = getattr(config, "attention_per_layer", None) or []
+    for index in (index for index, flag in enumerate(flags) if not flag):
+        name = f"model.layers.{index}.self_attn.o_proj.weight"
+        state[name] = torch.zeros_like(model.get_parameter(name))
     missing, unexpected = model.load_state_dict(state, strict=False)
+    silent = tuple(f"model.layers.{i}." for i, flag in enumerate(flags) if not flag)
+    missing = [name for name in missing if not name.startswith(silent)]
     tied = ["lm_head.weight"] if config.tie_word_embeddings else []
     if unexpected or set(missing) - set(tied):
         raise SystemExit(f"{source}: tensors missing {missing}, unknown {unexpected}")

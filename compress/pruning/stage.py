@@ -118,7 +118,8 @@ class Pruning:
         last = range(self.model.block_count - 1, 0, -1)
         dropped = list(last)[: self.target.dropped]
         model, source = without_blocks(self.model, self.source, dropped)
-        attending = [i for i in last if model.has_attention(i)]
+        left = range(model.block_count - 1, 0, -1)
+        attending = [i for i in left if model.has_attention(i)]
         silent = attending[: self.target.attentions]
         model, _ = without_attention(model, source, silent)
         return self._described(model, Dealer(self, model, self.source).provisional())
