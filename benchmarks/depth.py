@@ -7,7 +7,8 @@ The model is ``permuted`` of ``offgrid.py`` (SmolLM2-135M). Each row is a
 ``compress.run`` that removes a share of all weights and does nothing else: as whole
 blocks by each criterion, as attention by each criterion, as MLP neurons, or a part of
 them as blocks or attention and the rest as neurons. Neurons go by ``taylor`` with least
-squares; ``2ssp`` lets its own equation say how much is attention. Nothing is trained.
+squares, few of them without where they only make up the count; ``2ssp`` lets its own
+equation say how much is attention. Nothing is trained.
 ``window_scores.py`` measures what lies in ``WORKDIR/pruned``.
 
 A count of blocks or attentions cannot meet a share exactly; the column of parameters
@@ -47,7 +48,7 @@ ATTENTION = {**UNEVEN, "depth_unit": "attention"}
 
 # What a row is called, and what the config's `prune` says beside how much.
 DEPTH: dict[str, dict[str, Any]] = {
-    f"{unit} {by}": {**base, "depth_by": by, "depth_share": 1.0}
+    f"{unit} {by}": {**base, "depth_by": by, "depth_share": 1.0, "repair": "none"}
     for unit, base in (("blocks", TAYLOR), ("attention", ATTENTION))
     for by in ("importance", "perplexity")
 }

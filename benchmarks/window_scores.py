@@ -164,12 +164,11 @@ def open_model(source: Source, base: Any) -> Any:
                 rows, columns = weight.shape
                 model.set_submodule(name, torch.nn.Linear(columns, rows, bias))
     flags = getattr(config, "attention_per_layer", None) or []
-    for index in (index for index, flag in enumerate(flags) if not flag):
-        name = f"model.layers.{index}.self_attn.o_proj.weight"
-        state[name] = torch.zeros_like(model.get_parameter(name))
-    missing, unexpected = model.load_state_dict(state, strict=False)
     silent = tuple(f"model.layers.{i}." for i, flag in enumerate(flags) if not flag)
-    missing = [name for name in missing if not name.startswith(silent)]
+    for name, parameter in model.named_parameters():
+        if name.startswith(silent) and name not in state:
+            state[name] = torch.zeros_like(parameter)
+    missing, unexpected = model.load_state_dict(state, strict=False)
     tied = ["lm_head.weight"] if config.tie_word_embeddings else []
     if unexpected or set(missing) - set(tied):
         raise SystemExit(f"{source}: tensors missing {missing}, unknown {unexpected}")

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from compress.config.plugins import recover_options
 from compress.core.plan import Plan
 from compress.evaluation.texts import evaluation_text
+from compress.model.devices import choose_dtype
 from compress.planning.budget import breakdown, dense_bytes, linear_bits_per_weight
 from compress.planning.duration import method_seconds
-from compress.planning.estimate import Work, estimate
+from compress.planning.estimate import (
+    StageEstimate,
+    Work,
+    estimate,
+    estimate_pruning,
+    estimate_recovery,
+)
+from compress.planning.pruning import PruneWork
+from compress.reshaping import importance_tokens
 
 if TYPE_CHECKING:
     from compress.config.schema import EvaluateSection
@@ -30,6 +40,7 @@ class PlanPreview:
         parts: The same split into embedding, attention, mlp and other.
         peak_memory_bytes: Predicted for the process.
         seconds: Predicted for the run.
+        stages: What of it goes into ``prune`` and ``recover``, where they are.
         budget: Name of the allocator and bytes of the file, if the run has a budget:
             it then chooses another plan than this uniform one.
     """
@@ -39,6 +50,7 @@ class PlanPreview:
     parts: Mapping[str, Mapping[str, int]]
     peak_memory_bytes: int
     seconds: float
+    stages: Mapping[str, StageEstimate]
     budget: tuple[str, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,6 +64,7 @@ class PlanPreview:
                 "size_bytes": dict(self.sizes),
                 "peak_memory_bytes": self.peak_memory_bytes,
                 "seconds": self.seconds,
+                "stages": {name: asdict(x) for name, x in self.stages.items()},
             },
         }
 
@@ -86,6 +99,16 @@ class PlanPreview:
             f"estimated peak memory: {self.peak_memory_bytes / (1 << 30):.2f} GiB",
             f"estimated time:        {self.seconds:.0f} s",
         ]
+        for name, stage in self.stages.items():
+            lines.append(
+                f"  of which {name + ':':<12} {stage.seconds:.0f} s, "
+                f"{stage.peak_memory_bytes / (1 << 30):.2f} GiB"
+                + (
+                    f", {stage.device_memory_bytes / (1 << 30):.2f} GiB on the device"
+                    if stage.device_memory_bytes
+                    else ""
+                )
+            )
         return "\n".join(lines)
 
 
@@ -124,12 +147,17 @@ def predict(run: Run) -> PlanPreview:
         ),
         dtype=run.runner.dtype,
     )
+    stages = _reshaping(run)
     return PlanPreview(
         run.plan,
         {name: sum(table.values()) for name, table in sizes.items()},
         {name: breakdown(table, run.model) for name, table in sizes.items()},
-        predicted.peak_memory_bytes,
-        predicted.seconds,
+        max(
+            [predicted.peak_memory_bytes]
+            + [stage.peak_memory_bytes for stage in stages.values()]
+        ),
+        predicted.seconds + sum(stage.seconds for stage in stages.values()),
+        stages,
         (run.search.section.method, run.search.budget) if run.search else None,
     )
 
@@ -141,3 +169,31 @@ def _evaluation(section: EvaluateSection) -> tuple[int, int]:
     length = _WINDOW[section.protocol]
     texts = [evaluation_text(name).raw for name in section.perplexity]
     return sum(len(t) // _CHARACTERS_A_TOKEN // length for t in texts), length
+
+
+def _reshaping(run: Run) -> dict[str, StageEstimate]:
+    """Return the predictions of what makes another model before the rest."""
+    pruning, section = run.pruning, run.config.recover
+    if pruning is None:
+        return {}
+    calibration = run.config.calibration
+    windows = (calibration.samples, calibration.sequence_length)
+    found = {
+        "prune": estimate_pruning(
+            run.base,
+            PruneWork.of(pruning, windows),
+            dtype=pruning.dtype,
+            device=run.device,
+        )
+    }
+    if section is not None:
+        options = recover_options(section)
+        found["recover"] = estimate_recovery(
+            run.subject.description,
+            run.base,
+            options,
+            importances=importance_tokens(pruning, windows),
+            dtype=choose_dtype(options.dtype, run.base.dtype, run.device),
+            device=run.device,
+        )
+    return found

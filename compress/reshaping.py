@@ -154,7 +154,8 @@ def cautions(pruning: Pruning, tokens: int) -> list[str]:
     """
     found = []
     widest = max(pruning.target.widths)
-    if pruning.repair == "least_squares" and tokens < _TOKENS_A_NEURON * widest:
+    repairs = pruning.measures_blocks and pruning.repair == "least_squares"
+    if repairs and tokens < _TOKENS_A_NEURON * widest:
         found.append(
             f"prune.repair least_squares solves for up to {widest:,} neurons on "
             f"{tokens:,} tokens of calibration text, and fits their noise: give more "
@@ -231,6 +232,17 @@ def _importances(
     model = pruning.streamed(student.description, student.source)
     angles = [turn.angle for turn in turns_of(model, windows[:_IMPORTANCE_WINDOWS])]
     return cfsp_weights(angles).tolist()
+
+
+def importance_tokens(pruning: Pruning, windows: tuple[int, int]) -> int:
+    """Return how much text the importances of blocks are measured on.
+
+    Args:
+        pruning: As the config says.
+        windows: Calibration windows and tokens a window.
+    """
+    count = min(windows[0], _IMPORTANCE_WINDOWS) if pruning.needs_windows else 0
+    return count * windows[1]
 
 
 def _opened(folder: Path, original: ModelHandle, *, pads: bool = False) -> ModelHandle:

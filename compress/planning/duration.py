@@ -1,4 +1,4 @@
-"""Time of a run on the CPU, from operations and from speeds measured on the spot.
+"""Time of a run, from operations and from speeds measured on the spot.
 
 Three things are timed, each for a fraction of a second: a matrix product, a pass over a
 large tensor, and each method of the plan on a small matrix of its own. Everything else
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -20,7 +21,7 @@ from compress.core.statistics import LayerStatistics
 from compress.planning.shapes import Shapes, Work, stacked_shape, weights_of
 
 _START_SECONDS = 3.0  # tokenizer, checkpoint headers, the module tree
-_DISK_BYTES_A_SECOND = 200e6  # an ordinary SSD, with each file flushed
+DISK_BYTES_A_SECOND = 200e6  # an ordinary SSD, with each file flushed
 _PROBE_COLUMNS, _PROBE_ROWS = 256, 2048
 # Passes over each weight beside the method: read, checked, decoded, compared, stored.
 _PASSES_TO_ROUND = 14
@@ -34,7 +35,7 @@ _PASSES_OF_LOGITS = 12
 _LAYER_PRODUCTS = 11
 # A factorization and a triangular inverse of [C, C], at half the speed of a product.
 _SQUARE_PRODUCTS = 3
-_GRAM_SHARE = 0.65  # of X^T X that is computed; the rest is mirrored
+GRAM_SHARE = 0.65  # of X^T X that is computed; the rest is mirrored
 _VERIFY_TOKENS = 1024
 
 
@@ -53,49 +54,85 @@ def seconds(
         method_seconds: Time that a layer's method takes for one weight.
         dtype: Arithmetic of the blocks while statistics are taken.
     """
-    speed, exact, a_pass = matmul_speed(dtype), matmul_speed(torch.float32), pass_time()
+    speeds, exact_speeds = speeds_of(dtype), speeds_of(torch.float32)
+    exact, a_pass = speeds.exact, speeds.host_pass
     planned = weights_of(*shapes.planned)
     total = _START_SECONDS + planned * _PASSES_TO_ROUND * a_pass
     total += sum(weights_of(x) * method_seconds(x) for x in shapes.planned)
-    total += planned / _DISK_BYTES_A_SECOND
+    total += planned / DISK_BYTES_A_SECOND
     if work.calibration:
         tokens, streams = work.calibration[0] * work.calibration[1], 1 + work.drift
-        total += streams * _sweep(shapes, tokens, speed, a_pass)
+        total += streams * sweep(shapes, tokens, speeds)
         # Tall products gain little from bfloat16: 220 GFLOP/s where square ones reach
         # 1000, and 140 in float32.
         operations = _grams(shapes, tokens, drift=work.drift) + _solvers(shapes)
         total += shapes.blocks * operations / exact
     evaluated = work.evaluation[0] * work.evaluation[1]
     if evaluated:
-        total += 2 * _scored(shapes, evaluated, exact, a_pass)
+        total += 2 * _scored(shapes, evaluated, exact_speeds)
     for passes, files in (
         (_PASSES_TO_EXPORT, work.exports),
         (_PASSES_TO_VERIFY, work.verified),
     ):
         total += files * shapes.parameters * passes * a_pass
-    total += work.verified * 2 * _scored(shapes, _VERIFY_TOKENS, exact, a_pass)
+    total += work.verified * 2 * _scored(shapes, _VERIFY_TOKENS, exact_speeds)
     return total
 
 
-def _sweep(shapes: Shapes, tokens: int, speed: float, a_pass: float) -> float:
-    """All blocks on some tokens."""
+@dataclass(frozen=True)
+class Speeds:
+    """How fast a machine is.
+
+    Attributes:
+        blocks: Operations a second of products in the arithmetic of the blocks.
+        exact: The same in float32.
+        double: In float64.
+        device_pass: Seconds an element of a pass over a large tensor, on the device.
+        host_pass: The same in memory of the host.
+    """
+
+    blocks: float
+    exact: float
+    double: float
+    device_pass: float
+    host_pass: float
+
+
+def speeds_of(dtype: torch.dtype, device: str = "cpu") -> Speeds:
+    """Measure a device, each speed once in a process.
+
+    Args:
+        dtype: Arithmetic of the blocks.
+        device: Where they run.
+    """
+    return Speeds(
+        matmul_speed(dtype, device),
+        matmul_speed(torch.float32, device),
+        matmul_speed(torch.float64, device),
+        pass_time(device),
+        pass_time(),
+    )
+
+
+def sweep(shapes: Shapes, tokens: int, speeds: Speeds) -> float:
+    """Return the seconds of all blocks on some tokens."""
     products = 2 * tokens * shapes.active * shapes.blocks
     passes = _PASSES_OF_BLOCK * tokens * shapes.hidden * shapes.blocks
-    return products / speed + passes * a_pass
+    return products / speeds.blocks + passes * speeds.device_pass
 
 
-def _scored(shapes: Shapes, tokens: int, speed: float, a_pass: float) -> float:
+def _scored(shapes: Shapes, tokens: int, speeds: Speeds) -> float:
     """All blocks and the head on some tokens, and what is done with the logits."""
-    head = 2 * tokens * shapes.vocabulary * shapes.hidden / speed
+    head = 2 * tokens * shapes.vocabulary * shapes.hidden / speeds.blocks
     passes = _PASSES_OF_LOGITS * tokens * shapes.vocabulary
     passes += _PASSES_TO_RUN * shapes.parameters
-    return _sweep(shapes, tokens, speed, a_pass) + head + passes * a_pass
+    return sweep(shapes, tokens, speeds) + head + passes * speeds.device_pass
 
 
 def _grams(shapes: Shapes, tokens: int, *, drift: bool) -> float:
     """Operations of the statistics of a block."""
     return sum(
-        2 * tokens * share * columns**2 * (_GRAM_SHARE + drift)
+        2 * tokens * share * columns**2 * (GRAM_SHARE + drift)
         for columns, share in shapes.inputs
     )
 
@@ -109,17 +146,18 @@ def _solvers(shapes: Shapes) -> float:
 
 
 @lru_cache
-def matmul_speed(dtype: torch.dtype) -> float:
+def matmul_speed(dtype: torch.dtype, device: str = "cpu") -> float:
     """Return the operations a second of a matrix product in ``dtype``."""
-    a, b = (torch.ones(1024, 1024, dtype=dtype) for _ in range(2))
-    return 2 * 1024**3 / _timed(lambda: a @ b)
+    size = 1024 if device == "cpu" else 4096
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    return 2 * size**3 / timed(lambda: a @ b, device=device)
 
 
 @lru_cache
-def pass_time() -> float:
+def pass_time(device: str = "cpu") -> float:
     """Return the seconds an element of a pass that makes a new large tensor."""
-    x = torch.ones(3 << 22)  # 48 MiB: too large for the allocator to keep
-    return _timed(lambda: x * x) / x.numel()
+    x = torch.ones(3 << 22, device=device)  # 48 MiB: too large for an allocator to keep
+    return timed(lambda: x * x, device=device) / x.numel()
 
 
 @lru_cache
@@ -139,16 +177,20 @@ def method_seconds(quantizer: Quantizer, scheme: Scheme, rows: int) -> float:
         hessian = 2 * x.T @ x
         drift = 0.01 * hessian if quantizer.needs_drift else None
         statistics = LayerStatistics(hessian, len(x), drift)
-    taken = _timed(lambda: quantizer.quantize(weight, scheme, statistics), times=2)
+    taken = timed(lambda: quantizer.quantize(weight, scheme, statistics), times=2)
     return taken / weight.numel()
 
 
-def _timed(work: Callable[[], object], *, times: int = 4) -> float:
+def timed(work: Callable[[], object], *, times: int = 4, device: str = "cpu") -> float:
     """Return the seconds of the fastest of some calls, after one that warms up."""
-    work()
+    waits = device.startswith("cuda")
     found = []
-    for _ in range(times):
+    for _ in range(times + 1):
+        if waits:
+            torch.cuda.synchronize(device)
         started = time.perf_counter()
         work()
+        if waits:
+            torch.cuda.synchronize(device)
         found.append(time.perf_counter() - started)
-    return min(found)
+    return min(found[1:])

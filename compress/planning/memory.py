@@ -21,7 +21,7 @@ from compress.core.plan import LayerPlan
 from compress.planning.shapes import Shapes, Work, stacked_shape, weights_of
 
 # Interpreter, torch and transformers: measured 375 MiB, 440 MiB with a tokenizer.
-_PROCESS_BYTES = 400 << 20
+PROCESS_BYTES = 400 << 20
 _FLOAT = 4
 # Hidden states of one model that an evaluation holds (evaluation/measure.py).
 _EVALUATION_STATES_BYTES = 1 << 29
@@ -60,7 +60,7 @@ def peak_bytes(shapes: Shapes, work: Work, *, dtype: torch.dtype) -> int:
     if work.verified:
         whole = _FLOAT * shapes.parameters if work.loads_whole else 0
         stages.append(whole + _comparison(shapes, _VERIFY))
-    return _PROCESS_BYTES + kept + max(stages)
+    return PROCESS_BYTES + kept + max(stages)
 
 
 def _rounding(shapes: Shapes) -> int:

@@ -29,8 +29,8 @@ from compress.workdir import WorkDir, write_atomically
 if TYPE_CHECKING:
     from compress.pruning.stage import Pruning
 
-_LADDER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.25)
-_GRADIENT_WINDOWS = 64
+LADDER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.25)
+GRADIENT_WINDOWS = 64
 _GRADIENTS = "gradients.safetensors"
 
 
@@ -65,7 +65,7 @@ class Dealer:
         if not path.is_file():
             running = pruning.streamed(self._model, self._source)
             found = gradients_of(
-                running, windows[:_GRADIENT_WINDOWS], self._places, seed=pruning.seed
+                running, windows[:GRADIENT_WINDOWS], self._places, seed=pruning.seed
             )
             _save(path, found)
         return _load(path)
@@ -204,7 +204,7 @@ class Dealer:
         )
         return gates.learned_shares(
             model,
-            windows[:_GRADIENT_WINDOWS],
+            windows[:GRADIENT_WINDOWS],
             ranks,
             self._share,
             steps=gates.STEPS,
@@ -223,7 +223,7 @@ class Dealer:
         largest = -(-mlp.neurons // unit)
         least = min(narrowest(unit), largest)
         even = self._share * mlp.neurons / unit
-        shares = {round(share * largest) for share in _LADDER}
+        shares = {round(share * largest) for share in LADDER}
         wanted = {*shares, int(even), math.ceil(even)}
         steps = sorted({max(least, n) for n in wanted})
         down = mlp.down.double()

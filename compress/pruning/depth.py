@@ -32,8 +32,8 @@ from compress.model.states import Activations, BlockCall
 from compress.model.streaming import StreamedModel
 from compress.pruning.surgery import without_attention, without_blocks
 
-_FIRST, _LAST = 2, 1
-_WINDOWS = 16  # of calibration text, for perplexity
+FIRST, LAST = 2, 1
+WINDOWS = 16  # of calibration text, for perplexity
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Blocks(Unit):
     def left(self, model: ModelDescription, gone: Sequence[int]) -> dict[int, int]:
         """Return all but the first two and the last."""
         left = [i for i in range(model.block_count) if i not in gone]
-        return dict(list(enumerate(left))[_FIRST : len(left) - _LAST])
+        return dict(list(enumerate(left))[FIRST : len(left) - LAST])
 
     def skip(self, model: StreamedModel, index: int, states: Activations) -> None:
         """Leave the states as they are."""
@@ -219,7 +219,7 @@ def choose_units(
             turns = turns_of(running, windows, unit)
             worst = min(left, key=lambda i: turns[i].importance)
         else:
-            losses = _losses_without(running, windows[:_WINDOWS], list(left), unit)
+            losses = _losses_without(running, windows[:WINDOWS], list(left), unit)
             worst = min(left, key=lambda i: losses[i])
         gone.append(left[worst])
     return gone

@@ -49,7 +49,7 @@ STEPS = 120
 """On a small trained model 60 steps ended up to 1 % off the budget; 120 ended within
 0.3 %, and at the shares of 240 to 0.01."""
 
-_TOKENS = 2048  # of a step
+TOKENS = 2048  # of a step
 _RATE = 0.05  # falls to 0 along a cosine
 _TAU = 0.1, 0.01
 _STIFFNESS = 50.0  # mu over the first lambda
@@ -167,7 +167,7 @@ def learned_shares(
         dense = torch.cat([model.states(row[None]) for row in windows])
     model.checkpoint_blocks()
     gates = Gates(model, ranks, keep)
-    batch = min(len(windows), max(1, _TOKENS // windows.shape[1]))
+    batch = min(len(windows), max(1, TOKENS // windows.shape[1]))
     order = Order(len(windows), batch, seed)
     optimizer = torch.optim.Adam([gates.thresholds], lr=_RATE)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

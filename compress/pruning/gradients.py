@@ -12,7 +12,7 @@ over windows instead of tokens would have far fewer samples.
 of an output channel into twice its KL, as if errors had no direction.
 
 The model streams: forward block by block with the states kept, then back. States of
-``_STORED_BYTES`` are in memory at once.
+``STORED_BYTES`` are in memory at once.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from compress.calibration.input_sensitivity import forward_trace, head_gradients
 from compress.model.streaming import StreamedModel
 from compress.pruning.places import MLPPlace
 
-_STORED_BYTES = 1 << 30
-_TOKENS_A_CALL = 2048
+STORED_BYTES = 1 << 30
+TOKENS_A_CALL = 2048
 
 
 @dataclass
@@ -70,7 +70,7 @@ def gradients_of(
     }
     width = int(model.description.config["hidden_size"])
     each = windows.shape[1] * width * 4 * (len(places) + 2)
-    for part in torch.split(windows, max(1, _STORED_BYTES // each)):
+    for part in torch.split(windows, max(1, STORED_BYTES // each)):
         states, trace = forward_trace(model, part)
         slopes = head_gradients(model, trace.pop(), 1, generator)[0]
         order = range(len(places))[::-1]
@@ -107,7 +107,7 @@ def _back(
 ) -> None:
     """Take gradients through a block, and turn ``slopes`` into those at its input."""
     index = places[0].block
-    size = max(1, _TOKENS_A_CALL // hidden.shape[1])
+    size = max(1, TOKENS_A_CALL // hidden.shape[1])
     for start in range(0, len(hidden), size):
         rows = slice(start, start + size)
         inputs = hidden[rows].clone().requires_grad_()

@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 
 _BETAS = (0.9, 0.95)
 # Logits of one model that are held at once: on a GPU enough to keep it busy.
-_LOGITS_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
+LOGITS_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Training:
         self.trained = trained
         self._teacher = teacher
         self._device = trained.model.device
-        room = _LOGITS_BYTES.get(self._device.type, _LOGITS_BYTES["cpu"])
+        room = LOGITS_BYTES.get(self._device.type, LOGITS_BYTES["cpu"])
         self._chunk = max(64, room // (4 * len(teacher.head.weight)))
         self._train, self._held_out = train.to(self._device), held_out.to(self._device)
         self._options, self._team = options, team
