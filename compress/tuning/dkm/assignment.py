@@ -135,9 +135,8 @@ def softness(soft: Tensor, hard: Tensor, weights: Tensor) -> Tensor:
 
     It is about ``0.44 sqrt(alpha) gap / std(w)``, see :func:`temperature`.
     """
-    size = torch.linalg.vector_norm(weights)
-    size = size.clamp_min(torch.finfo(weights.dtype).tiny)
-    return torch.linalg.vector_norm(soft - hard) / size
+    size = weights.square().sum().clamp_min(torch.finfo(weights.dtype).tiny)
+    return ((soft - hard).square().sum() / size).sqrt()
 
 
 def temperature(tables: Tensor, alpha: float) -> Tensor:
