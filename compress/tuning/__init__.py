@@ -1,0 +1,1 @@
+"""Training that moves codes and tables of a quantized model."""

@@ -1,0 +1,1 @@
+"""Differentiable k-means: tables that follow the weights while these are trained."""

@@ -1,0 +1,79 @@
+"""From soft weights to codes: hard assignment, and which tables to keep.
+
+Source: Cho et al. (2022), DKM, arXiv 2108.12659, section 3.2: at the end each weight
+takes its nearest entry. Differs: two tables are tried for each group, the last soft one
+and the means of the weights that take each entry, and that is kept whose values are
+nearer to the soft weights, which is what the loss was computed with. Entries are
+stored in ascending order (vectors by their first number), so files do not depend on
+the order that training left.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.tuning.dkm.assignment import entries, nearest
+
+
+@torch.no_grad()
+def snap(
+    weights: Tensor,
+    tables: Tensor,
+    soft: Tensor,
+    *,
+    dtype: torch.dtype,
+    importances: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return tables as stored, and the place of each weight in them.
+
+    Args:
+        weights: ``[G, n, g]``, float32.
+        tables: ``[G, K, g]``, the last soft tables.
+        soft: ``[G, n, g]``, soft weights.
+        dtype: That tables are stored in.
+        importances: ``[G, n]``, not negative; equal if left out.
+
+    Returns:
+        Tables ``[G, K, g]`` in ``dtype``; codes int64 ``[G, n]``.
+    """
+    means = member_means(weights, tables, importances)
+    candidates = [_stored(kept, dtype) for kept in (tables, means)]
+    codes = [nearest(weights, kept.to(weights.dtype)) for kept in candidates]
+    errors = []
+    for kept, places in zip(candidates, codes, strict=True):
+        off = (entries(kept.to(soft.dtype), places) - soft).square().sum(-1)
+        errors.append((off if importances is None else off * importances).sum(1))
+    takes_means = errors[1] < errors[0]
+    return (
+        torch.where(takes_means.view(-1, 1, 1), candidates[1], candidates[0]),
+        torch.where(takes_means.view(-1, 1), codes[1], codes[0]),
+    )
+
+
+@torch.no_grad()
+def member_means(
+    weights: Tensor, tables: Tensor, importances: Tensor | None = None
+) -> Tensor:
+    """Return the mean of the weights that are nearest to each entry, ``[G, K, g]``.
+
+    An entry that has no weight, or none of importance, stays.
+
+    Args:
+        weights: ``[G, n, g]``.
+        tables: ``[G, K, g]``.
+        importances: ``[G, n]``, not negative; equal if left out.
+    """
+    codes = nearest(weights, tables)
+    each = torch.ones_like(weights[..., 0]) if importances is None else importances
+    mass = torch.zeros_like(tables[..., 0]).scatter_add_(1, codes, each).unsqueeze(-1)
+    places = codes.unsqueeze(-1).expand_as(weights)
+    drawn = torch.zeros_like(tables)
+    drawn.scatter_add_(1, places, weights * each.unsqueeze(-1))
+    least = torch.finfo(mass.dtype).tiny
+    return torch.where(mass > 0, drawn / mass.clamp_min(least), tables)
+
+
+def _stored(tables: Tensor, dtype: torch.dtype) -> Tensor:
+    order = tables[..., 0].argsort(1).unsqueeze(-1)
+    return tables.gather(1, order.expand_as(tables)).to(dtype)

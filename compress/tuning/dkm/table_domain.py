@@ -1,0 +1,188 @@
+"""DKM on distinct values: the same result and gradient without a map of ``[n, K]``.
+
+Weights of 16 bits have few distinct values ``u``. With multiplicities (or summed
+importances) ``f_u``, tables ``C(u)`` and soft weights ``F(u, C)`` are functions of
+``u``; the layer's weight is ``F[inverse]``. Backward of ``g = dL/dw~`` is
+
+    ``G_u = sum of g over the weights of value u``
+    ``dL/dw_i = g_i dF/du + h_u f_i / f_u``,   ``h = vjp of C(u) at (vjp of F to C)(G)``
+
+The first term is each weight's own: it takes ``g_i``, not the sum. The second, the pull
+on the tables, is shared by weights of one value in proportion to their importance.
+
+Source: the map of 16-bit weights to a table is uniquification of Cho et al. (2023),
+"eDKM", arXiv 2309.00964, section 2.2. Differs: eDKM computes all weights and compresses
+what autograd saves; here nothing of size ``n K`` ever exists. Only the index of each
+weight and the values are kept; the rounds are computed again in backward. Limits:
+tables of single numbers, since vectors of 16-bit numbers hardly repeat. On CUDA, sums
+over weights of one value depend on their order in the last bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.tuning.dkm.assignment import soft_tables, soft_values
+from compress.tuning.dkm.unique import Unique, unique_values
+
+# Numbers that autograd keeps while a part of the groups is computed again; 256 MiB.
+_VALUES_AT_ONCE = 1 << 26
+_MAPS_A_ROUND = 3
+
+
+class _Round(torch.autograd.Function):
+    """Rounding to bfloat16 that gradients pass unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor) -> Tensor:
+        return weights.bfloat16().to(weights.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def rounded(weights: Tensor) -> Tensor:
+    """Return weights rounded to bfloat16 values, in their own type.
+
+    The gradient passes unchanged, without rounding of its own.
+    """
+    out: Tensor = _Round.apply(weights)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Cluster(torch.autograd.Function):
+    """See :func:`cluster`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weights: Tensor,
+        tables: Tensor,
+        temperature: Tensor,
+        iterations: int,
+        importances: Tensor | None,
+        unique: Unique | None,
+    ) -> tuple[Tensor, Tensor]:
+        found = unique or unique_values(weights, importances)
+        values = torch.empty_like(found.values)
+        after = torch.empty_like(tables)
+        for part in _parts(found, tables, iterations):
+            u, mass = found.values[part, :, None], found.mass[part]
+            tau = temperature[part]
+            after[part] = soft_tables(
+                u, tables[part, :, None], tau, iterations=iterations, importances=mass
+            ).squeeze(-1)
+            values[part] = soft_values(u, after[part, :, None], tau).squeeze(-1)
+        ctx.save_for_backward(
+            found.values, found.mass, found.first, found.stored, tables, temperature
+        )
+        ctx.importances, ctx.iterations = importances, iterations
+        ctx.mark_non_differentiable(after)
+        return values.gather(1, found.inverse), after
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Any:
+        *fields, tables, temperature = ctx.saved_tensors
+        found = Unique(*fields)
+        inverse = found.inverse
+        summed = torch.zeros_like(found.values).scatter_add_(1, inverse, gradient)
+        own, shared = torch.empty_like(summed), torch.empty_like(summed)
+        for part in _parts(found, tables, ctx.iterations):
+            own[part], shared[part] = _gradients(
+                found.values[part],
+                found.mass[part],
+                tables[part],
+                temperature[part],
+                summed[part],
+                iterations=ctx.iterations,
+            )
+        shared /= found.mass.clamp_min(torch.finfo(shared.dtype).tiny)
+        pull = shared.gather(1, inverse)
+        if ctx.importances is not None:
+            pull *= ctx.importances
+        pull.addcmul_(gradient, own.gather(1, inverse))
+        return pull, None, None, None, None, None
+
+
+@torch.enable_grad()
+def _gradients(
+    values: Tensor,
+    mass: Tensor,
+    tables: Tensor,
+    temperature: Tensor,
+    summed: Tensor,
+    *,
+    iterations: int,
+) -> tuple[Tensor, Tensor]:
+    """Return ``dF/du`` at fixed tables, and the gradient through the tables, by value.
+
+    Args:
+        values: ``[G, U]``.
+        mass: ``[G, U]``.
+        tables: ``[G, K]``.
+        temperature: ``[G]``.
+        summed: ``[G, U]``, ``G_u``.
+        iterations: Rounds.
+    """
+    u = values.detach().requires_grad_()
+    after = soft_tables(
+        u.unsqueeze(-1),
+        tables.unsqueeze(-1),
+        temperature,
+        iterations=iterations,
+        importances=mass,
+    )
+    at = values.detach().requires_grad_()
+    fixed = after.detach().requires_grad_()
+    soft = soft_values(at.unsqueeze(-1), fixed, temperature).squeeze(-1)
+    # F of a value depends on no other value, so a sum has the derivative of each.
+    (own,) = torch.autograd.grad(soft.sum(), at, retain_graph=True)
+    (pull,) = torch.autograd.grad(soft, fixed, summed)
+    if not iterations:
+        return own, torch.zeros_like(own)
+    (shared,) = torch.autograd.grad(after, u, pull)
+    return own, shared
+
+
+def _parts(found: Unique, tables: Tensor, iterations: int) -> list[slice]:
+    """Return runs of groups that are computed together, which bounds the memory."""
+    groups, count = found.values.shape
+    each = count * tables.shape[1] * _MAPS_A_ROUND * (iterations + 1)
+    step = max(1, _VALUES_AT_ONCE // each)
+    return [slice(start, start + step) for start in range(0, groups, step)]
+
+
+def cluster(
+    weights: Tensor,
+    tables: Tensor,
+    temperature: Tensor,
+    *,
+    iterations: int,
+    importances: Tensor | None = None,
+    unique: Unique | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return soft weights and the tables they are made of, as plain DKM would.
+
+    Kept for backward: 2 bytes a weight, and the distinct values of each group.
+
+    Args:
+        weights: float32 or float64 ``[G, n]``; with few distinct values, such as those
+            of :func:`rounded`.
+        tables: ``[G, K]`` of the same type, to start from.
+        temperature: ``[G]``.
+        iterations: Rounds of soft k-means.
+        importances: ``[G, n]``, not negative; equal if left out.
+        unique: Distinct values of these weights with these importances, if known.
+
+    Returns:
+        Soft weights ``[G, n]``, differentiable in ``weights``; tables ``[G, K]``
+        without gradient.
+    """
+    out: tuple[Tensor, Tensor] = _Cluster.apply(  # type: ignore[no-untyped-call]
+        weights, tables, temperature, iterations, importances, unique
+    )
+    return out
