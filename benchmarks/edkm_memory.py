@@ -45,6 +45,7 @@ class Count:
         self._seen: dict[int, StorageWeakRef] = {}
 
     def pack(self, tensor: Tensor) -> Tensor:
+        """Part of the ladder: pack."""
         base = tensor if tensor._base is None else tensor._base
         if not base.is_leaf:
             self._note(tensor)
@@ -71,6 +72,7 @@ class Count:
 
 
 def plain(weights: Tensor, tables: Tensor) -> Tensor:
+    """Part of the ladder: plain."""
     values = rounded(weights).unsqueeze(-1)
     start = tables.unsqueeze(-1)
     tau = temperature(start, ALPHA)
@@ -79,6 +81,7 @@ def plain(weights: Tensor, tables: Tensor) -> Tensor:
 
 
 def distinct(weights: Tensor, tables: Tensor) -> Tensor:
+    """Part of the ladder: distinct."""
     tau = temperature(tables.unsqueeze(-1), ALPHA)
     return cluster(rounded(weights), tables, tau, iterations=ITERATIONS)[0]
 
@@ -128,6 +131,7 @@ WAYS = {
 
 
 def layer(rows: int) -> tuple[Tensor, Tensor]:
+    """Part of the ladder: layer."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(1, rows * rows, generator=generator) * 0.02
     return weights, torch.randn(1, rows * rows, generator=generator)
@@ -147,6 +151,7 @@ def learner(rows: int, reference: Path) -> None:
 
 
 def learners(rows: int, reference: Path) -> tuple[int, float, float]:
+    """Part of the ladder: learners."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -169,6 +174,7 @@ def learners(rows: int, reference: Path) -> tuple[int, float, float]:
 
 
 def ladder(rows: int, folder: Path) -> list[dict[str, object]]:
+    """Part of the ladder: ladder."""
     weights, wanted = layer(rows)
     reference = folder / "gradient.pt"
     found, least = [], 0
@@ -233,6 +239,7 @@ def _row(
 
 
 def main() -> None:
+    """Part of the ladder: main."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--rows", type=int, default=4096)
