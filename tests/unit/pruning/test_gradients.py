@@ -77,7 +77,7 @@ def test_windows_in_turns_give_the_same_sums(monkeypatch: pytest.MonkeyPatch) ->
     _, description, source = model_of("llama")
     whole = found_by_us(description, source, WINDOWS)
     monkeypatch.setattr(gradients, "STORED_BYTES", 1)
-    monkeypatch.setattr(gradients, "_TOKENS_A_CALL", 1)
+    monkeypatch.setattr(gradients, "TOKENS_A_CALL", 1)
     for path, found in found_by_us(description, source, WINDOWS).items():
         torch.testing.assert_close(found.effect, whole[path].effect, rtol=1e-4, atol=0)
 
