@@ -45,7 +45,7 @@ class Count:
         self._seen: dict[int, StorageWeakRef] = {}
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """Part of the ladder: pack."""
+        """Note a tensor that has a history."""
         base = tensor if tensor._base is None else tensor._base
         if not base.is_leaf:
             self._note(tensor)
@@ -72,7 +72,7 @@ class Count:
 
 
 def plain(weights: Tensor, tables: Tensor) -> Tensor:
-    """Part of the ladder: plain."""
+    """Return soft weights ``[G, n]`` by plain DKM."""
     values = rounded(weights).unsqueeze(-1)
     start = tables.unsqueeze(-1)
     tau = temperature(start, ALPHA)
@@ -81,7 +81,7 @@ def plain(weights: Tensor, tables: Tensor) -> Tensor:
 
 
 def distinct(weights: Tensor, tables: Tensor) -> Tensor:
-    """Part of the ladder: distinct."""
+    """Return soft weights ``[G, n]`` by way of distinct values."""
     tau = temperature(tables.unsqueeze(-1), ALPHA)
     return cluster(rounded(weights), tables, tau, iterations=ITERATIONS)[0]
 
@@ -131,7 +131,7 @@ WAYS = {
 
 
 def layer(rows: int) -> tuple[Tensor, Tensor]:
-    """Part of the ladder: layer."""
+    """Return weights of one group, and the gradient that comes from the loss."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(1, rows * rows, generator=generator) * 0.02
     return weights, torch.randn(1, rows * rows, generator=generator)
@@ -151,7 +151,7 @@ def learner(rows: int, reference: Path) -> None:
 
 
 def learners(rows: int, reference: Path) -> tuple[int, float, float]:
-    """Part of the ladder: learners."""
+    """Return bytes, seconds and gradient difference of the first of the learners."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -174,7 +174,7 @@ def learners(rows: int, reference: Path) -> tuple[int, float, float]:
 
 
 def ladder(rows: int, folder: Path) -> list[dict[str, object]]:
-    """Part of the ladder: ladder."""
+    """Return a row for each way, for one square layer."""
     weights, wanted = layer(rows)
     reference = folder / "gradient.pt"
     found, least = [], 0
@@ -239,7 +239,7 @@ def _row(
 
 
 def main() -> None:
-    """Part of the ladder: main."""
+    """Measure both and write the result; or be a learner of the first."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--rows", type=int, default=4096)

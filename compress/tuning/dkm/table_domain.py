@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.core.codebooks import from_stored
 from compress.tuning.dkm.assignment import soft_tables, soft_values
 from compress.tuning.dkm.unique import Unique, unique_values
 
@@ -70,7 +71,7 @@ class _Cluster(torch.autograd.Function):
         found = unique or unique_values(weights, importances)
         values = torch.empty_like(found.values)
         after = torch.empty_like(tables)
-        for part in _parts(found, tables, iterations):
+        for part in _parts(found.values, tables, iterations):
             u, mass = found.values[part, :, None], found.mass[part]
             tau = temperature[part]
             after[part] = soft_tables(
@@ -78,7 +79,7 @@ class _Cluster(torch.autograd.Function):
             ).squeeze(-1)
             values[part] = soft_values(u, after[part, :, None], tau).squeeze(-1)
         ctx.save_for_backward(
-            found.values, found.mass, found.first, found.stored, tables, temperature
+            found.values, found.mass, found.stored, tables, temperature
         )
         ctx.importances, ctx.iterations = importances, iterations
         ctx.mark_non_differentiable(after)
@@ -86,21 +87,20 @@ class _Cluster(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Any:
-        *fields, tables, temperature = ctx.saved_tensors
-        found = Unique(*fields)
-        inverse = found.inverse
-        summed = torch.zeros_like(found.values).scatter_add_(1, inverse, gradient)
+        values, mass, stored, tables, temperature = ctx.saved_tensors
+        inverse = from_stored(stored)
+        summed = torch.zeros_like(values).scatter_add_(1, inverse, gradient)
         own, shared = torch.empty_like(summed), torch.empty_like(summed)
-        for part in _parts(found, tables, ctx.iterations):
+        for part in _parts(values, tables, ctx.iterations):
             own[part], shared[part] = _gradients(
-                found.values[part],
-                found.mass[part],
+                values[part],
+                mass[part],
                 tables[part],
                 temperature[part],
                 summed[part],
                 iterations=ctx.iterations,
             )
-        shared /= found.mass.clamp_min(torch.finfo(shared.dtype).tiny)
+        shared /= mass.clamp_min(torch.finfo(shared.dtype).tiny)
         pull = shared.gather(1, inverse)
         if ctx.importances is not None:
             pull *= ctx.importances
@@ -148,9 +148,9 @@ def _gradients(
     return own, shared
 
 
-def _parts(found: Unique, tables: Tensor, iterations: int) -> list[slice]:
+def _parts(values: Tensor, tables: Tensor, iterations: int) -> list[slice]:
     """Return runs of groups that are computed together, which bounds the memory."""
-    groups, count = found.values.shape
+    groups, count = values.shape
     each = count * tables.shape[1] * _MAPS_A_ROUND * (iterations + 1)
     step = max(1, _VALUES_AT_ONCE // each)
     return [slice(start, start + step) for start in range(0, groups, step)]

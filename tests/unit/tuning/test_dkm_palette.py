@@ -44,8 +44,8 @@ def started(weight: Tensor, name: str) -> QuantizedTensor:
     )
 
 
-def palette(name: str, **options: object) -> TrainablePalette:
-    return TrainablePalette(dense(), started(dense(), name), **options)  # type: ignore[arg-type]
+def palette(scheme: str, **options: object) -> TrainablePalette:
+    return TrainablePalette(dense(), started(dense(), scheme), **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", NAMES)
