@@ -39,7 +39,7 @@ _SOLVING = (4, 7)
 # The largest tensors that glibc takes from its heap, and how much of them it keeps in
 # holes, fitted to the two runs above.
 _HEAP_BYTES = 32 << 20
-_KEPT = 2
+KEPT = 2
 
 
 def peak_bytes(shapes: Shapes, work: Work, *, dtype: torch.dtype) -> int:
@@ -116,17 +116,19 @@ def _calibrated(
                 (squares, _FLOAT * columns**2),
                 (matrices, _FLOAT * rows * columns),
             ]
-            busiest, kept = max(busiest, _sum(solver)), max(kept, _small(solver))
-    in_use = _sum(held) + max(forward, busiest)
-    return in_use, int(_KEPT * (_small(held) + kept))
+            busiest, kept = max(busiest, total(solver)), max(kept, small(solver))
+    in_use = total(held) + max(forward, busiest)
+    return in_use, int(KEPT * (small(held) + kept))
 
 
-def _sum(tensors: Sequence[tuple[int, int]]) -> int:
+def total(tensors: Sequence[tuple[int, int]]) -> int:
+    """Return the bytes of tensors, given as counts and sizes."""
     return sum(count * size for count, size in tensors)
 
 
-def _small(tensors: Sequence[tuple[int, int]]) -> int:
-    return _sum([(count, size) for count, size in tensors if size < _HEAP_BYTES])
+def small(tensors: Sequence[tuple[int, int]]) -> int:
+    """Return the bytes of those among them that come from glibc's heap."""
+    return total([(count, size) for count, size in tensors if size < _HEAP_BYTES])
 
 
 def _comparison(shapes: Shapes, windows: tuple[int, int]) -> int:

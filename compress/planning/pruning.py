@@ -8,6 +8,9 @@ model's width by the exponent that two sizes show.
 Memory: what is held at the busiest moment of each stage, as in ``planning/memory``. On
 a CPU all windows go through a block together; on a GPU a batch of them, while states
 wait in memory of the host if they are large. What CUDA itself takes is not counted.
+
+On a CPU of two cores (SmolLM2-135M, 16 x 512 tokens, a fifth of the neurons) stages of
+19, 60 and 36 seconds by wanda_sp, taylor and comp were predicted as 23, 74 and 40.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch
 
 from compress.core.contracts import Pruner
 from compress.core.neurons import GatedMLP, NeuronStatistics, loudest
-from compress.planning import duration
+from compress.planning import duration, memory
 from compress.planning.duration import Speeds
 from compress.planning.shapes import Shapes
 from compress.pruning import depth, gates, gradients
@@ -191,10 +194,11 @@ def prune_bytes(
     if work.budgets == "learned":
         stages.append(_gate_bytes(shapes, work, width))
     if work.measures or work.budgets in ("measured", "standardised"):
-        stages.append((states, block + _solving(shapes, work, width)))
+        stages.append((states, block + memory.total(_solving(shapes, work))))
     ahead = shapes.stored_bytes * shapes.block  # the next block is being read
     if not on_gpu:
-        return ahead + max(copying, *(sum(stage) for stage in stages)), 0
+        kept = int(memory.KEPT * memory.small(_solving(shapes, work)))
+        return ahead + kept + max(copying, *(sum(stage) for stage in stages)), 0
     host = max(kept for kept, _ in stages) if pinned else 0
     device = max(used + (0 if pinned else kept) for kept, used in stages)
     return ahead + max(copying, host), ahead + device
@@ -348,7 +352,7 @@ def _gradient_bytes(shapes: Shapes, work: PruneWork, width: int) -> tuple[int, i
     kept = count * (width * each + _FLOAT * work.length * shapes.hidden)
     tokens = max(gradients.TOKENS_A_CALL, work.length)
     graph = width * (shapes.block + tokens * _graph(shapes))
-    logits = 6 * _FLOAT * work.length * shapes.vocabulary
+    logits = 4 * _FLOAT * work.length * shapes.vocabulary
     head = width * shapes.vocabulary * shapes.hidden + logits
     return kept, max(graph, head)
 
@@ -366,11 +370,14 @@ def _gate_bytes(shapes: Shapes, work: PruneWork, width: int) -> tuple[int, int]:
     return 0, width * whole + logits
 
 
-def _solving(shapes: Shapes, work: PruneWork, width: int) -> int:
-    """Moments of all MLPs of a block, and one that is solved."""
+def _solving(shapes: Shapes, work: PruneWork) -> list[tuple[int, int]]:
+    """Moments of all MLPs of a block, and one that is solved: counts and sizes."""
+    if not work.measures and work.budgets not in ("measured", "standardised"):
+        return []
     columns = max(shapes.inner if work.neurons else 0, work.heads)
-    moments = _FLOAT * columns**2 * (work.mlps + 1)
-    squares = _REPAIR_SQUARES
-    if not work.ranks:
-        squares = _CHOICE_SQUARES
-    return moments + _DOUBLE * columns * (squares * columns + 4 * shapes.hidden)
+    squares = _REPAIR_SQUARES if work.ranks else _CHOICE_SQUARES
+    return [
+        (work.mlps + 1, _FLOAT * columns**2),
+        (squares, _DOUBLE * columns**2),
+        (4, _DOUBLE * columns * shapes.hidden),
+    ]
