@@ -99,11 +99,11 @@ def _load(folder: Path) -> Any:
     config = read_config(folder)
     quantization = config.get("quantization_config")
     options: dict[str, Any] = {}
-    packed = (quantization or {}).get("quant_method") == ct.QUANT_METHOD
+    packed = False
     if quantization:
+        packed = quantization.get("quant_method") == ct.QUANT_METHOD
         _check_library(str(quantization.get("quant_method")))
-    if packed:
-        if _needs_dequantize(quantization):
+        if packed and _needs_dequantize(quantization):
             from transformers import CompressedTensorsConfig
 
             _LOG.info("integer zero points: loading with dequantize=True")
