@@ -70,7 +70,7 @@ def random_tables(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
     book, (rows, columns) = scheme.codebook, weight.shape
     assert book is not None
     storage = TORCH_DTYPES[scheme.scale_dtype]
-    seed = int(weight.abs().sum() * 1000)
+    seed = int(weight.float().abs().sum() * 1000)
     generator = torch.Generator().manual_seed(seed)
     runs = -(-rows // scheme.rows_of_scale(rows))
     shape = (runs, book.count, 1 << scheme.bits, book.vector)

@@ -108,7 +108,7 @@ class PaletteQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        if dtype is not None:
+        if dtype not in (None, model.dtype):  # casts buffers of the model as well
             model.to(dtype)
         decode_coded_(model)
         return model
