@@ -6,9 +6,10 @@ replaces every other ``nn.Linear``, so each linear without codes is listed.
 
 Source: Egiazarian et al. (2024), "Extreme compression of large language models via
 additive quantization", arXiv 2401.06118; transformers 5.23 and aqlm 1.1.7, with which
-the folders were tried on a CPU. Limits: on a CPU the library computes in float32 only
-and reorders the codes in place in its first pass, so a model must not be saved after
-it has run; experts and embeddings cannot be coded.
+the folders were tried on a CPU. Limits: on a CPU the library computes in float32 only,
+is right with one thread only (see :meth:`AqlmExporter.replay`), and reorders the codes
+in place in its first pass, so a model must not be saved after it has run; experts and
+embeddings cannot be coded.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from compress.core.plan import LayerPlan, Plan
 from compress.core.scheme import Scheme
 from compress.core.shapes import WIDTHS, has_widths
 from compress.core.tensors import QuantizedTensor
+from compress.export import stock_transformers
 from compress.export.coded_folder import CodedFolderExporter
 from compress.export.experts import expert_layers, routers
 from compress.export.model_card import CardLayout
@@ -87,8 +89,9 @@ class AqlmExporter(CodedFolderExporter):
             return ()
         found = [
             "On a CPU the aqlm library needs numba and computes in float32 only: load "
-            "with dtype=torch.float32. Its first pass there reorders the codes in "
-            "place; do not save a model that has run.",
+            "with dtype=torch.float32, and set NUMBA_NUM_THREADS=1, since threads of "
+            "its kernel overwrite each other's sums (1.1.7). Its first pass there "
+            "reorders the codes in place; do not save a model that has run.",
         ]
         book = next(iter(plan.layers.values())).scheme
         known = {"aqlm-1x16g8", "aqlm-1x16g16", "aqlm-2x8g8", "aqlm-1x8g8"}
@@ -129,7 +132,22 @@ class AqlmExporter(CodedFolderExporter):
         Raises:
             MissingDependencyError: aqlm or numba is not installed.
         """
-        return super().replay(folder, windows)
+        stock_transformers.check_library(aqlm_format.QUANT_METHOD)
+        import numba
+
+        # Threads of its kernel add to the same numbers at once (aqlm 1.1.7): on two
+        # cores logits were wrong by 0.2% to 24%, on one they agree to 1e-6.
+        threads = numba.get_num_threads()
+        runs = super().replay(folder, windows)
+        while True:
+            numba.set_num_threads(1)
+            try:
+                logits = next(runs, None)
+            finally:
+                numba.set_num_threads(threads)
+            if logits is None:
+                return
+            yield logits
 
     def _stored(self, layer: LayerPlan) -> Mapping[str, TensorInfo]:
         return aqlm_format.tensors(layer.scheme, layer.shape)

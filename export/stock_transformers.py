@@ -102,7 +102,7 @@ def _load(folder: Path) -> Any:
     packed = False
     if quantization:
         packed = quantization.get("quant_method") == ct.QUANT_METHOD
-        _check_library(str(quantization.get("quant_method")))
+        check_library(str(quantization.get("quant_method")))
         if packed and _needs_dequantize(quantization):
             from transformers import CompressedTensorsConfig
 
@@ -125,13 +125,14 @@ def _load(folder: Path) -> Any:
     return model
 
 
-def _check_library(method: str) -> None:
+def check_library(method: str) -> None:
     """Raise unless what transformers needs for a ``quant_method`` is installed."""
     needed = {
         ct.QUANT_METHOD: {"compressed_tensors": ("compressed-tensors", "verify")},
         aqlm_format.QUANT_METHOD: {
             "aqlm": ("aqlm", "aqlm"),
-            "numba": ("numba", "aqlm"),  # of its kernels for a CPU
+            "numba": ("numba", "aqlm"),  # its kernels for a CPU
+            "scipy": ("scipy", "aqlm"),  # products in these
         },
     }
     for module, (distribution, extra) in needed.get(method, {}).items():

@@ -52,6 +52,7 @@ def test_stock_transformers_computes_what_we_decode(
 ) -> None:
     pytest.importorskip("aqlm")
     pytest.importorskip("numba")
+    pytest.importorskip("scipy")
     artifact = write(tmp_path, scheme, tied=tied)
     found = torch.stack(list(AqlmExporter().replay(tmp_path, WINDOWS)))
     expected = dense_logits(artifact, WINDOWS)
@@ -61,6 +62,7 @@ def test_stock_transformers_computes_what_we_decode(
 def test_a_coded_head_loads_in_stock_transformers(tmp_path: Path) -> None:
     pytest.importorskip("aqlm")
     pytest.importorskip("numba")
+    pytest.importorskip("scipy")
     artifact = make_artifact(
         lambda n: None if "embed" in n else "aqlm-2x8g8", scale_dtype="float16"
     )
