@@ -119,7 +119,7 @@ def _task(name: str, folder: Path, tokenizer: Any, items: int | None) -> Task:
     files = sorted(folder.glob(pattern))
     if not files:
         raise SystemExit(f"{folder} has no {pattern}")
-    lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
+    lines = [line for file in files for line in file.read_text("utf-8").split("\n")]
     kept = len(lines) if items is None else min(items, len(lines))
     chosen = [lines[i * len(lines) // kept] for i in range(kept)]
     questions = [read(json.loads(line)) for line in chosen]

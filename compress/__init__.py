@@ -1,12 +1,15 @@
 """Post-training compression of language models: one config in, a smaller model out.
 
-``import compress`` is quick: public names are imported when they are first used.
+``import compress`` is quick: public names are imported when they are first used. It
+makes transformers open folders of our own format too, see ``runtime/hook``.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from compress.runtime.hook import install as _install
 
 if TYPE_CHECKING:
     from compress.api import quantize
@@ -52,3 +55,6 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """List the public names, imported or not."""
     return sorted({*globals(), *__all__})
+
+
+_install()

@@ -17,8 +17,8 @@ from compress.evaluation.measure import (
     evaluate_candidates,
     prepare_texts,
 )
+from compress.model.coded_source import CodedSource
 from compress.model.loading import ModelHandle, check_tensors, locate, open_model
-from compress.model.quantized_source import PackedSource
 from compress.model.streaming import StreamedModel
 from compress.served_folder import Served, served_as
 
@@ -175,7 +175,7 @@ def inspect(path: str | Path) -> Inspection:
     with tempfile.TemporaryDirectory() as cache:
         handle = open_model(str(file), cache=Path(cache))
     schemes: dict[str, Scheme] = {}
-    if isinstance(handle.source, PackedSource):
+    if isinstance(handle.source, CodedSource):
         schemes = dict(handle.source.schemes)
     layers = []
     for name, info in handle.description.tensors.items():

@@ -11,8 +11,8 @@ from compress.evaluation.rounding import rounding_of
 from compress.kvcache.cache import FakeQuantCache
 from compress.kvcache.measure import rounded_cache
 from compress.kvcache.names import CachePair
+from compress.model.coded_source import CodedSource
 from compress.model.loading import ModelHandle
-from compress.model.quantized_source import PackedSource
 from compress.model.streaming import Rewrite
 
 _log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Served:
 def served_as(handle: ModelHandle) -> Served:
     """Return what a checkpoint's config says; nothing where it is dense or GGUF."""
     source = handle.source
-    if not isinstance(source, PackedSource):
+    if not isinstance(source, CodedSource):
         return Served()
     amax = {
         name: NVFP4_RANGE / multiplier
@@ -51,7 +51,7 @@ def served_as(handle: ModelHandle) -> Served:
 
 
 def _cache(
-    handle: ModelHandle, source: PackedSource
+    handle: ModelHandle, source: CodedSource
 ) -> Callable[[], FakeQuantCache] | None:
     scheme = source.cache_scheme
     if scheme is None:

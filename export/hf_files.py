@@ -10,7 +10,8 @@ from typing import Any
 
 from compress.core import compressed_tensors as ct
 from compress.core.artifact import CompressedModel, ModelDescription
-from compress.core.shapes import stored_config
+from compress.core.errors import ExportError
+from compress.core.shapes import modeling_files, stored_config
 from compress.export import experts
 from compress.export.model_card import groups_of
 
@@ -41,11 +42,17 @@ _DROPPED_KEYS = (
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def model_config(artifact: CompressedModel, *, dense: bool) -> dict[str, Any]:
+def model_config(
+    artifact: CompressedModel,
+    quantization: Mapping[str, Any] | None,
+    *,
+    dense: bool = False,
+) -> dict[str, Any]:
     """Return ``config.json``: the model's own, with types and codes described.
 
     Args:
         artifact: What is written.
+        quantization: The ``quantization_config``, if there is one.
         dense: Whether decoded values are written instead of codes; the key
             ``compress`` then says of which schemes.
     """
@@ -66,19 +73,22 @@ def model_config(artifact: CompressedModel, *, dense: bool) -> dict[str, Any]:
             "schemes": {scheme.name: len(names) for scheme, names in schemes.items()},
         }
     config = stored_config(config)
-    coded = bool(plan.layers) and not dense
-    if coded or artifact.kv_cache_scheme is not None:
-        config["quantization_config"] = quantization_config(artifact, dense=dense)
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
     return config
 
 
-def quantization_config(artifact: CompressedModel, *, dense: bool) -> dict[str, Any]:
-    """Return the entry of ``config.json`` that says what is coded, and how.
+def quantization_config(
+    artifact: CompressedModel, *, dense: bool
+) -> dict[str, Any] | None:
+    """Return what compressed-tensors says about codes and cache, if there are any.
 
     Each scheme is a group of its own, which names its format.
     """
     plan, model = artifact.plan, artifact.description
     coded = {} if dense else plan.layers
+    if not coded and artifact.kv_cache_scheme is None:
+        return None
     groups = {
         f"group_{number}": ct.group_entry(scheme, experts.targets(names, model))
         for number, (scheme, names) in enumerate(groups_of(coded).items())
@@ -108,6 +118,31 @@ def generation_config(model: ModelDescription) -> str | None:
         return own.read_text("utf-8")
     tokens = {key: model.config[key] for key in _TOKEN_KEYS if key in model.config}
     return as_json(tokens) if tokens else None
+
+
+def write_companions(
+    model: ModelDescription, folder: Path, config: Mapping[str, Any], card: str
+) -> tuple[Path, ...]:
+    """Write all that lies beside the weights; return the files.
+
+    Raises:
+        ExportError: A file cannot be written.
+    """
+    texts = {"config.json": as_json(config), "README.md": card}
+    texts |= modeling_files(model.config)
+    generation = generation_config(model)
+    if generation:
+        texts["generation_config.json"] = generation
+    try:
+        for name, text in texts.items():
+            (folder / name).write_text(text, "utf-8")
+        copied = copy_assets(model.assets, folder)
+    except OSError as error:
+        raise ExportError(
+            f"{folder}: cannot write: {error.strerror or error}; "
+            "free some space and continue with --resume, or choose another folder"
+        ) from error
+    return (*(folder / name for name in texts), *copied)
 
 
 def as_json(data: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from compress.core import compressed_tensors as ct
@@ -13,12 +14,26 @@ from compress.core.scheme import Scales, Scheme, Zero
 from compress.core.shapes import attention_flags, blocks_differ, has_widths, mlp_widths
 
 
+@dataclass(frozen=True)
+class CardLayout:
+    """What a card says about a layout that is not compressed-tensors.
+
+    Attributes:
+        name: Of the layout; also a tag.
+        loading: Lines about how to load the folder.
+    """
+
+    name: str
+    loading: str
+
+
 def model_card(
     artifact: CompressedModel,
     *,
     size_bytes: int,
     notes: Sequence[str],
     dense: bool = False,
+    layout: CardLayout | None = None,
 ) -> str:
     """Return the text of ``README.md``.
 
@@ -27,27 +42,33 @@ def model_card(
         size_bytes: Of the weight files.
         notes: Warnings that a user of the files should read.
         dense: Whether decoded values were written instead of codes.
+        layout: Of the codes, if it is not compressed-tensors.
     """
     description, layers = artifact.description, artifact.plan.layers
     schemes = groups_of(layers)
     licence = known_licence(description.assets)
     # Only a hub id can be a `base_model` link; a path would be a dead one.
     hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", description.label)
+    tag = layout.name if layout else ct.QUANT_METHOD
     front = [
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
         *([f"license: {licence}"] if licence else []),
         *([f"base_model: {description.label}"] if hub_id else []),
-        *(["tags: [compressed-tensors, quantized]"] if layers and not dense else []),
+        *([f"tags: [{tag}, quantized]"] if layers and not dense else []),
         "---",
     ]
     sections = [
         "\n".join(front),
         _what(artifact, size_bytes, dense=dense),
-        _table(schemes, description.dtype, dense=dense),
+        _table(schemes, description.dtype, layout, dense=dense),
         _cache(artifact),
-        _loading({} if dense else schemes, own_code=blocks_differ(description.config)),
+        f"## How to load\n\n{layout.loading}"
+        if layout and layers
+        else _loading(
+            {} if dense else schemes, own_code=blocks_differ(description.config)
+        ),
         "## Notes\n\n" + "\n".join(f"- {note}" for note in notes) if notes else "",
         _origin(artifact.provenance, licence),
     ]
@@ -114,11 +135,23 @@ def _what(artifact: CompressedModel, size_bytes: int, *, dense: bool) -> str:
     )
 
 
-def _table(schemes: Mapping[Scheme, Sequence[str]], dtype: str, *, dense: bool) -> str:
+def _table(
+    schemes: Mapping[Scheme, Sequence[str]],
+    dtype: str,
+    layout: CardLayout | None,
+    *,
+    dense: bool,
+) -> str:
     if not schemes:
         return ""
+
+    def stored_as(scheme: Scheme) -> str:
+        if layout is not None:
+            return layout.name
+        return dtype if dense else ct.layout_of(scheme).format
+
     rows = [
-        f"| `{scheme.name}` | {dtype if dense else ct.layout_of(scheme).format} | "
+        f"| `{scheme.name}` | {stored_as(scheme)} | "
         f"{_scale_type(scheme)} | {len(names)} | {_kinds(names)} |"
         for scheme, names in schemes.items()
     ]

@@ -17,29 +17,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from pydantic import field_validator
 from torch import Tensor
 
 from compress.core import compressed_tensors as ct
 from compress.core.artifact import CompressedModel, ModelDescription, TensorInfo
-from compress.core.contracts import Exporter, ExportResult, Options, Problem
-from compress.core.errors import CheckpointError, ExportError
+from compress.core.contracts import Exporter, ExportResult, Problem
+from compress.core.errors import CheckpointError
 from compress.core.plan import Plan
-from compress.core.shapes import modeling_files
-from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
+from compress.core.tensors import QuantizedTensor
 from compress.export import safetensors_checks, stock_transformers, vllm_rules
 from compress.export.experts import expert_layers, is_target
 from compress.export.hf_files import (
-    as_json,
-    copy_assets,
-    generation_config,
     model_config,
+    quantization_config,
+    write_companions,
 )
 from compress.export.model_card import model_card
 from compress.export.outer_scales import OuterScales
 from compress.export.sharding import (
     Entry,
+    ShardOptions,
+    as_stored,
     has_tensor,
     parse_size,
     plan_shards,
@@ -48,30 +46,18 @@ from compress.export.sharding import (
 )
 
 
-class SafetensorsOptions(Options):
+class SafetensorsOptions(ShardOptions):
     """Options of the safetensors exporter.
 
     Attributes:
-        max_shard_size: Largest file, such as ``5GB`` or ``500MiB``; a single tensor
-            that is larger gets a file of its own.
         runtime: What has to load the files. ``vllm`` also asks for what vLLM needs and
             transformers does not, such as one scheme for layers that it fuses.
         dense: Write decoded values in the model's type instead of codes. Anything loads
             them, and they are as large as the original.
     """
 
-    max_shard_size: str = "5GB"
     runtime: Literal["transformers", "vllm"] = "transformers"
     dense: bool = False
-
-    @field_validator("max_shard_size", mode="before")
-    @classmethod
-    def _is_size(cls, value: Any) -> Any:
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = str(value)
-        if isinstance(value, str):
-            parse_size(value)
-        return value
 
 
 class SafetensorsExporter(Exporter):
@@ -146,23 +132,10 @@ class SafetensorsExporter(Exporter):
         size = sum(path.stat().st_size for path in weights)
         notes = (*self.notes(plan, model), *outer.notes())
         card = model_card(artifact, size_bytes=size, notes=notes, dense=dense)
-        config = model_config(artifact, dense=dense)
-        texts = {"config.json": as_json(config), "README.md": card}
-        texts |= modeling_files(model.config)
-        generation = generation_config(model)
-        if generation:
-            texts["generation_config.json"] = generation
-        try:
-            for name, text in texts.items():
-                (folder / name).write_text(text, "utf-8")
-            copied = copy_assets(model.assets, folder)
-        except OSError as error:
-            raise ExportError(
-                f"{folder}: cannot write: {error.strerror or error}; "
-                "free some space and continue with --resume, or choose another folder"
-            ) from error
-        others = tuple(folder / name for name in texts)
-        return ExportResult((*files, *others, *copied), size, notes)
+        quantization = quantization_config(artifact, dense=dense)
+        config = model_config(artifact, quantization, dense=dense)
+        others = write_companions(model, folder, config, card)
+        return ExportResult((*files, *others), size, notes)
 
     def read_codes(self, folder: Path, layer: str) -> QuantizedTensor:
         """Decode one layer from the written files with our own reader.
@@ -225,10 +198,10 @@ class SafetensorsExporter(Exporter):
         for name in model.tensors:
             layer = name.removesuffix(".weight")
             if not name.endswith(".weight") or layer not in artifact.plan.layers:
-                yield name, _cast(name, artifact.source.read(name), model.dtype)
+                yield name, as_stored(name, artifact.source.read(name), model.dtype)
             elif self._options.dense:
                 values = artifact.quantized(layer).dequantize()
-                yield name, _cast(name, values, model.dtype)
+                yield name, as_stored(name, values, model.dtype)
             else:
                 tensor = artifact.quantized(layer)
                 outer.see(layer, tensor)
@@ -245,18 +218,6 @@ class SafetensorsExporter(Exporter):
     def _options(self) -> SafetensorsOptions:
         assert isinstance(self.options, SafetensorsOptions)
         return self.options
-
-
-def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
-    if str(tensor.dtype) == f"torch.{dtype}":
-        return tensor
-    cast = tensor.to(TORCH_DTYPES[dtype])
-    if not torch.equal(cast.isfinite(), tensor.isfinite()):
-        raise ExportError(
-            f"{name}: values up to {tensor.abs().max().item():.3g} do not fit {dtype}; "
-            "set model.dtype to bfloat16 or float32"
-        )
-    return cast
 
 
 def _group_of(folder: Path, layer: str) -> dict[str, Any]:

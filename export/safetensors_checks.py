@@ -51,7 +51,7 @@ def problems(
         for name, layer in plan.layers.items()
         if (message := _layer_problem(layer, model, dense=dense)) is not None
     ]
-    found += _shape_problems(model, runtime)
+    found += shape_problems(model, runtime)
     if dense:
         return found
     found += expert_problems(plan, model)
@@ -119,7 +119,7 @@ def notes(plan: Plan, model: ModelDescription, *, dense: bool) -> tuple[str, ...
     return tuple(found)
 
 
-def _shape_problems(model: ModelDescription, runtime: str) -> list[Problem]:
+def shape_problems(model: ModelDescription, runtime: str) -> list[Problem]:
     """List what a folder or the runtime cannot be told about blocks that differ."""
     if not blocks_differ(model.config):
         return []
@@ -164,6 +164,21 @@ def _layer_problem(
     layer: LayerPlan, model: ModelDescription, *, dense: bool
 ) -> str | None:
     """Return why one layer cannot be stored, with the remedy."""
+    message = mismatch(layer, model)
+    if message is not None or dense:
+        return message
+    if layer.name == model.family.embedding:
+        # transformers 5.17 and 5.23 with compressed-tensors 0.19 and 0.20 stop with
+        # "'Embedding' object has no attribute 'weight'" when the codes replace it.
+        return (
+            f"stock transformers cannot load a coded embedding ({layer.scheme.name}); "
+            "remove its override so that it stays dense, or export to gguf only"
+        )
+    return ct.obstacle(layer.scheme) or _width_problem(layer)
+
+
+def mismatch(layer: LayerPlan, model: ModelDescription) -> str | None:
+    """Return why an entry of a plan is not about this model, with the remedy."""
     info = model.tensors.get(f"{layer.name}.weight")
     if info is None:
         tied = " (the head shares the embedding's weight)" if model.tied else ""
@@ -174,16 +189,7 @@ def _layer_problem(
         layer.scheme.check_columns(layer.shape[1], layer.name)
     except SchemeError as error:
         return str(error)
-    if dense:
-        return None
-    if layer.name == model.family.embedding:
-        # transformers 5.17 and 5.23 with compressed-tensors 0.19 and 0.20 stop with
-        # "'Embedding' object has no attribute 'weight'" when the codes replace it.
-        return (
-            f"stock transformers cannot load a coded embedding ({layer.scheme.name}); "
-            "remove its override so that it stays dense, or export to gguf only"
-        )
-    return ct.obstacle(layer.scheme) or _width_problem(layer)
+    return None
 
 
 def _width_problem(layer: LayerPlan) -> str | None:

@@ -19,13 +19,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import field_validator
 from torch import Tensor
 
 from compress.core.artifact import TensorInfo
+from compress.core.contracts import Options
 from compress.core.errors import CheckpointError, ExportError
 from compress.core.sizes import parse_size as parse_size
+from compress.core.tensors import TORCH_DTYPES
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -33,6 +37,7 @@ _STORED = {
     "float32": ("F32", 4),
     "float16": ("F16", 2),
     "bfloat16": ("BF16", 2),
+    "int16": ("I16", 2),
     "int32": ("I32", 4),
     "int64": ("I64", 8),
     "int8": ("I8", 1),
@@ -41,9 +46,29 @@ _STORED = {
 }
 
 
+class ShardOptions(Options):
+    """Options of every exporter that writes shards.
+
+    Attributes:
+        max_shard_size: Largest file, such as ``5GB`` or ``500MiB``; a single tensor
+            that is larger gets a file of its own.
+    """
+
+    max_shard_size: str = "5GB"
+
+    @field_validator("max_shard_size", mode="before")
+    @classmethod
+    def _is_size(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if isinstance(value, str):
+            parse_size(value)
+        return value
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file, of a type that compressed-tensors stores."""
+    """One tensor of a file, of a type that some format of ours stores."""
 
     name: str
     info: TensorInfo
@@ -110,6 +135,23 @@ def plan_shards(entries: Sequence[Entry], max_shard_bytes: int) -> tuple[Shard, 
     return tuple(
         Shard(name, tuple(part)) for name, part in zip(names, files, strict=True)
     )
+
+
+def as_stored(name: str, tensor: Tensor, dtype: str) -> Tensor:
+    """Return a dense tensor in the type that a file holds it in.
+
+    Raises:
+        ExportError: Values overflow that type.
+    """
+    if str(tensor.dtype) == f"torch.{dtype}":
+        return tensor
+    cast = tensor.to(TORCH_DTYPES[dtype])
+    if not torch.equal(cast.isfinite(), tensor.isfinite()):
+        raise ExportError(
+            f"{name}: values up to {tensor.abs().max().item():.3g} do not fit {dtype}; "
+            "set model.dtype to bfloat16 or float32"
+        )
+    return cast
 
 
 def write_shards(

@@ -20,12 +20,15 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress.core import aqlm_format
+from compress.core import compressed_tensors as ct
 from compress.core.errors import CheckpointError, MissingDependencyError
 from compress.core.shapes import attention_of, memory_config, modeling_files
 
@@ -96,14 +99,11 @@ def _load(folder: Path) -> Any:
     config = read_config(folder)
     quantization = config.get("quantization_config")
     options: dict[str, Any] = {}
+    packed = False
     if quantization:
-        try:
-            import compressed_tensors  # noqa: F401
-        except ImportError as error:
-            raise MissingDependencyError(
-                "compressed-tensors", extra="verify", purpose="loading this checkpoint"
-            ) from error
-        if _needs_dequantize(quantization):
+        packed = quantization.get("quant_method") == ct.QUANT_METHOD
+        check_library(str(quantization.get("quant_method")))
+        if packed and _needs_dequantize(quantization):
             from transformers import CompressedTensorsConfig
 
             _LOG.info("integer zero points: loading with dequantize=True")
@@ -116,13 +116,32 @@ def _load(folder: Path) -> Any:
             trust_remote_code=_has_own_code(folder, config),
             **options,
         ).eval()
-        if quantization and not options:
+        if packed and not options:
             model.hf_quantizer.compressor.decompress_model(model)
             for parameter in model.parameters():
                 # 5.17 decodes experts to the type of their scales.
                 if parameter.dtype in (torch.bfloat16, torch.float16):
                     parameter.data = parameter.data.float()
     return model
+
+
+def check_library(method: str) -> None:
+    """Raise unless what transformers needs for a ``quant_method`` is installed."""
+    needed = {
+        ct.QUANT_METHOD: {"compressed_tensors": ("compressed-tensors", "verify")},
+        aqlm_format.QUANT_METHOD: {
+            "aqlm": ("aqlm", "aqlm"),
+            "numba": ("numba", "aqlm"),  # its kernels for a CPU
+            "scipy": ("scipy", "aqlm"),  # products in these
+        },
+    }
+    for module, (distribution, extra) in needed.get(method, {}).items():
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise MissingDependencyError(
+                distribution, extra=extra, purpose="loading this checkpoint"
+            ) from error
 
 
 def _has_own_code(folder: Path, config: dict[str, Any]) -> bool:

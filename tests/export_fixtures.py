@@ -15,6 +15,7 @@ from compress.core.artifact import (
     TensorInfo,
     TensorSource,
 )
+from compress.core.codebooks import to_stored
 from compress.core.families import family_of
 from compress.core.plan import LayerPlan, Plan
 from compress.core.scheme import Scheme, Zero
@@ -41,6 +42,8 @@ class StateDictSource(TensorSource):
 
 def round_to_nearest(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
     """Absmax (or min-max) rounding to nearest, with stored scales."""
+    if scheme.codebook is not None:
+        return random_tables(weight, scheme)
     if not scheme.is_integer or scheme.rank or scheme.zero is Zero.OFFSET:
         return _round_on_grid(weight, scheme)
     rows, columns = weight.shape
@@ -60,6 +63,27 @@ def round_to_nearest(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
         codes = codes + zero[..., None]
     codes = codes.clamp(scheme.lowest, scheme.highest).to(torch.int8)
     return QuantizedTensor(codes.view(rows, columns), scale, zero, scheme)
+
+
+def random_tables(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
+    """Return random codes, tables and scales of a weight's shape, seeded by it."""
+    book, (rows, columns) = scheme.codebook, weight.shape
+    assert book is not None
+    storage = TORCH_DTYPES[scheme.scale_dtype]
+    seed = int(weight.float().abs().sum() * 1000)
+    generator = torch.Generator().manual_seed(seed)
+    runs = -(-rows // scheme.rows_of_scale(rows))
+    shape = (runs, book.count, 1 << scheme.bits, book.vector)
+    tables = 0.1 * torch.randn(shape, generator=generator)
+    size = (rows, columns // book.vector * book.count)
+    codes = torch.randint(1 << scheme.bits, size, generator=generator)
+    scale = torch.ones(1, 1)
+    if book.scaled:
+        scale = 0.5 + torch.rand(rows, 1, generator=generator)
+    stored = to_stored(codes, scheme.bits)
+    return QuantizedTensor(
+        stored, scale.to(storage), None, scheme, tables=tables.to(storage)
+    )
 
 
 def _round_on_grid(weight: Tensor, scheme: Scheme) -> QuantizedTensor:

@@ -20,8 +20,8 @@ from compress.core.errors import CheckpointError, MissingDependencyError
 from compress.core.families import family_of
 from compress.core.shapes import blocks_differ, memory_config
 from compress.core.tensors import TORCH_DTYPES
+from compress.model.coded_source import open_coded
 from compress.model.experts import unstacked
-from compress.model.quantized_source import PackedSource
 from compress.model.skeleton import as_transformers, build_skeleton
 from compress.model.sources import ResidentSource, SafetensorsSource, in_model_order
 
@@ -195,7 +195,7 @@ def _open_folder(path: str, folder: Path) -> _Opened:
     family = family_of(str(config["model_type"]))
     source: TensorSource
     if config.pop("quantization_config", None):
-        source = PackedSource(folder)
+        source = open_coded(folder)
     else:
         source = unstacked(SafetensorsSource(folder), family)
     stored = config.get("dtype") or config.get("torch_dtype") or _commonest(source)

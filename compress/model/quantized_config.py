@@ -1,7 +1,8 @@
 """The ``quantization_config`` of a checkpoint: which layers have codes, of what kind.
 
-Only compressed-tensors is understood. What would change weights without our knowing it
-(online transforms, sparsity, reordered columns) is refused by name.
+This is about compressed-tensors; palette and aqlm are in ``table_source``. What would
+change weights without our knowing it (online transforms, sparsity, reordered columns)
+is refused by name.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def config_groups(folder: Path) -> list[ConfigGroup]:
     method = quantization.get("quant_method")
     if method != ct.QUANT_METHOD:
         raise CheckpointError(
-            f"{folder}: quant_method {method!r}; only {ct.QUANT_METHOD} is read"
+            f"{folder}: quant_method {method!r}; only {ct.QUANT_METHOD}, palette and "
+            "aqlm are read"
         )
     for key in ("transform_config", "sparsity_config"):
         if quantization.get(key):

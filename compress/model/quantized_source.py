@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from compress.core import compressed_tensors as ct
-from compress.core.artifact import TensorInfo, TensorSource
+from compress.core.artifact import TensorInfo
 from compress.core.errors import CheckpointError
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
+from compress.model.coded_source import CodedSource
 from compress.model.quantized_config import (
     ConfigGroup,
     config_groups,
@@ -33,7 +34,7 @@ _REORDERED = "weight_g_idx"
 _MARKS = ("weight_packed", ct.SCALE)
 
 
-class PackedSource(TensorSource):
+class PackedSource(CodedSource):
     """Tensors of a checkpoint whose linears are coded, by compressed-tensors.
 
     A coded layer appears as one float32 tensor ``NAME.weight`` of its original shape,
@@ -54,10 +55,9 @@ class PackedSource(TensorSource):
         self._schemes: dict[str, Scheme] = {}
         self._layouts: dict[str, ct.Layout] = {}
         self._tensors: dict[str, TensorInfo] = {}
-        self.cache_scales: tuple[str, ...] = tuple(
+        self.cache_scales = tuple(
             name for name in stored if name.endswith(_dotted(ct.CACHE_SUFFIXES))
         )
-        """Names of the stored scales of the key-value cache."""
         for name in stored:
             layer, _, suffix = name.rpartition(".")
             if suffix in _MARKS and layer not in self._schemes:

@@ -24,6 +24,7 @@ _DTYPES = {  # torch's name and bytes of the types whose sizes are checked
     "F8_E4M3": ("float8_e4m3fn", 1),
     "I64": ("int64", 8),
     "I32": ("int32", 4),
+    "I16": ("int16", 2),
     "I8": ("int8", 1),
     "U8": ("uint8", 1),
 }

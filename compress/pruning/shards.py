@@ -67,7 +67,7 @@ class ShardFolder:
         outside = [name for name in model.tensors if not name.startswith(inside)]
         self._save(_REST, {name: source.read(name) for name in outside})
         artifact = CompressedModel(model, Plan(model.label, {}), source, _no_codes)
-        config = {**model_config(artifact, dense=True), **extra}
+        config = {**model_config(artifact, None), **extra}
         texts = {"config.json": as_json(config), **modeling_files(model.config)}
         generation = generation_config(model)
         if generation is not None:

@@ -13,9 +13,9 @@ from compress.core.artifact import TensorSource
 from compress.core.errors import CheckpointError
 from compress.core.families import family_of
 from compress.core.shapes import attention_of, memory_config
+from compress.model.coded_source import open_coded
 from compress.model.experts import stacked, unstacked
-from compress.model.quantized_config import folder_config
-from compress.model.quantized_source import PackedSource, quantization_of
+from compress.model.quantized_config import folder_config, quantization_of
 from compress.model.skeleton import as_transformers, rebuild_blocks_
 from compress.model.sources import SafetensorsSource
 
@@ -34,7 +34,7 @@ def load(
     """Return the model of a folder, dense and in evaluation mode.
 
     Codes are decoded in float32 and then rounded once to ``dtype``, so with the default
-    the weights are exactly what the codes say. The compressed-tensors library is not
+    the weights are exactly what the codes say. No library of a format is
     used. Memory is that of the dense model in ``dtype`` and one more tensor.
 
     Args:
@@ -52,7 +52,7 @@ def load(
             f"{path}: not a folder; give a folder with config.json and safetensors"
         )
     packed = quantization_of(path) is not None
-    source: TensorSource = PackedSource(path) if packed else SafetensorsSource(path)
+    source: TensorSource = open_coded(path) if packed else SafetensorsSource(path)
     model = _skeleton(path, dtype)
     family = family_of(str(model.config.model_type))
     source = stacked(unstacked(source, family), family)
