@@ -39,6 +39,7 @@ from compress.core.scheme import Scales, Scheme
 from compress.core.statistics import LayerStatistics
 from compress.core.tensors import QuantizedTensor
 
+_ROUNDED = "rounded to nearest: the Hessian cannot be factored even with damp 1"
 _WEIGHTS_AT_ONCE = 1 << 27  # half a GiB for each of a handful of float32 copies
 
 
@@ -108,7 +109,7 @@ class GPTQ(Quantizer):
         order = _column_order(statistics.hessian, act_order=options.act_order)
         factor, notes = curvature.damped_factor_(hessian, order, options.damp)
         if factor is None:
-            return low_rank.correct(target, _round(target, scheme, notes))
+            return low_rank.correct(target, _round(target, scheme, (_ROUNDED,)))
         if statistics.drift is not None and options.drift:
             target += options.drift * curvature.drift_correction(
                 target, statistics.drift, factor, order

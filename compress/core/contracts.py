@@ -95,6 +95,17 @@ class Quantizer(Plugin):
         """
         return not scheme.rank and scheme.codebook is None
 
+    def obstacle(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """Return why a matrix should not get a scheme, and which would do instead.
+
+        By default nothing speaks against a scheme that is supported.
+
+        Args:
+            scheme: One that :meth:`supports` says yes to and whose groups fit.
+            shape: Rows and columns.
+        """
+        return None
+
     @abstractmethod
     def quantize(
         self, weight: Tensor, scheme: Scheme, statistics: LayerStatistics | None

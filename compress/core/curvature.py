@@ -32,13 +32,13 @@ def regularized(hessian: Tensor, shrink: float) -> Tensor:
 def damped_factor_(
     hessian: Tensor, order: Tensor, damp: float
 ) -> tuple[Tensor | None, tuple[str, ...]]:
-    """Damp H until its inverse has a factor; return that, or ``None``, and notes.
+    """Damp H until its inverse has a factor; return that and notes.
 
     Args:
         hessian: float32 ``[C, C]``; the damping is added to it.
         order: int64 ``[C]``; rows and columns of the factor are in this order.
         damp: Added to the diagonal, as a share of its mean. Multiplied by ten, up to
-            1, while H is not positive definite.
+            1, while H is not positive definite; then there is no factor.
     """
     diagonal = hessian.diagonal().clone()
     tried = damp
@@ -49,8 +49,7 @@ def damped_factor_(
             note = (f"damp raised to {tried:g}: the Hessian is near singular",)
             return factor, note if tried > damp else ()
         tried *= 10
-    note = ("rounded to nearest: the Hessian cannot be factored even with damp 1",)
-    return None, note
+    return None, ()
 
 
 def drift_correction(

@@ -107,7 +107,8 @@ def _preconditioner(
     normal += torch.diag_embed(ridge.unsqueeze(-1).expand(count, entries, vector))
     unused = (mean == 0)[..., None, None]
     one = torch.eye(vector, device=hessian.device)
-    return torch.linalg.inv_ex(torch.where(unused, one, normal)).inverse
+    inverse: Tensor = torch.linalg.inv_ex(torch.where(unused, one, normal)).inverse
+    return inverse
 
 
 def _solved(inverse: Tensor, residual: Tensor) -> Tensor:

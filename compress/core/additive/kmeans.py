@@ -81,9 +81,7 @@ def kmeans(
     if count <= _MOST_CAREFUL:
         centres = _spread_out(points, weights, count, generator)
     else:
-        drawn = torch.randperm(
-            len(points), generator=generator, device=points.device
-        )
+        drawn = torch.randperm(len(points), generator=generator, device=points.device)
         places = torch.arange(count, device=points.device) % len(points)
         centres = points[drawn[places]]
     for _ in range(iterations):

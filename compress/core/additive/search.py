@@ -49,9 +49,7 @@ def feedback(
         torch.eye(vector, device=target.device).expand(groups, -1, -1),
         upper=True,
     )
-    found = torch.empty(
-        rows, groups, count, dtype=torch.int64, device=target.device
-    )
+    found = torch.empty(rows, groups, count, dtype=torch.int64, device=target.device)
     per_row = max(beam * entries, columns)
     step = max(1, values_at_once(target.device) // per_row)
     for start in range(0, rows, step):
@@ -155,9 +153,7 @@ def descend(
         for first in range(0, rows, step):
             part = slice(first, first + step)
             pull = error[part] @ hessian[:, run]
-            better = _descended(
-                pull, own, tables, codes[part, groups], visits, beam
-            )
+            better = _descended(pull, own, tables, codes[part, groups], visits, beam)
             codes[part, groups] = better
             error[part, run] = target[part, run] - decoded(better, tables)
     return codes

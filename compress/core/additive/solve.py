@@ -66,7 +66,7 @@ class Effort:
 
 
 def run_order(hessian: Tensor, vector: int) -> Tensor:
-    """Return runs of ``vector`` columns by falling mean of ``diag(H)``, int64 ``[J]``."""
+    """Return runs of ``vector`` columns by falling mean ``diag(H)``, int64 ``[J]``."""
     means = hessian.diagonal().view(-1, vector).mean(1)
     return torch.argsort(means, descending=True, stable=True)
 
