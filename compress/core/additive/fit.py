@@ -28,6 +28,7 @@ from compress.core.additive.sums import (
 )
 
 _RIDGE = 1e-4  # of a preconditioner block's mean diagonal
+_CONVERGED = 1e-11
 _TINY = 1e-30
 
 
@@ -63,9 +64,11 @@ def fitted_tables(
     change = torch.zeros_like(tables)
     guess = _solved(inverse, residual)
     direction, dot = guess, (residual * guess).sum()
+    least = _CONVERGED * dot  # what is below it is rounding, and would be amplified
     for _ in range(iterations):
         product = pushed(decoded(codes, direction))
         size = dot / (direction * product).sum().clamp(min=_TINY)
+        size = torch.where(dot > least, size, 0.0)
         change += size * direction
         residual -= size * product
         guess = _solved(inverse, residual)
