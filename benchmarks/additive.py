@@ -77,7 +77,8 @@ def main() -> None:
             "additive",
             claim="Additive codebooks lose less than 2-bit integers of more bits: KL "
             f"to bf16 in nats, {arguments.windows} windows of 1024 tokens a text, "
-            f"{arguments.blocks or 'all'} blocks, calibration {arguments.samples} x {LENGTH} tokens of the bundled mix.",
+            f"{arguments.blocks or 'all'} blocks, calibration {arguments.samples} x "
+            f"{LENGTH} tokens of the bundled mix.",
             figures=figures,
             seed=SEED,
         )

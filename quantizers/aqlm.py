@@ -34,6 +34,7 @@ from torch import Tensor
 
 from compress.core import codebooks, curvature
 from compress.core.additive.solve import Effort, Sums, columns_of, run_order, solve
+from compress.core.continuous import BlockTuning
 from compress.core.contracts import Options, Quantizer
 from compress.core.scales import TORCH_DTYPES
 from compress.core.scheme import WHOLE, Codebook, Scheme
@@ -59,6 +60,9 @@ class AQLMOptions(Options):
         rounds: Of codes, tables and scales, at most.
         tolerance: A round that gains a smaller share of the loss is the last one.
         steps: Of conjugate gradients for the tables of a round.
+        tune: Epochs for which tables and scales of all layers of a block are trained
+            towards the dense block's output; 0 is none.
+        tune_rate: Learning rate of that, as a share of each tensor's size.
         seed: Of what k-means draws and of the order in which codes are visited.
         allow_large_tables: Make schemes whose tables outweigh what they save.
     """
@@ -70,6 +74,8 @@ class AQLMOptions(Options):
     rounds: int = Field(default=8, ge=1, le=100)
     tolerance: float = Field(default=0.005, ge=0, lt=1)
     steps: int = Field(default=10, ge=1, le=1000)
+    tune: int = Field(default=0, ge=0, le=1000)
+    tune_rate: float = Field(default=1e-3, gt=0, lt=1)
     seed: int = Field(default=0, ge=0)
     allow_large_tables: bool = False
 
@@ -88,6 +94,14 @@ class AQLM(Quantizer):
     def needs_drift(self) -> bool:
         """Whether the drift correction is on."""
         return self.options.drift > 0
+
+    @property
+    def block_tuning(self) -> BlockTuning | None:
+        """How a block is tuned, if the option says so."""
+        options = self.options
+        if not options.tune:
+            return None
+        return BlockTuning(options.tune, options.tune_rate, seed=options.seed)
 
     def schemes(self) -> tuple[str, ...]:
         """Names of schemes an allocator may choose, most bits first."""
