@@ -173,24 +173,6 @@ def stored_scale(scheme: Scheme) -> tuple[torch.dtype, tuple[int, int]]:
     return dtypes[scheme.scales], (blocks, COLUMNS // scheme.group_of(COLUMNS))
 
 
-@pytest.mark.parametrize("name", [n for n in SCHEMES if n.startswith("aqlm")])
-def test_codes_and_tables_have_the_types_of_the_scheme(
-    quantizer: Quantizer, name: str
-) -> None:
-    scheme = supported(quantizer, name)
-    book = scheme.codebook
-    assert book is not None
-    coded = quantizer.quantize(make_weight(), scheme, statistics_for(quantizer))
-    assert coded.scheme == scheme and coded.shape == (ROWS, COLUMNS)
-    assert coded.codes.dtype == torch.uint8
-    assert int(coded.codes.max()) < 1 << scheme.bits
-    assert (coded.scale.dtype, coded.scale.shape) == (torch.float16, (ROWS, 1))
-    assert coded.tables is not None and coded.tables.dtype == torch.float16
-    assert coded.tables.shape == (1, book.count, 1 << scheme.bits, book.vector)
-    assert coded.scale.isfinite().all() and coded.dequantize().isfinite().all()
-    assert coded.zero is None and coded.outer is None and coded.low_rank is None
-
-
 @pytest.mark.parametrize("name", [n for n in SCHEMES if not n.startswith("aqlm")])
 def test_codes_and_scales_have_the_types_of_the_scheme(
     quantizer: Quantizer, name: str
