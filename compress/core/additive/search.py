@@ -93,7 +93,9 @@ def _nearest_sum(points: Tensor, tables: Tensor, beam: int) -> tuple[Tensor, Ten
         scores = torch.addmm(
             table.square().sum(1), left.reshape(-1, vector), table.T, alpha=-2
         ).view(rows, -1, entries)
-        parent, code, lost = _best(scores + lost.unsqueeze(2), beam)
+        if left.shape[1] > 1:
+            scores += lost.unsqueeze(2)
+        parent, code, lost = _best(scores, beam)
         left = _taken(left, parent) - table[code]
         places = torch.cat([_taken(places, parent), code.unsqueeze(2)], dim=2)
     best = lost.argmin(1, keepdim=True)
@@ -202,15 +204,13 @@ def _descended(
             norms[group, m], towards.reshape(-1, vector), table.T, alpha=-2
         ).view(rows, -1, entries)
         present = scores.gather(2, old.unsqueeze(2))
-        scores += change.unsqueeze(2) - present
-        parent, new, better = _best(scores, beam)
-        if beam == 1:
-            gained = better < change  # rounding must not look like a gain
-            new = torch.where(gained, new, old)
-            change = torch.where(gained, better, change)
+        if beam == 1:  # rounding must not look like a gain
+            better, new = scores.min(2)
+            new = torch.where(better < present[..., 0], new, old)
         else:
+            scores += change.unsqueeze(2) - present
+            parent, new, change = _best(scores, beam)
             pull, places, old = (_taken(x, parent) for x in (pull, places, old))
-            change = better
         moved = (table[new] - table[old]).view(-1, vector)
         product = (moved @ hessian[own]).view(pull.shape)
         pull = pull - product

@@ -22,9 +22,9 @@ from compress.core.additive.sums import decoded, row_losses
 
 _TINY = 1e-30
 _LEAST_NORM = 1e-9
-_KMEANS_ITERATIONS = 20
-_POINTS_PER_ENTRY = {False: 256, True: 64}  # True: more than 2^12 entries
 _MANY_ENTRIES = 1 << 12
+_KMEANS = {False: (256, 20), True: (32, 10)}
+"""Points for each entry and iterations; True: more than 2^12 entries."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,14 @@ def first_sums(
     weights = scales.square().unsqueeze(1) * means
     weights = (weights / weights.mean().clamp(min=_TINY)).flatten()
     generator = torch.Generator(weight.device).manual_seed(seed)
+    points_per_entry, iterations = _KMEANS[entries > _MANY_ENTRIES]
     tables, codes = kmeans.residual_tables(
         points,
         weights,
         count=count,
         entries=entries,
-        points_per_entry=_POINTS_PER_ENTRY[entries > _MANY_ENTRIES],
-        iterations=_KMEANS_ITERATIONS,
+        points_per_entry=points_per_entry,
+        iterations=iterations,
         generator=generator,
     )
     return Sums(tables, codes.view(rows, -1, count), scales)
