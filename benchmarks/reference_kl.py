@@ -48,7 +48,7 @@ def divergence(p: Tensor, q: Tensor) -> tuple[float, float]:
 @torch.no_grad()
 def log_softmax(model: Any, window: Tensor) -> Tensor:
     """Return float32 ``[T, V]`` log-probabilities of one window."""
-    logits: Tensor = model(window[None]).logits[0]
+    logits: Tensor = model(window[None].to(model.device)).logits[0]
     return logits.float().log_softmax(-1)
 
 
@@ -64,11 +64,12 @@ def round_to_nearest_(model: Any, group_size: int) -> Any:
 
 
 def table(
-    base: Any, others: Mapping[str, Any], tokenizer: Any
+    base: Any, others: Mapping[str, Any], tokenizer: Any, *, windows: int = WINDOWS
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Return KL, its standard error over windows, and top-1 agreement.
 
-    All models are in memory together, so that the base runs once for all of them.
+    All models are in memory together, so that the base runs once for all of them; only
+    the first ``windows`` of each text are measured.
 
     Returns:
         ``{model: {text: {kl, kl_se, top1}}}``.
@@ -76,7 +77,7 @@ def table(
     rows: dict[str, dict[str, dict[str, float]]] = {label: {} for label in others}
     for text in TEXTS:
         figures: dict[str, list[tuple[float, float]]] = {label: [] for label in others}
-        for window in tqdm(windows_of(text, tokenizer), desc=text):
+        for window in tqdm(windows_of(text, tokenizer)[:windows], desc=text):
             p = log_softmax(base, window)
             for label, model in others.items():
                 figures[label].append(divergence(p, log_softmax(model, window)))

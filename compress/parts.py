@@ -113,7 +113,7 @@ class Part:
         stacked = torch.cat([weight.float() for weight in weights])
         started = time.perf_counter()
         if used is not None and few is not None:
-            coded = experts.round_to_nearest(stacked, scheme, few)
+            coded = experts.coded_blindly(quantizer, stacked, scheme, few)
         elif importance is not None:
             importance = importance.to(stacked.device)
             coded = quantizer.quantize_by_importance(stacked, scheme, importance)

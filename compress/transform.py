@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from compress.block_tuning import tune_block
 from compress.calibration import ends, experts
 from compress.calibration.collect import Moments
 from compress.calibration.walk import BlockWalk
@@ -209,7 +210,9 @@ class PlanRunner:
                 if self.workdir.has_part(_part(index)) or not self._layers(index):
                     self._pass_on(index, walk)
                 else:
-                    writer.save(_part(index), self._code(index, walk))
+                    writer.save(
+                        _part(index), self._finished(index, walk, states, model)
+                    )
         self._run_head(model, states, dense, writer)
 
     def _embedded(
@@ -249,6 +252,39 @@ class PlanRunner:
                 for path, layer in self._layers(index).items()
             }
         walk.pass_on({path: tensor.dequantize() for path, tensor in codes.items()})
+
+    def _finished(
+        self, index: int, walk: BlockWalk, states: Activations, model: StreamedModel
+    ) -> Part:
+        """Send all states through a block; return its codes, tuned if a method asks."""
+        layers = self._layers(index)
+        asked = {
+            path: tuning
+            for path, layer in layers.items()
+            if (tuning := self.quantizers[layer.method].block_tuning) is not None
+        }
+        if not asked:
+            return self._code(index, walk)
+        inputs, wanted = model.copy(states), model.copy(states)
+        model.advance(index, wanted)
+        part = self._code(index, walk)
+        call = states.calls[index]
+        tuned = tune_block(
+            {path: part.tensors[layer.name] for path, layer in layers.items()},
+            lambda hidden, weights: model.call_block(
+                index, hidden, call, weights=weights
+            ),
+            lambda rows: (model.windows(inputs, rows), model.windows(wanted, rows)),
+            shape=(inputs.hidden.shape[0], inputs.hidden.shape[1]),
+            tuning=next(iter(asked.values())),
+        )
+        part.tensors |= {layers[path].name: x for path, x in tuned.items()}
+        if self.propagate == "quantized":
+            states.hidden = inputs.hidden
+            for path, tensor in tuned.items():
+                walk.replace(path, tensor.dequantize())
+            model.advance(index, states)
+        return part
 
     def _code(self, index: int, walk: BlockWalk) -> Part:
         """Send all states through a block, and quantize its layers on the way."""

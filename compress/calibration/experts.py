@@ -14,11 +14,13 @@ dense expert is run on the dense hidden states of just those.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from compress.core import grids, low_rank
+from compress.core.contracts import Quantizer
 from compress.core.families import Experts, Linear
 from compress.core.scheme import Scheme
 from compress.core.statistics import LayerStatistics
@@ -40,6 +42,21 @@ def few_tokens(linear: Linear, statistics: LayerStatistics) -> str | None:
     if linear.expert is None or statistics.tokens >= needed:
         return None
     return f"{FEW_TOKENS} ({statistics.tokens}; {needed} are needed)"
+
+
+def coded_blindly(
+    quantizer: Quantizer, weight: Tensor, scheme: Scheme, note: str
+) -> QuantizedTensor:
+    """Return codes of ``weight`` ``[R, C]`` as if all inputs were alike.
+
+    On a grid these are the nearest codes, with scales of least error. Tables are the
+    quantizer's business, which gets ``H = 2`` times the identity.
+    """
+    if scheme.codebook is None:
+        return round_to_nearest(weight, scheme, note)
+    alike = LayerStatistics(2 * torch.eye(weight.shape[1], device=weight.device), 1)
+    coded = quantizer.quantize(weight, scheme, alike)
+    return replace(coded, notes=(*coded.notes, note))
 
 
 def round_to_nearest(weight: Tensor, scheme: Scheme, note: str) -> QuantizedTensor:

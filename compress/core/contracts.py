@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compress.core.allocation import Allocation, AllocationProblem
 from compress.core.artifact import CompressedModel, ModelDescription
+from compress.core.continuous import BlockTuning
 from compress.core.neurons import GatedMLP, NeuronStatistics, keep_largest
 from compress.core.plan import Plan
 from compress.core.scheme import Scheme
@@ -95,6 +96,17 @@ class Quantizer(Plugin):
         """
         return not scheme.rank and scheme.codebook is None
 
+    def obstacle(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """Return why a matrix should not get a scheme, and which would do instead.
+
+        By default nothing speaks against a scheme that is supported.
+
+        Args:
+            scheme: One that :meth:`supports` says yes to and whose groups fit.
+            shape: Rows and columns.
+        """
+        return None
+
     @abstractmethod
     def quantize(
         self, weight: Tensor, scheme: Scheme, statistics: LayerStatistics | None
@@ -106,6 +118,11 @@ class Quantizer(Plugin):
             scheme: Its group size divides ``C``.
             statistics: Of the inputs of this layer, if the method needs them.
         """
+
+    @property
+    def block_tuning(self) -> BlockTuning | None:
+        """How the layers of a block are tuned together after they are coded, if so."""
+        return None
 
     def takes_importance(self, scheme: Scheme) -> bool:
         """Whether :meth:`quantize_by_importance` is implemented for ``scheme``."""

@@ -189,14 +189,39 @@ class StreamedModel:
                 hook.remove()
         return torch.cat(outputs)
 
-    def call_block(self, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
+    def windows(self, activations: Activations, rows: Sequence[int]) -> Tensor:
+        """Return the states of some windows on the device."""
+        self._mover.wait()
+        return activations.hidden[list(rows)].to(self._device)
+
+    def call_block(
+        self,
+        index: int,
+        hidden: Tensor,
+        call: BlockCall,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Return the outputs ``[B, T, C]`` of a loaded block, on its device.
 
-        Gradients flow if ``hidden`` wants them; neither inputs nor cache are rounded.
+        Gradients flow if ``hidden`` or a weight wants them; neither inputs nor cache
+        are rounded.
+
+        Args:
+            index: A block inside :meth:`block`.
+            hidden: Its inputs.
+            call: Its other arguments.
+            weights: ``[R, C]`` by path of a linear inside the block, for this call.
         """
         block = self._blocks[index]
         states = hidden.to(self._device, self._dtype)
-        output = block(states, **_moved(call, self._device))
+        others = {
+            f"{path}.weight": weight.to(self._device, self._dtype)
+            for path, weight in (weights or {}).items()
+        }
+        output = torch.func.functional_call(
+            block, others, (states,), _moved(call, self._device)
+        )
         values: Tensor = output[0] if isinstance(output, tuple) else output
         return values
 

@@ -136,6 +136,9 @@ def layer_problems(
             f"{layer.name}: {quantizer.name} cannot make {layer.scheme.name}; use one "
             f"of {', '.join(quantizer.schemes())}"
         )
+    elif not found:
+        obstacle = quantizer.obstacle(layer.scheme, layer.shape)
+        found += [] if obstacle is None else [f"{layer.name}: {obstacle}"]
     return found
 
 

@@ -1,0 +1,1 @@
+"""Additive codes of one matrix: runs of columns as sums of entries of tables."""
