@@ -111,7 +111,7 @@ def _by_groups(
         ]
     else:
         size = max(1, _POINTS_AT_ONCE // n)
-        runs = zip(values.split(size), weights.split(size), strict=True)
+        runs = zip(torch.split(values, size), torch.split(weights, size), strict=True)
         found = [solve(SortedGroups.of(w, f)) for w, f in runs]
     return torch.cat(found).float()
 
@@ -122,7 +122,9 @@ def _binned(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     width = (high - low).clamp(min=1e-300) / _BINS
     sums = torch.zeros(2, _BINS, dtype=torch.float64, device=values.device)
     pairs = zip(
-        values.split(_POINTS_AT_ONCE), weights.split(_POINTS_AT_ONCE), strict=True
+        torch.split(values, _POINTS_AT_ONCE),
+        torch.split(weights, _POINTS_AT_ONCE),
+        strict=True,
     )
     for run, weight in pairs:
         w, f = run.double(), weight.double()
@@ -210,7 +212,9 @@ def _split_worst(
     """
     if not bool(empty.any()):
         return None
-    order = empty.double().argsort(dim=1, descending=True, stable=True)  # empty ones first
+    order = empty.double().argsort(
+        dim=1, descending=True, stable=True
+    )  # empty ones first
     worst = error.argsort(dim=1, descending=True, stable=True)
     count = centers.shape[1]
     edges = _edges(group, centers)
@@ -228,7 +232,9 @@ def _split_worst(
     if not bool(free.any()):
         return None
     # A cluster is either empty or split, so these writes do not meet.
-    result = centers.scatter(1, order, torch.where(free, right, centers.gather(1, order)))
+    result = centers.scatter(
+        1, order, torch.where(free, right, centers.gather(1, order))
+    )
     result = result.scatter(1, worst, torch.where(free, left, result.gather(1, worst)))
     return result.sort(1).values
 
@@ -282,7 +288,7 @@ def _next_row(group: SortedGroups, before: Tensor) -> tuple[Tensor, Tensor]:
         known = split[:, beyond.clamp(max=n)]
         high = torch.where(beyond <= n, known, at).minimum(at)
         size = max(1, _CANDIDATES_AT_ONCE // (groups * (width // max(1, len(at)) + 1)))
-        for run in torch.arange(len(at), device=at.device).split(size):
+        for run in torch.split(torch.arange(len(at), device=at.device), size):
             found = _least(group, before, at[run], low[:, run], high[:, run])
             row[:, at[run]], split[:, at[run]] = found
         step //= 2

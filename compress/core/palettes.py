@@ -20,127 +20,13 @@ nearest entry is searched in the whole ``g x g`` metric, not by its diagonal.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from compress.core.tables import Tables
+
 _COLUMNS_AT_ONCE = 128
-_DISTANCES_AT_ONCE = 1 << 24
-_WEIGHTS_AT_ONCE = 1 << 24
 _STEPS = 12  # of conjugate gradients; an error falls by ever less
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Tables of runs of rows.
-
-    Attributes:
-        entries: float32 ``[T, K, g]``; those of numbers (``g = 1``) ascend.
-        block: Rows that share a table; the last run may be shorter.
-    """
-
-    entries: Tensor
-    block: int
-
-    @property
-    def vector(self) -> int:
-        """Columns of an entry."""
-        return self.entries.shape[2]
-
-    def owner(self, rows: slice) -> Tensor:
-        """Return the table of each row, int64."""
-        at = torch.arange(rows.start, rows.stop, device=self.entries.device)
-        return at // self.block
-
-    def runs(self, rows: int, columns: int) -> list[slice]:
-        """Return runs of rows that are worked on at a time."""
-        size = max(1, _WEIGHTS_AT_ONCE // columns)
-        return [slice(s, min(s + size, rows)) for s in range(0, rows, size)]
-
-    def values(self, codes: Tensor, rows: slice) -> Tensor:
-        """Return float32 ``[R, n * g]`` for int64 codes ``[R, n]`` of some rows."""
-        count = self.entries.shape[1]
-        places = self.owner(rows).unsqueeze(1) * count + codes
-        return self.entries.flatten(0, 1)[places].flatten(1)
-
-    def search(self, rows: slice) -> _Search:
-        """Return what finds the nearest entries for some rows."""
-        if self.vector == 1:
-            return _NumberSearch(self.entries[self.owner(rows), :, 0])
-        return _VectorSearch(self.entries, self.owner(rows))
-
-
-class _Search:
-    """Finds the entry of its table nearest to a vector of each row."""
-
-    def __call__(self, wanted: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
-        """Return codes int64 ``[R]`` and values ``[R, g]``.
-
-        Args:
-            wanted: float32 ``[R, g]``.
-            metric: ``[g, g]``; ``|(wanted - entry) metric|`` is least.
-        """
-        raise NotImplementedError
-
-
-class _NumberSearch(_Search):
-    def __init__(self, entries: Tensor) -> None:
-        self._entries = entries  # [R, K]
-        self._borders = ((entries[:, 1:] + entries[:, :-1]) / 2).contiguous()
-
-    def __call__(self, wanted: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
-        codes = torch.searchsorted(self._borders, wanted.contiguous())
-        return codes[:, 0], self._entries.gather(1, codes)
-
-    def all(self, wanted: Tensor) -> Tensor:
-        """Return codes ``[R, C]`` of many numbers of each row."""
-        return torch.searchsorted(self._borders, wanted.contiguous())
-
-
-class _VectorSearch(_Search):
-    def __init__(self, entries: Tensor, owner: Tensor) -> None:
-        self._entries, self._owner = entries, owner
-
-    def __call__(self, wanted: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
-        turned = self._entries @ metric  # [T, K, g]
-        norms = turned.square().sum(2)
-        x = wanted @ metric
-        codes = torch.empty_like(self._owner)
-        alone = len(turned) == 1
-        size = turned.shape[1] * (1 if alone else turned.shape[2])
-        for rows in torch.arange(len(x), device=x.device).split(
-            max(1, _DISTANCES_AT_ONCE // size)
-        ):
-            if alone:
-                products = x[rows] @ turned[0].T
-                codes[rows] = (norms[0] - 2 * products).argmin(1)
-            else:
-                own = self._owner[rows]
-                products = torch.bmm(turned[own], x[rows].unsqueeze(2)).squeeze(2)
-                codes[rows] = (norms[own] - 2 * products).argmin(1)
-        return codes, self._entries[self._owner, codes]
-
-
-def nearest(target: Tensor, tables: Tables, metric: Tensor) -> Tensor:
-    """Return the codes of the nearest entries, int64 ``[R, C / g]``.
-
-    Args:
-        target: float32 ``[R, C]``.
-        tables: Fixed.
-        metric: ``[C]`` of columns; matters for vectors only.
-    """
-    vector = tables.vector
-    codes = []
-    for rows in tables.runs(*target.shape):
-        search = tables.search(rows)
-        if isinstance(search, _NumberSearch):
-            codes.append(search.all(target[rows]))
-            continue
-        runs = target[rows].split(vector, 1), metric.sqrt().split(vector)
-        found = [search(x, torch.diag(f))[0] for x, f in zip(*runs, strict=True)]
-        codes.append(torch.stack(found, 1))
-    return torch.cat(codes)
 
 
 def solve(target: Tensor, tables: Tables, factor: Tensor, order: Tensor) -> Tensor:
@@ -188,7 +74,7 @@ def _solved(
 
 
 def _run_inverses(factor: Tensor, vector: int) -> Tensor:
-    """Return the inverses of the diagonal runs of an upper factor, ``[C / g, g, g]``."""
+    """Return inverses ``[C / g, g, g]`` of the diagonal runs of an upper factor."""
     count = len(factor) // vector
     blocks = factor.view(count, vector, count, vector)
     at = torch.arange(count, device=factor.device)
@@ -236,7 +122,10 @@ def _descended(
     size = max(1, _COLUMNS_AT_ONCE // vector) * vector
     for start in range(0, columns, size):
         stop = min(start + size, columns)
-        local, moves = gradient[start:stop].clone(), torch.empty_like(gradient[start:stop])
+        local, moves = (
+            gradient[start:stop].clone(),
+            torch.empty_like(gradient[start:stop]),
+        )
         for at in range(start, stop, vector):
             run, near = slice(at, at + vector), slice(at - start, at - start + vector)
             factor = lower[at // vector]
@@ -310,7 +199,7 @@ def _pulled(
 ) -> Tensor:
     """Return ``A^T M (target - A against)``, or ``A^T M A against``, ``[T, K, g]``."""
     other = Tables(against, tables.block)
-    total = torch.zeros_like(against)
+    total = torch.zeros_like(against, dtype=torch.float64)
     for rows in tables.runs(len(codes), len(hessian)):
         values = other.values(codes[rows], rows)
         if target is not None:
@@ -319,28 +208,28 @@ def _pulled(
         if row_weights is not None:
             pull *= row_weights[rows]
         _add_(total, pull, tables, codes[rows], rows)
-    return total
+    return total.float()
 
 
 def _spread_back(
     diagonal: Tensor, tables: Tables, codes: Tensor, row_weights: Tensor | None
 ) -> Tensor:
     """Return the summed curvature of each entry, ``[T, K, g]``."""
-    total = torch.zeros_like(tables.entries)
+    total = torch.zeros_like(tables.entries, dtype=torch.float64)
     for rows in tables.runs(len(codes), len(diagonal)):
         weights = 1.0 if row_weights is None else row_weights[rows]
         pull = diagonal.expand(rows.stop - rows.start, -1) * weights
         _add_(total, pull, tables, codes[rows], rows)
-    return total
+    return total.float()
 
 
 def _add_(
     total: Tensor, pull: Tensor, tables: Tables, codes: Tensor, rows: slice
 ) -> None:
-    """Add ``[R, C]`` to the entries that codes point to."""
+    """Add ``[R, C]`` to the float64 entries that codes point to."""
     places = tables.owner(rows).unsqueeze(1) * total.shape[1] + codes
     flat = total.view(-1, tables.vector)
-    flat.index_add_(0, places.flatten(), pull.reshape(-1, tables.vector))
+    flat.index_add_(0, places.flatten(), pull.reshape(-1, tables.vector).double())
 
 
 def losses(

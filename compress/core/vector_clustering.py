@@ -64,7 +64,7 @@ def _assigned(
     sums = torch.zeros(entries.shape, dtype=torch.float64, device=points.device)
     mass, errors = torch.zeros_like(sums), []
     size = max(1, _DISTANCES_AT_ONCE // len(entries))
-    for x, f in zip(points.split(size), weights.split(size), strict=True):
+    for x, f in zip(torch.split(points, size), torch.split(weights, size), strict=True):
         place = nearest_entries(x, f, entries)
         errors.append((f * (x - entries[place]).square()).sum(1))
         sums.index_add_(0, place, (f * x).double())
@@ -103,7 +103,7 @@ def _seeded(points: Tensor, weights: Tensor, count: int, seed: int) -> Tensor:
         added = x[place.clamp_(max=len(x) - 1)]
         entries = torch.cat([entries, added])
         size = max(1, _DISTANCES_AT_ONCE // draws)
-        for run in torch.arange(len(x), device=x.device).split(size):
+        for run in torch.split(torch.arange(len(x), device=x.device), size):
             gaps = x[run, None] - added  # [n, draws, d]
             far = (f[run, None] * gaps.square()).sum(2).amin(1)
             nearest[run] = torch.minimum(nearest[run], far)
