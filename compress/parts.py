@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 
 import torch
@@ -21,7 +22,7 @@ from compress.calibration import experts
 from compress.core.contracts import Quantizer
 from compress.core.families import Linear
 from compress.core.plan import LayerPlan
-from compress.core.scheme import WHOLE
+from compress.core.scheme import WHOLE, Scheme
 from compress.core.statistics import LayerStatistics
 from compress.core.tensors import QuantizedTensor
 from compress.workdir import LayerRecord, WorkDir
@@ -72,6 +73,17 @@ def error_of(
     return lost / max(float(((weight @ hessian) * weight).sum()), 1e-30), plain
 
 
+def _without_statistics(
+    quantizer: Quantizer, weight: Tensor, scheme: Scheme, note: str
+) -> QuantizedTensor:
+    """Return codes that take no account of inputs, with a note why."""
+    if scheme.codebook is None:
+        return experts.round_to_nearest(weight, scheme, note)
+    alike = weight.new_ones(weight.shape[1])
+    coded = quantizer.quantize_by_importance(weight, scheme, alike)
+    return replace(coded, notes=(*coded.notes, note))
+
+
 class Part:
     """Codes and records of one part.
 
@@ -113,7 +125,7 @@ class Part:
         stacked = torch.cat([weight.float() for weight in weights])
         started = time.perf_counter()
         if used is not None and few is not None:
-            coded = experts.round_to_nearest(stacked, scheme, few)
+            coded = _without_statistics(quantizer, stacked, scheme, few)
         elif importance is not None:
             importance = importance.to(stacked.device)
             coded = quantizer.quantize_by_importance(stacked, scheme, importance)

@@ -118,6 +118,7 @@ def _by_groups(
 
 def _binned(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return means and weights ``[1, bins]`` of one long group ``[n]``."""
+    weights = torch.where(weights.sum() > 0, weights, torch.ones_like(weights))
     low, high = values.min().double(), values.max().double()
     width = (high - low).clamp(min=1e-300) / _BINS
     sums = torch.zeros(2, _BINS, dtype=torch.float64, device=values.device)
