@@ -32,7 +32,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.core import codebooks, curvature
+from compress.core import codebooks, second_moments
 from compress.core.additive.solve import Effort, Sums, columns_of, run_order, solve
 from compress.core.continuous import BlockTuning
 from compress.core.contracts import Options, Quantizer
@@ -67,7 +67,7 @@ class AQLMOptions(Options):
         allow_large_tables: Make schemes whose tables outweigh what they save.
     """
 
-    damp: float = Field(default=0.01, gt=0, le=curvature.LARGEST_DAMP)
+    damp: float = Field(default=0.01, gt=0, le=second_moments.LARGEST_DAMP)
     shrink: float = Field(default=0.1, ge=0, lt=1)
     drift: float = Field(default=0.5, ge=0, le=1)
     beam: int | None = Field(default=None, ge=1, le=64)
@@ -147,23 +147,21 @@ class AQLM(Quantizer):
         """
         assert statistics is not None, "aqlm declares needs_statistics"
         options, book = self.options, _book(scheme)
-        hessian = curvature.regularized(statistics.hessian, options.shrink)
+        hessian = second_moments.regularized(statistics.hessian, options.shrink)
         size = hessian.diagonal().mean()
         hessian /= size
         target = weight.float().clone()
         target[:, statistics.hessian.diagonal() == 0] = 0  # never fed: cannot matter
         runs = run_order(statistics.hessian, book.vector)
         order = columns_of(runs, book.vector)
-        factor, notes = curvature.damped_factor_(hessian, order, options.damp)
+        factor, notes = second_moments.damp_(hessian, order, options.damp)
         if factor is None:
             hessian = torch.diag(hessian.diagonal().clamp(min=options.damp))
             factor = torch.diag(hessian.diagonal()[order].rsqrt())
             notes = (_DIAGONAL,)
         elif statistics.drift is not None and options.drift:
-            correction = curvature.drift_correction(
-                target, statistics.drift, factor, order
-            )
-            target += options.drift / size * correction
+            drift = options.drift / size * statistics.drift
+            second_moments.add_drift_(target, drift, factor, order)
         found = solve(
             target,
             hessian,

@@ -58,7 +58,7 @@ class AWQ(Quantizer):
     source = "Lin et al. 2023 (arXiv 2306.00978)"
     Options: ClassVar[type[Options]] = AWQOptions
     options: AWQOptions
-    needs_statistics: ClassVar[bool] = True
+    needs_statistics = True
     transforms: ClassVar[tuple[str, ...]] = ("awq",)
 
     def schemes(self) -> tuple[str, ...]:

@@ -33,13 +33,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.core import curvature, feedback, grids, low_rank, refit
+from compress.core import feedback, grids, low_rank, refit, second_moments
 from compress.core.contracts import Options, Quantizer
 from compress.core.scheme import Scales, Scheme
 from compress.core.statistics import LayerStatistics
 from compress.core.tensors import QuantizedTensor
 
-_ROUNDED = "rounded to nearest: the Hessian cannot be factored even with damp 1"
 _WEIGHTS_AT_ONCE = 1 << 27  # half a GiB for each of a handful of float32 copies
 
 
@@ -57,7 +56,7 @@ class GPTQOptions(Options):
             default 1 on ggml's K types, whose scales are coarse, and 0 elsewhere.
     """
 
-    damp: float = Field(default=0.01, gt=0, le=curvature.LARGEST_DAMP)
+    damp: float = Field(default=0.01, gt=0, le=second_moments.LARGEST_DAMP)
     shrink: float = Field(default=0.1, ge=0, lt=1)
     drift: float = Field(default=0.5, ge=0, le=1)
     act_order: bool = True
@@ -79,7 +78,7 @@ class GPTQ(Quantizer):
     source = "Frantar et al. 2022 (arXiv 2210.17323); Li et al. 2025 (GPTAQ)"
     Options: ClassVar[type[Options]] = GPTQOptions
     options: GPTQOptions
-    needs_statistics: ClassVar[bool] = True
+    needs_statistics = True
 
     @property
     def needs_drift(self) -> bool:
@@ -103,17 +102,18 @@ class GPTQ(Quantizer):
         """
         assert statistics is not None, "gptq declares needs_statistics"
         options = self.options
-        hessian = curvature.regularized(statistics.hessian, options.shrink)
+        hessian = second_moments.regularized(statistics.hessian, options.shrink)
         target = weight.float().clone()
         target[:, statistics.hessian.diagonal() == 0] = 0  # never fed: cannot matter
-        order = _column_order(statistics.hessian, act_order=options.act_order)
-        factor, notes = curvature.damped_factor_(hessian, order, options.damp)
+        order = second_moments.column_order(
+            statistics.hessian, act_order=options.act_order
+        )
+        factor, notes = second_moments.damp_(hessian, order, options.damp)
         if factor is None:
-            return low_rank.correct(target, _round(target, scheme, (_ROUNDED,)))
+            return low_rank.correct(target, _round(target, scheme, notes))
         if statistics.drift is not None and options.drift:
-            target += options.drift * curvature.drift_correction(
-                target, statistics.drift, factor, order
-            )
+            drift = options.drift * statistics.drift
+            second_moments.add_drift_(target, drift, factor, order)
         rows = _rows_at_once(scheme, target)
         parts = [
             self._solved(run, hessian, scheme, order, factor)
@@ -173,12 +173,6 @@ def _rows_at_once(scheme: Scheme, target: Tensor) -> int:
     shared = scheme.row_block != 1 or scheme.scales not in (Scales.FREE, Scales.SUPER)
     rows, columns = target.shape
     return rows if shared else max(1, _WEIGHTS_AT_ONCE // columns)
-
-
-def _column_order(hessian: Tensor, *, act_order: bool) -> Tensor:
-    if act_order:
-        return torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    return torch.arange(hessian.shape[0], device=hessian.device)
 
 
 def _round(target: Tensor, scheme: Scheme, notes: tuple[str, ...]) -> QuantizedTensor:

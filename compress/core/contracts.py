@@ -76,7 +76,7 @@ class Quantizer(Plugin):
     lists, unless it lists them itself.
     """
 
-    needs_statistics: ClassVar[bool] = False
+    needs_statistics: bool = False
     transforms: ClassVar[tuple[str, ...]] = ()
 
     @property

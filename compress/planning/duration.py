@@ -169,6 +169,8 @@ def method_seconds(quantizer: Quantizer, scheme: Scheme, rows: int) -> float:
     """
     generator = torch.Generator().manual_seed(0)
     group = scheme.group_size or _PROBE_COLUMNS
+    if scheme.codebook is not None:
+        group = scheme.codebook.vector
     columns = group * max(1, _PROBE_COLUMNS // group)
     weight = torch.randn(min(rows, _PROBE_ROWS), columns, generator=generator)
     statistics = None

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from compress import registry
 from compress.core.artifact import CompressedModel
+from compress.core.codebooks import from_stored
 from compress.core.contracts import Exporter, Plugin, Quantizer
 from compress.core.scheme import Scales, Scheme, Zero
 from compress.core.statistics import LayerStatistics
@@ -56,6 +57,10 @@ STAND_INS = {
     "int7-g32": "aqlm-3x5g2",
 }
 """What methods that know only tables are asked for instead, of as many bits or so."""
+TABLES = (
+    *("palette2", "palette3-r1", "palette4-tensor", "palette3-r32", "palette3-scaled"),
+    *("palette-2x6", "palette-4x8-r24", "palette-2x9"),
+)
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -119,12 +124,10 @@ def supported(quantizer: Quantizer, name: str, dtype: str = "float16") -> Scheme
 
 def any_zero(quantizer: Quantizer, name: str, dtype: str = "float16") -> Scheme:
     """Return ``name``, or what stands in for it where a method cannot make it."""
-    able = [
-        other
-        for other in (name, f"{name}-offset", STAND_INS[name])
-        if quantizer.supports(Scheme.parse(other))
-    ]
-    return supported(quantizer, able[0] if able else name, dtype)
+    table = f"palette{Scheme.parse(name).bits}-scaled"
+    others = name, f"{name}-offset", STAND_INS[name], table
+    names = [x for x in others if quantizer.supports(Scheme.parse(x))]
+    return supported(quantizer, names[0] if names else name, dtype)
 
 
 def assert_same(left: QuantizedTensor, right: QuantizedTensor) -> None:
@@ -201,6 +204,23 @@ def test_codes_and_scales_have_the_types_of_the_scheme(
         assert int(coded.zero.max()) <= scheme.highest
 
 
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_have_the_shapes_of_the_scheme(quantizer: Quantizer, name: str) -> None:
+    scheme = supported(quantizer, name)
+    assert scheme.codebook is not None
+    coded = quantizer.quantize(make_weight(), scheme, statistics_for(quantizer))
+    runs, vector = -(-ROWS // scheme.rows_of_scale(ROWS)), scheme.codebook.vector
+    assert coded.scheme == scheme and coded.shape == (ROWS, COLUMNS)
+    assert coded.tables is not None and coded.tables.dtype == torch.float16
+    assert coded.tables.shape == (runs, 1, 1 << scheme.bits, vector)
+    assert coded.codes.dtype == (torch.uint8 if scheme.bits <= 8 else torch.int16)
+    assert int(from_stored(coded.codes).max()) < 1 << scheme.bits
+    assert coded.scale.shape == ((ROWS, 1) if scheme.codebook.scaled else (1, 1))
+    assert coded.zero is None and coded.dequantize().isfinite().all()
+    if vector == 1:
+        assert (coded.tables.float().diff(dim=2) >= 0).all()
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_corrections_have_the_rank_of_the_scheme(
     quantizer: Quantizer, name: str
@@ -223,6 +243,8 @@ def test_corrections_have_the_rank_of_the_scheme(
 def stored_bits(coded: QuantizedTensor) -> int:
     """Return the bits of all stored tensors, each packed without gaps."""
     packed = {"codes": coded.scheme.bits}
+    if coded.tables is not None and coded.scale.shape == (1, 1):
+        packed["scale"] = 0  # the one of rows without scales is not stored
     if coded.scheme.zero is Zero.INTEGER:
         packed["zero"] = coded.scheme.bits
     if coded.scheme.scales is Scales.RATIO:
@@ -235,7 +257,7 @@ def stored_bits(coded: QuantizedTensor) -> int:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [*SCHEMES, *TABLES])
 def test_bits_per_weight_are_those_of_the_stored_tensors(
     quantizer: Quantizer, name: str, dtype: str
 ) -> None:

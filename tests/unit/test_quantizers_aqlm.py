@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from compress.core import curvature
+from compress.core import second_moments
 from compress.core.additive import fit, kmeans, search, solve
 from compress.core.additive.sums import decoded, gathered, row_losses
 from compress.core.scheme import Scheme
@@ -45,7 +45,7 @@ def factored(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     runs = solve.run_order(hessian, VECTOR)
     damped = hessian.clone()
     order = solve.columns_of(runs, VECTOR)
-    factor, _ = curvature.damped_factor_(damped, order, 0.01)
+    factor, _ = second_moments.damp_(damped, order, 0.01)
     assert factor is not None
     return damped, runs, factor
 
