@@ -28,10 +28,12 @@ from compress.provenance import digest_of, peak_memory_bytes
 from compress.recovery.distill import Training
 from compress.recovery.folder import check_folder, check_weights, write_recovered
 from compress.recovery.generate import stored_windows
+from compress.recovery.learner import AdamLearner
 from compress.recovery.lora import LoraWeights, block_ranks, require_peft
 from compress.recovery.models import WholeModel
 from compress.recovery.parallel import Team, team
 from compress.recovery.soft_prompt import SoftPrompt, save_prompt
+from compress.recovery.teacher import Teacher
 from compress.recovery.text import RecoveryText
 from compress.recovery.trained import FullWeights, Trained
 from compress.workdir import WorkDir
@@ -139,8 +141,8 @@ def _train(
     if options.gradient_checkpointing:
         trained.model.checkpoint_blocks()
     training = Training(
-        trained,
-        teacher,
+        AdamLearner(trained, options),
+        Teacher(teacher),
         train=train,
         held_out=job.text.held_out,
         options=options,
