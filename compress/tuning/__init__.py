@@ -1,0 +1,1 @@
+"""Training of codes, end to end, after they are made."""
