@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from compress.config.training_checks import tune_options
 from compress.core.plan import Plan
 from compress.evaluation.texts import evaluation_text
 from compress.planning.budget import breakdown, dense_bytes, linear_bits_per_weight
@@ -129,9 +130,15 @@ def predict(run: Run) -> PlanPreview:
         {name: sum(table.values()) for name, table in sizes.items()},
         {name: breakdown(table, run.model) for name, table in sizes.items()},
         predicted.peak_memory_bytes,
-        predicted.seconds,
+        predicted.seconds + _tuning_seconds(run),
         (run.search.section.method, run.search.budget) if run.search else None,
     )
+
+
+def _tuning_seconds(run: Run) -> float:
+    """Return the time that tuning may take; nothing is known where steps end it."""
+    section = run.config.tune
+    return 0.0 if section is None else tune_options(section).seconds or 0.0
 
 
 def _evaluation(section: EvaluateSection) -> tuple[int, int]:

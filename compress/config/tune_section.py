@@ -67,7 +67,8 @@ class PVOptions(TuneOptions):
         default=None,
         ge=0,
         description="Relative change that codes are asked for in a step, at its "
-        "highest; null takes 1e-2 in a short run and 3e-3 in a longer one.",
+        "highest; null takes 1e-2 in a short run and 3e-3 in a longer one, and ten "
+        "times as much where wishes do not add up (linearized, subspace).",
     )
     max_code_change: float | None = Field(
         default=None,
@@ -122,7 +123,8 @@ class PVOptions(TuneOptions):
         """Learning rate of codes."""
         if self.code_learning_rate is not None:
             return self.code_learning_rate
-        return 1e-2 if self.is_short else 3e-3
+        rate = 1e-2 if self.is_short else 3e-3
+        return rate if self.keeps_wishes else 10 * rate
 
     @property
     def share(self) -> float:
