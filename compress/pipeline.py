@@ -28,6 +28,7 @@ from compress.config.plugins import create_chain, create_exporter
 from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.errors import ConfigError
 from compress.core.plan import Plan
+from compress.core.tensors import QuantizedTensor
 from compress.model.devices import choose_device, choose_dtype
 from compress.model.loading import ModelHandle, check_tensors, locate
 from compress.planning.planner import make_plan, resolve_scale_dtype
@@ -40,6 +41,7 @@ from compress.timing import timed
 from compress.transform import CompressedSource, PlanRunner, part_of_layer
 from compress.transforms.chain import Transformed
 from compress.transforms.source import TransformedSource
+from compress.tuning import stage as tuning
 from compress.workdir import WorkDir, write_atomically
 
 if TYPE_CHECKING:
@@ -115,6 +117,8 @@ class Run:
         self.search = Search(self, config.budget) if config.budget else None
         self.plan = self._plan()
         exporting.check_exports(self.exporters, self.plan, self.model)
+        tuning.check(config, self.plan, self.model)
+        self.tuned: tuning.TunedLayers | None = None
         serving.check(self)
         self.runner = PlanRunner(
             self.model,
@@ -131,7 +135,7 @@ class Run:
             self.model,
             self.plan,
             self.subject.source,
-            self._codes,
+            self.codes,
             {"compress": provenance.versions()["compress"]},
             input_squares=partial(exporting.input_squares, self),
         )
@@ -150,7 +154,10 @@ class Run:
             quantizer=self.quantizers.__getitem__,
         )
 
-    def _codes(self, layer: str) -> Any:
+    def codes(self, layer: str) -> QuantizedTensor:
+        """Return the codes of a layer of the plan, tuned if they were."""
+        if self.tuned is not None and layer in self.tuned.layers:
+            return self.tuned.read(layer)
         return self.workdir.read_layer(part_of_layer(layer, self.model), layer)
 
     def execute(self, *, overwrite: bool, write_exports: bool = True) -> Result:
@@ -168,6 +175,10 @@ class Run:
             self._allocate(self.search, tokens)
         with self.timed("quantize"):
             self.runner.run(windows if self.runner.needs_calibration else None)
+        self.tuned = tuning.carry_out(self)
+        if self.tuned is not None:
+            source = self.tuned.source(self.artifact.source)
+            self.artifact = replace(self.artifact, source=source)
         self.serving = serving.Serving(self, windows)
         self.plan, self.artifact = self.serving.settle()
         exporting.check_exports(self.exporters, self.plan, self.model)
@@ -275,7 +286,7 @@ class Run:
 
     def compressed_source(self) -> CompressedSource:
         """Return the dense view of the compressed model."""
-        return CompressedSource(self.transformed.source, self.plan, self._codes)
+        return CompressedSource(self.artifact.source, self.plan, self.codes)
 
 
 def _prepared(config: Config | Mapping[str, Any] | str | Path) -> Config:

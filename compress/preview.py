@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from compress.config.plugins import recover_options
+from compress.config.training_checks import recover_options, tune_options
 from compress.core.plan import Plan
 from compress.evaluation.texts import evaluation_text
 from compress.model.devices import choose_dtype
@@ -156,10 +156,18 @@ def predict(run: Run) -> PlanPreview:
             [predicted.peak_memory_bytes]
             + [stage.peak_memory_bytes for stage in stages.values()]
         ),
-        predicted.seconds + sum(stage.seconds for stage in stages.values()),
+        predicted.seconds
+        + sum(stage.seconds for stage in stages.values())
+        + _tuning_seconds(run),
         stages,
         (run.search.section.method, run.search.budget) if run.search else None,
     )
+
+
+def _tuning_seconds(run: Run) -> float:
+    """Return the time that tuning may take; nothing is known where steps end it."""
+    section = run.config.tune
+    return 0.0 if section is None else tune_options(section).seconds or 0.0
 
 
 def _evaluation(section: EvaluateSection) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.core.artifact import ModelDescription
+from compress.core.artifact import ModelDescription, TensorSource
 
 if TYPE_CHECKING:
     from compress.calibration.data import CalibrationTokens
@@ -69,6 +69,27 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def device_peak_bytes(device: str) -> int:
+    """Return the most bytes in use: of a GPU, or of the process on a CPU."""
+    import torch
+
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(device))
+    return peak_memory_bytes()
+
+
+def weights_digest(source: TensorSource) -> str:
+    """Return the SHA-256 of names, types and bytes of all tensors."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in source.tensors():
+        tensor = source.read(name).contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def digest_of(data: Any) -> str:
     """Return the SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
@@ -116,7 +137,10 @@ def fingerprint(run: Run, tokens: CalibrationTokens | None) -> dict[str, str]:
     methods.pop("upgrade_inputs", None)  # comes after the codes
     imatrix = run.config.calibration.imatrix
     plan: Any = run.plan.to_json() if run.search is None else run.search.identity
+    tune = run.config.tune
     known = {"calibration.imatrix": file_digest(Path(imatrix))} if imatrix else {}
+    if tune is not None:
+        known["tune"] = digest_of(tune.model_dump(mode="json"))
     return {
         **known,
         "model": model_digest(run.base, locate(run.config.model.path)),

@@ -75,6 +75,7 @@ def build_report(
         },
         "pruning": reshaping.about(run.pruned, run),
         "recovery": run.pruned["recovery"] if run.pruned else None,
+        "tuning": dict(run.tuned.record) if run.tuned else None,
         "transforms": run.transformed.reports,
         "inputs": run.serving.upgrades,
         "kv_cache": run.cache,

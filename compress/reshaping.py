@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import provenance
-from compress.config.plugins import create_pruner, recover_options
+from compress.config.plugins import create_pruner
 from compress.config.recover_section import RecoverSection
 from compress.config.schema import Config
+from compress.config.training_checks import recover_options
 from compress.core.errors import SchemeError
 from compress.core.scheme import Scheme
 from compress.model.devices import choose_dtype

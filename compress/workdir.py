@@ -34,6 +34,8 @@ _OURS = (
     "pruned",
     "recovery",
     "recovered",
+    "tuning",
+    "tuned",
 )
 _STAGES = ("pruning", "recovery")  # have a state of their own, before the run's
 _REPORTS = ("report.json", "report.md", "report.html")

@@ -34,6 +34,7 @@ SECTIONS = (
     "recover",
     "transforms",
     "quantize",
+    "tune",
     "budget",
     "allocate",
     "kv_cache",
@@ -55,6 +56,7 @@ def render() -> str:
     from compress import registry
     from compress.config import config_schema
     from compress.config.recover_section import RECOVERIES
+    from compress.config.tune_section import TUNINGS
     from compress.transforms.catalog import TRANSFORMS
 
     schema = config_schema()
@@ -71,8 +73,9 @@ def render() -> str:
         if name == "allocate":
             found = {entry.name: entry for entry in registry.entries("allocators")}
             parts += _options("method", _built_in(found))
-        if name == "recover":
-            for method, kind in RECOVERIES.items():
+        if name in ("recover", "tune"):
+            methods = RECOVERIES if name == "recover" else TUNINGS
+            for method, kind in methods.items():
                 table = kind.model_json_schema()
                 title = f"### Options of `method: {method}`"
                 summary = kind.summary[0].upper() + kind.summary[1:]

@@ -88,7 +88,7 @@ class AQLM(Quantizer):
     source = "Egiazarian et al. 2024 (arXiv 2401.06118); Liu et al. 2024 (VPTQ)"
     Options: ClassVar[type[Options]] = AQLMOptions
     options: AQLMOptions
-    needs_statistics: ClassVar[bool] = True
+    needs_statistics = True
 
     @property
     def needs_drift(self) -> bool:

@@ -16,7 +16,6 @@ from compress.config.plugins import (
     create_exporter,
     create_quantizer,
     create_transform,
-    recover_options,
 )
 from compress.config.recover_section import RecoverOptions, RecoverSection
 from compress.config.schema import (
@@ -33,6 +32,8 @@ from compress.config.schema import (
     WeightedSource,
 )
 from compress.config.sweep_sections import SweepConfig
+from compress.config.training_checks import recover_options, tune_options
+from compress.config.tune_section import TuneOptions, TuneSection
 
 __all__ = [
     "DENSE",
@@ -50,6 +51,8 @@ __all__ = [
     "RunSection",
     "SweepConfig",
     "TransformEntry",
+    "TuneOptions",
+    "TuneSection",
     "WeightedSource",
     "budget_assignments",
     "config_schema",
@@ -61,4 +64,5 @@ __all__ = [
     "load_sweep",
     "parse_options",
     "recover_options",
+    "tune_options",
 ]

@@ -9,16 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from compress.config.diagnostics import Findings, KeyPath, Origin, suggest
+from compress.config.diagnostics import Findings, KeyPath, suggest
 from compress.config.prune_section import PruneSection
-from compress.config.recover_section import (
-    RECOVERIES,
-    RecoverOptions,
-    RecoverSection,
-)
 from compress.config.schema import DENSE, QuantizeSection
+from compress.config.training_checks import check_recover, check_tune, validated
 from compress.core.errors import ConfigError, SchemeError
 from compress.core.scheme import Scheme
 from compress.registry import (
@@ -33,6 +29,8 @@ if TYPE_CHECKING:
     from compress.core.contracts import Allocator, Exporter, Plugin, Pruner, Quantizer
     from compress.transforms.chain import Chain
     from compress.transforms.contract import Transform
+
+_TUNING_NAMES = ("pv", "pv_tuning")
 
 
 def create_quantizer(
@@ -88,24 +86,6 @@ def create_transform(
     return kind(_checked_options(kind, options or {}, path))
 
 
-def recover_options(section: RecoverSection) -> RecoverOptions:
-    """Return the checked options of the section ``recover``.
-
-    Raises:
-        ConfigError: The method or an option is wrong.
-    """
-    if section.method not in RECOVERIES:
-        raise ConfigError(_unknown_recovery(section.method))
-    options: RecoverOptions = _validated(
-        RECOVERIES[section.method], section.options, ("recover", "options")
-    )
-    return options
-
-
-def _unknown_recovery(name: str) -> str:
-    return f"unknown method of recovery {name!r}{suggest(name, RECOVERIES)}"
-
-
 def create_chain(
     entries: Iterable[TransformEntry], methods: Iterable[Quantizer]
 ) -> Chain:
@@ -130,17 +110,7 @@ def create_chain(
 def _checked_options(
     plugin: type[Plugin] | type[Transform], options: Mapping[str, Any], path: KeyPath
 ) -> Any:
-    return _validated(plugin.Options, options, path)
-
-
-def _validated(kind: type[BaseModel], options: Mapping[str, Any], path: KeyPath) -> Any:
-    try:
-        return kind.model_validate(dict(options))
-    except ValidationError as error:
-        findings = Findings(Origin())
-        findings.add_validation(error, kind.model_json_schema(), path)
-        findings.raise_any()
-        raise  # unreachable: a validation error has at least one line
+    return validated(plugin.Options, options, path)
 
 
 def check_plugins(data: Mapping[str, Any], findings: Findings) -> None:
@@ -161,10 +131,15 @@ def check_plugins(data: Mapping[str, Any], findings: Findings) -> None:
         _check_exports(entries, findings)
     recover = data.get("recover")
     if isinstance(recover, dict):
-        _check_recover(recover, findings)
+        check_recover(recover, findings)
         if data.get("prune") is None:
             message = "nothing was removed that training could bring back; add prune"
             findings.add(("recover",), message)
+    tune = data.get("tune")
+    if isinstance(tune, dict):
+        check_tune(tune, findings)
+        if not isinstance(section, dict):
+            findings.add(("tune",), "there are no codes to tune; add quantize")
     transforms = data.get("transforms")
     if isinstance(transforms, list) and transforms:
         _check_transforms(transforms, isinstance(section, dict), findings)
@@ -262,6 +237,13 @@ def _build_quantizer(
 ) -> Quantizer | None:
     if not isinstance(method, str):
         return None
+    if method in _TUNING_NAMES:
+        message = (
+            f"{method} is no way to make codes, it tunes them: name the method that "
+            "makes them here, and write tune: {method: pv} beside quantize"
+        )
+        findings.add(path, message)
+        return None
     try:
         plugin = get_quantizer(method)
     except ConfigError as error:
@@ -313,20 +295,6 @@ def _check_exports(entries: list[Any], findings: Findings) -> None:
             plugin.Options.model_validate(options)
         except ValidationError as error:
             findings.add_validation(error, plugin.Options.model_json_schema(), place)
-
-
-def _check_recover(section: dict[str, Any], findings: Findings) -> None:
-    name, options = section.get("method", "distill"), section.get("options", {})
-    if not isinstance(name, str) or not isinstance(options, dict):
-        return  # the schema says so
-    if name not in RECOVERIES:
-        findings.add(("recover", "method"), _unknown_recovery(name))
-        return
-    kind = RECOVERIES[name]
-    try:
-        kind.model_validate(options)
-    except ValidationError as error:
-        findings.add_validation(error, kind.model_json_schema(), ("recover", "options"))
 
 
 def _check_transforms(

@@ -34,6 +34,7 @@ from compress.config.fields import (
 )
 from compress.config.prune_section import PruneSection
 from compress.config.recover_section import RecoverSection
+from compress.config.tune_section import TuneSection
 from compress.core.errors import ConfigError
 from compress.kvcache.names import DEFAULT_PAIRS, CachePair
 
@@ -351,6 +352,7 @@ class Config(Section):
     budget: BudgetSection | None = None
     allocate: AllocateSection | None = None
     recover: RecoverSection | None = None
+    tune: TuneSection | None = None
     kv_cache: KVCacheSection | None = None
     evaluate: EvaluateSection | None = None
     export: Annotated[tuple[ExportEntry, ...], Field(strict=False)] = ()

@@ -95,13 +95,13 @@ class Checkpoint:
             earlier = about["fingerprint"]
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{file} is damaged ({error}); delete it to start recovery again"
+                f"{file} is damaged ({error}); delete it to start training again"
             ) from error
         names = sorted({*earlier, *fingerprint})
         changed = [n for n in names if earlier.get(n) != fingerprint.get(n)]
         if changed:
             raise ConfigError(
-                f"{file}: recovery cannot go on, {', '.join(changed)} changed since it "
+                f"{file}: training cannot go on, {', '.join(changed)} changed since it "
                 "began; delete the file, or start the run again with --overwrite"
             )
         return cls(progress, **parts)

@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from compress.config.training_options import TrainingOptions
+from compress.core.artifact import TensorSource
+from compress.provenance import digest_of, weights_digest
 from compress.recovery.models import WholeModel
+from compress.recovery.parallel import Team
+from compress.recovery.text import RecoveryText
 from compress.workdir import write_atomically
 
 _PROMPTS = (1, 2, 4, 8, 16, 32)
@@ -69,6 +74,39 @@ def stored_windows(
     windows = generate_windows(model, text, count=count, seed=seed)
     write_atomically(file, save({"windows": windows}))
     return windows
+
+
+def training_windows(
+    teacher: WholeModel,
+    text: RecoveryText,
+    options: TrainingOptions,
+    *,
+    team: Team,
+    weights: TensorSource,
+    state: Path,
+) -> Tensor:
+    """Return the given windows, and those that the teacher writes, ``[N, T]``.
+
+    Args:
+        teacher: Writes.
+        text: What is given.
+        options: Say how many are written.
+        team: The first process writes.
+        weights: Of the teacher, as they are stored.
+        state: Folder in which they are kept.
+    """
+    count, given, seed = options.generated, text.train, options.seed
+    if count == 0:
+        return given
+    digest = weights_digest(weights)
+    made_from = [text.digest, digest, count, seed, str(teacher.dtype)]
+    file = state / f"generated-{digest_of(made_from)[:12]}.safetensors"
+    if team.rank == 0:
+        stored_windows(teacher, given, count=count, seed=seed, file=file)
+    team.wait()
+    return torch.cat(
+        [given, stored_windows(teacher, given, count=count, seed=seed, file=file)]
+    )
 
 
 def _batch(model: WholeModel, length: int) -> int:

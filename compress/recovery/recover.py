@@ -6,7 +6,6 @@ end it.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from compress.config.recover_section import (
     DistillOptions,
@@ -24,14 +22,16 @@ from compress.config.recover_section import (
 from compress.core.errors import ConfigError
 from compress.model.devices import choose_dtype
 from compress.model.loading import ModelHandle
-from compress.provenance import digest_of, peak_memory_bytes
+from compress.provenance import device_peak_bytes, digest_of, weights_digest
 from compress.recovery.distill import Training
 from compress.recovery.folder import check_folder, check_weights, write_recovered
-from compress.recovery.generate import stored_windows
+from compress.recovery.generate import training_windows
+from compress.recovery.learner import AdamLearner
 from compress.recovery.lora import LoraWeights, block_ranks, require_peft
 from compress.recovery.models import WholeModel
 from compress.recovery.parallel import Team, team
 from compress.recovery.soft_prompt import SoftPrompt, save_prompt
+from compress.recovery.teacher import Teacher
 from compress.recovery.text import RecoveryText
 from compress.recovery.trained import FullWeights, Trained
 from compress.workdir import WorkDir
@@ -133,14 +133,21 @@ def _train(
     stored = job.student.description.dtype
     dtype = choose_dtype(options.dtype, stored, device)
     teacher = WholeModel(job.teacher, device=device, dtype=dtype)
-    train = _training_windows(job, teacher, members)
+    train = training_windows(
+        teacher,
+        job.text,
+        options,
+        team=members,
+        weights=job.teacher.source,
+        state=job.state,
+    )
     trained = _trained(job, WholeModel(job.student, device=device, dtype=dtype))
     check_weights(source, trained)
     if options.gradient_checkpointing:
         trained.model.checkpoint_blocks()
     training = Training(
-        trained,
-        teacher,
+        AdamLearner(trained, options),
+        Teacher(teacher),
         train=train,
         held_out=job.text.held_out,
         options=options,
@@ -175,25 +182,8 @@ def _train(
         "dtype": str(dtype).removeprefix("torch."),
         "device": device,
         "processes": members.size,
-        "peak_memory_bytes": _peak_memory(device),
+        "peak_memory_bytes": device_peak_bytes(device),
     }
-
-
-def _training_windows(job: _Job, teacher: WholeModel, members: Team) -> Tensor:
-    """Return the given windows, and those that the teacher writes."""
-    count, given = job.options.generated, job.text.train
-    if count == 0:
-        return given
-    seed = job.options.seed
-    made_from = [job.text.digest, _weights_digest(job.teacher), count, seed]
-    made_from.append(str(teacher.dtype))
-    file = job.state / f"generated-{digest_of(made_from)[:12]}.safetensors"
-    if members.rank == 0:
-        stored_windows(teacher, given, count=count, seed=seed, file=file)
-    members.wait()
-    return torch.cat(
-        [given, stored_windows(teacher, given, count=count, seed=seed, file=file)]
-    )
 
 
 def _trained(job: _Job, model: WholeModel) -> Trained:
@@ -231,25 +221,8 @@ def _fingerprint(job: _Job, members: Team) -> Mapping[str, str]:
     return {
         "options": digest_of([type(job.options).__name__, options]),
         "text": job.text.digest,
-        "student": _weights_digest(job.student),
-        "teacher": _weights_digest(job.teacher),
+        "student": weights_digest(job.student.source),
+        "teacher": weights_digest(job.teacher.source),
         "importances": digest_of(importances),
         "processes": str(members.size),
     }
-
-
-def _weights_digest(handle: ModelHandle) -> str:
-    """Return the SHA-256 of names, types and bytes of all tensors."""
-    digest = hashlib.sha256()
-    for name in handle.source.tensors():
-        tensor = handle.source.read(name).contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _peak_memory(device: str) -> int:
-    """Return the most bytes in use: of the device, or of the process on a CPU."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.max_memory_allocated(device))
-    return peak_memory_bytes()

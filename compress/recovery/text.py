@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.calibration.data import SourceSpec, load_tokens
-from compress.config.recover_section import RecoverOptions
+from compress.config.training_options import TrainingOptions
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class RecoveryText:
 
 
 def load_recovery_text(
-    spec: SourceSpec, tokenizer: Any, options: RecoverOptions
+    spec: SourceSpec, tokenizer: Any, options: TrainingOptions
 ) -> RecoveryText:
     """Return the windows that options ask for; rows are mixed over all sources.
 

@@ -20,6 +20,7 @@ from compress.report.tables import (
     worst_layers_table,
 )
 from compress.report.transforms import transform_table
+from compress.report.tuning import tuning_table
 from compress.report.wording import (
     GRADES,
     RERUN_NOTE,
@@ -58,6 +59,7 @@ def render_markdown(report: Report) -> str:
     parts += [*_section(pruning_table(report)), *_section(block_table(report))]
     parts += _section(recovery_table(report))
     parts += _section(transform_table(report))
+    parts += _section(tuning_table(report))
     parts += [*_section(budget_table(report)), *_section(scheme_table(report))]
     parts += [*_section(group_table(report)), *_section(worst_layers_table(report))]
     parts += [*_section(run_table(report)), *_section(provenance_table(report))]

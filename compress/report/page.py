@@ -25,6 +25,7 @@ from compress.report.tables import (
     verdict,
 )
 from compress.report.transforms import transform_table
+from compress.report.tuning import tuning_table
 from compress.report.wording import (
     GRADES,
     RERUN_NOTE,
@@ -57,6 +58,7 @@ def render_page(report: Report) -> str:
             + draw(block_table(report)),
         ),
         "transforms": ("Transforms", draw(transform_table(report))),
+        "tuning": ("Tuning", draw(tuning_table(report))),
         "serving": ("Inputs and cache", _serving_section(report)),
         "budget": ("Budget", _budget_section(report)),
         "layers": ("Layers", _layer_section(report)),

@@ -228,6 +228,6 @@ def test_an_expert_with_few_tokens_gets_plain_k_means() -> None:
 
 @pytest.mark.parametrize("scheme", ["palette3", "palette-2x6"])
 def test_a_run_exports_dense_values(tmp_path: Path, scheme: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
 
     from export_fixtures import write_model  # noqa: F401

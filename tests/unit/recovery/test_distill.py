@@ -138,17 +138,17 @@ def test_a_step_that_is_not_finite_changes_nothing(
 ) -> None:
     loss, calls = distill.Training._loss, [0]
 
-    def broken(self: distill.Training, ids: Tensor) -> Tensor:
+    def broken(self: distill.Training, *given: Tensor) -> Tensor:
         calls[0] += 1
-        return loss(self, ids) * (math.nan if calls[0] == 2 else 1)
+        return loss(self, *given) * (math.nan if calls[0] == 2 else 1)
 
     before, after = [], []
     step = distill.Training._step
 
     def watched(self: distill.Training, learning_rate: float) -> None:
-        before.append(self.trained.snapshot())
+        before.append(self.learner.snapshot())
         step(self, learning_rate)
-        after.append(self.trained.snapshot())
+        after.append(self.learner.snapshot())
 
     monkeypatch.setattr(distill.Training, "_loss", broken)
     monkeypatch.setattr(distill.Training, "_step", watched)
@@ -167,7 +167,7 @@ def test_vanished_gradients_end_training(
 ) -> None:
     loss = distill.Training._loss
     monkeypatch.setattr(
-        distill.Training, "_loss", lambda self, ids: 0 * loss(self, ids)
+        distill.Training, "_loss", lambda self, *given: 0 * loss(self, *given)
     )
     with pytest.raises(CompressError, match="no gradient is left"):
         trained(tmp_path)

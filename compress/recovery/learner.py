@@ -1,0 +1,128 @@
+"""What a training run changes, and how one step changes it.
+
+The loop knows text, teacher, time and files; a learner knows its numbers. Between the
+backward pass and :meth:`Learner.step` gradients lie wherever the learner has put its
+leaves in the model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.config.recover_section import RecoverOptions
+from compress.recovery.checkpoints import optimizer_tensors, restore_optimizer_
+from compress.recovery.models import WholeModel
+from compress.recovery.parallel import Team
+from compress.recovery.trained import Trained
+
+_BETAS = (0.9, 0.95)
+
+
+class Learner(ABC):
+    """Something of a model that is trained.
+
+    Attributes:
+        model: The model; what it computes follows every step.
+    """
+
+    model: WholeModel
+
+    def states(self, ids: Tensor) -> Tensor:
+        """Return the head's input ``[B, T, C]`` for ids int64 ``[B, T]``."""
+        return self.model.states(ids)
+
+    @abstractmethod
+    def step(self, rate: float, *, number: int, team: Team) -> Tensor:
+        """Use up the gradients that are there: change everything once.
+
+        Args:
+            rate: Between 0 and 1, of the learning rates.
+            number: Steps before this one.
+            team: The processes, whose gradients are averaged first.
+
+        Returns:
+            float32 ``[2]`` on the device, each 0 or 1: whether a gradient was not
+            finite, so that no weight has changed; and whether all were zero.
+        """
+
+    @abstractmethod
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return copies on the CPU of all that decides what the model computes."""
+
+    @abstractmethod
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Put the values of a snapshot back."""
+
+    @abstractmethod
+    def memory(self) -> dict[str, Tensor]:
+        """Return what else a run needs to go on, such as moments of gradients."""
+
+    @abstractmethod
+    def remember(self, memory: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`memory` returned."""
+
+
+class AdamLearner(Learner):
+    """Trains parameters with AdamW, without weight decay, gradients clipped.
+
+    Args:
+        trained: The parameters.
+        options: Learning rate and clipping.
+    """
+
+    def __init__(self, trained: Trained, options: RecoverOptions) -> None:
+        self.trained, self.model = trained, trained.model
+        self._options = options
+        self._names = trained.parameters
+        self._parameters = list(self._names.values())
+        self._optimizer = torch.optim.AdamW(
+            _groups(trained), betas=_BETAS, weight_decay=0.0, fused=True
+        )
+
+    def states(self, ids: Tensor) -> Tensor:
+        """Return the head's input ``[B, T, C]`` for ids int64 ``[B, T]``."""
+        return self.trained.states(ids)
+
+    def step(self, rate: float, *, number: int, team: Team) -> Tensor:
+        """Change the parameters once; a gradient that is not finite changes nothing."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._options.learning_rate * rate * group["factor"]
+        team.average_gradients_(self._parameters)
+        clip = self._options.clip
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, clip)
+        # The fused kernels leave weights and moments alone if this is 1, which keeps
+        # the decision on the device; torch's GradScaler tells them in the same way.
+        skipped = (~torch.isfinite(norm)).float()
+        self._optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return torch.stack([skipped, (norm == 0).float()])
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return copies of all parameters on the CPU."""
+        return self.trained.snapshot()
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Put the values of a snapshot back."""
+        self.trained.restore(snapshot)
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return step counts and moments."""
+        return optimizer_tensors(self._optimizer, self._names)
+
+    def remember(self, memory: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`memory` returned."""
+        restore_optimizer_(self._optimizer, self._names, memory)
+
+
+def _groups(trained: Trained) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: parameters that learn equally fast."""
+    groups: dict[float, list[Tensor]] = {}
+    for name, parameter in trained.parameters.items():
+        groups.setdefault(trained.rates.get(name, 1.0), []).append(parameter)
+    return [{"params": group, "factor": factor} for factor, group in groups.items()]

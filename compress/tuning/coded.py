@@ -1,0 +1,243 @@
+"""A model whose weights are made from codes, and what of it is trained.
+
+Matrices of one shape and scheme are a *stack*: their values lie in one tensor ``[B, R,
+C]`` in the model's arithmetic, of which the model's weights are views, and so do their
+gradients. A step over all layers is thus a few operations a stack. Dense weights (norms
+and, if wanted, embedding and head) are kept in float32 beside what the model computes
+with: their values as they will be stored.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compress.config.tune_section import TuneOptions
+from compress.core.artifact import ModelDescription, TensorSource
+from compress.core.scales import TORCH_DTYPES
+from compress.core.tensors import QuantizedTensor
+from compress.core.tunable import TunableCodes, tunable
+from compress.recovery.learner import Learner
+from compress.recovery.models import WholeModel
+from compress.recovery.parallel import Team
+from compress.recovery.trained import norm_weights
+
+_WEIGHTS_AT_ONCE = 1 << 25  # of a stack: what one operation touches
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices that are treated together.
+
+    Attributes:
+        names: Of the layers.
+        codes: What their values come from.
+        live: ``[B, R, C]`` in the model's type: the weights of the layers.
+        gradient: The gradients of the layers, as ``live``.
+    """
+
+    names: tuple[str, ...]
+    codes: TunableCodes
+    live: Tensor
+    gradient: Tensor
+
+    @torch.no_grad()
+    def refresh_(self) -> None:
+        """Put the values of the codes into the model."""
+        self.live.copy_(self.codes.decode())
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A weight that stays dense and is trained.
+
+    Attributes:
+        name: Of the checkpoint's tensor.
+        value: float32 leaf.
+        live: What the model computes with.
+        stored: Type in which it is stored.
+    """
+
+    name: str
+    value: Tensor
+    live: nn.Parameter
+    stored: torch.dtype
+
+    @torch.no_grad()
+    def refresh_(self) -> None:
+        """Put the value, rounded as it is stored, into the model."""
+        self.live.copy_(self.value.to(self.stored))
+
+
+class TunedModel(Learner):
+    """A model of stacks and dense weights, whichever way they are trained.
+
+    A method of tuning says what a step does, and which numbers besides these it keeps.
+
+    Args:
+        model: The compressed model; its coded layers get new weights.
+        source: Where dense weights are read.
+        codes: Of each layer that is tuned, by name.
+        options: Which dense weights are trained.
+    """
+
+    def __init__(
+        self,
+        model: WholeModel,
+        source: TensorSource,
+        codes: Mapping[str, QuantizedTensor],
+        options: TuneOptions,
+    ) -> None:
+        self.model = model
+        self.stacks = [_install_(model, part) for part in _parts(codes)]
+        names = dense_names(model.description, codes, options)
+        self.dense_weights = [_promote_(model, source, name) for name in names]
+        self.refresh_()
+
+    def refresh_(self) -> None:
+        """Put all values into the model."""
+        for stack in self.stacks:
+            stack.refresh_()
+        for weight in self.dense_weights:
+            weight.refresh_()
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return the float32 leaves that are trained, by a name of their own."""
+        found = {
+            f"{number}/{name}": value
+            for number, stack in enumerate(self.stacks)
+            for name, value in stack.codes.continuous_parameters().items()
+        }
+        return found | {weight.name: weight.value for weight in self.dense_weights}
+
+    def result(self) -> dict[str, QuantizedTensor]:
+        """Return the stored form of each layer, by name."""
+        return {
+            name: tensor
+            for stack in self.stacks
+            for name, tensor in zip(stack.names, stack.codes.result(), strict=True)
+        }
+
+    def dense(self) -> dict[str, Tensor]:
+        """Return the dense weights that were trained, as stored, on the CPU."""
+        return {w.name: w.value.to(w.stored).cpu() for w in self.dense_weights}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return copies on the CPU of codes and numbers."""
+        return {k: v.to("cpu", copy=True) for k, v in self._state().items()}
+
+    @torch.no_grad()
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Put codes and numbers back."""
+        for name, value in self._state().items():
+            value.copy_(snapshot[name])
+        self.refresh_()
+
+    def _state(self) -> dict[str, Tensor]:
+        found = {
+            f"{number}/{name}": value
+            for number, stack in enumerate(self.stacks)
+            for name, value in stack.codes.state().items()
+        }
+        return found | {w.name: w.value.detach() for w in self.dense_weights}
+
+    def step(self, rate: float, *, number: int, team: Team) -> Tensor:
+        """Use up the gradients that are there: change everything once."""
+        for stack in self.stacks:
+            team.average_([stack.gradient])
+        team.average_gradients_([weight.live for weight in self.dense_weights])
+        norm = self._gradient_norm()
+        finite = torch.isfinite(norm)
+        self._change(rate, finite, number=number, team=team)
+        for stack in self.stacks:
+            stack.gradient.zero_()
+        for weight in self.dense_weights:
+            weight.live.grad = None
+        return torch.stack([(~finite).float(), (norm == 0).float()])
+
+    def _gradient_norm(self) -> Tensor:
+        gradients = [stack.gradient for stack in self.stacks]
+        gradients += [
+            w.live.grad for w in self.dense_weights if w.live.grad is not None
+        ]
+        norms = [
+            torch.linalg.vector_norm(gradient, dtype=torch.float32)
+            for gradient in gradients
+        ]
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return total
+
+    @abstractmethod
+    def _change(self, rate: float, finite: Tensor, *, number: int, team: Team) -> None:
+        """Change codes and numbers by averaged gradients, and refresh the model.
+
+        Args:
+            rate: Between 0 and 1, of the learning rates.
+            finite: bool ``[]`` on the device; where it is false nothing may change.
+            number: Steps before this one.
+            team: Whatever is not the same in all processes is averaged.
+        """
+
+
+def dense_names(
+    model: ModelDescription, coded: Iterable[str], options: TuneOptions
+) -> list[str]:
+    """Return the dense weights that are trained.
+
+    Args:
+        model: The compressed model.
+        coded: Names of layers that are no dense weights.
+        options: Say which.
+    """
+    names = list(norm_weights(model)) if options.norms else []
+    if options.embeddings:
+        ends = [model.family.embedding, *([] if model.tied else [model.family.head])]
+        names += [f"{name}.weight" for name in ends if name not in set(coded)]
+    return names
+
+
+def _parts(
+    codes: Mapping[str, QuantizedTensor],
+) -> Iterable[dict[str, QuantizedTensor]]:
+    """Yield layers of one shape and scheme, few enough for one operation."""
+    alike: dict[object, dict[str, QuantizedTensor]] = {}
+    for name, tensor in codes.items():
+        alike.setdefault((tensor.shape, tensor.scheme), {})[name] = tensor
+    for group in alike.values():
+        names = list(group)
+        rows, columns = group[names[0]].shape
+        most = max(1, _WEIGHTS_AT_ONCE // (rows * columns))
+        for start in range(0, len(names), most):
+            yield {name: group[name] for name in names[start : start + most]}
+
+
+def _install_(model: WholeModel, part: Mapping[str, QuantizedTensor]) -> Stack:
+    """Make the weights of layers views of a stack."""
+    codes = tunable(list(part.values()), model.device)
+    live = torch.zeros(codes.shape, dtype=model.dtype, device=model.device)
+    stack = Stack(tuple(part), codes, live, torch.zeros_like(live))
+    for number, name in enumerate(part):
+        leaf = nn.Parameter(stack.live[number])
+        leaf.grad = stack.gradient[number]  # backward passes add to it in place
+        model.module.get_submodule(name).register_parameter("weight", leaf)
+    return stack
+
+
+def _promote_(model: WholeModel, source: TensorSource, name: str) -> DenseWeight:
+    """Make a dense weight of the model a leaf, with a float32 value beside it."""
+    read = source.read(name)
+    value = read.to(model.device, torch.float32, copy=True).requires_grad_()
+    live = nn.Parameter(torch.zeros_like(value, dtype=model.dtype))
+    path, _, leaf = name.rpartition(".")
+    family = model.description.family
+    paths = [path]
+    if path == family.embedding and model.description.tied:
+        paths.append(family.head)
+    for path in paths:
+        model.module.get_submodule(path).register_parameter(leaf, live)
+    stored = TORCH_DTYPES[source.tensors()[name].dtype]
+    return DenseWeight(name, value, live, stored)

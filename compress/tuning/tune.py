@@ -1,0 +1,213 @@
+"""Tuning from end to end: codes, two models and text in, better codes and facts out.
+
+A run that was killed goes on from its last checkpoint, with the same result if steps
+end it and nothing is summed without an order (on a GPU, tables are).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.config.tune_section import TUNINGS, PVOptions, TuneOptions
+from compress.core.errors import ConfigError
+from compress.core.tensors import QuantizedTensor
+from compress.model.devices import choose_dtype
+from compress.model.loading import ModelHandle
+from compress.provenance import device_peak_bytes, digest_of, weights_digest
+from compress.recovery.distill import Training
+from compress.recovery.generate import training_windows
+from compress.recovery.models import WholeModel
+from compress.recovery.parallel import Team, team
+from compress.recovery.teacher import Teacher
+from compress.recovery.text import RecoveryText
+from compress.tuning.coded import TunedModel
+from compress.tuning.pv import PVTuner
+
+_CHECKPOINT = "training.safetensors"
+_NO_RESULT = {"checkpoint_minutes", "teacher"}  # options that do not decide it
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning made.
+
+    Attributes:
+        codes: Of each layer that was tuned.
+        dense: Dense weights that were trained, in their storage type.
+        record: Plain data for the report: method, options, steps, seconds of them and
+            before, tokens, held-out KL before and after and each measurement, skipped
+            steps, trained values, changed codes, memory.
+    """
+
+    codes: Mapping[str, QuantizedTensor]
+    dense: Mapping[str, Tensor]
+    record: Mapping[str, Any]
+
+
+def tune(
+    student: ModelHandle,
+    teacher: ModelHandle,
+    codes: Mapping[str, QuantizedTensor],
+    *,
+    text: RecoveryText,
+    options: TuneOptions,
+    device: str,
+    state: Path,
+    save: Callable[[Tuned], None] | None = None,
+) -> Tuned:
+    """Train codes so that their model predicts what the original one does.
+
+    Both models are held in memory as a whole. Under torchrun every process calls this,
+    with the same arguments; the first one saves.
+
+    Args:
+        student: The compressed model: its source has the values of the codes.
+        teacher: The original model, with the same vocabulary.
+        codes: Of the layers to tune, by name; each is a linear layer of the student.
+        text: What is trained on.
+        options: Of a method in ``TUNINGS``.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        state: Folder of the checkpoint, which is deleted when the result is saved.
+        save: Keeps the result, before the checkpoint is deleted.
+
+    Raises:
+        ConfigError: ``state`` is of another run, or memory does not suffice for what
+            the teacher's states take.
+        SchemeError: A scheme cannot be tuned.
+    """
+    started = time.monotonic()
+    with team(device) as (members, own):
+        if own.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(own)
+        job = _Job(student, teacher, codes, text, options, state, members, own)
+        found = job.run(started)
+        if members.rank == 0:
+            if save is not None:
+                save(found)
+            (state / _CHECKPOINT).unlink(missing_ok=True)
+        members.wait()
+    return found
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one call of :func:`tune` is about, in one process."""
+
+    student: ModelHandle
+    teacher: ModelHandle
+    codes: Mapping[str, QuantizedTensor]
+    text: RecoveryText
+    options: TuneOptions
+    state: Path
+    team: Team
+    device: str
+
+    def run(self, started: float) -> Tuned:
+        options = self.options
+        stored = self.student.description.dtype
+        dtype = choose_dtype(options.dtype, stored, self.device)
+        original = WholeModel(self.teacher, device=self.device, dtype=dtype)
+        train = training_windows(
+            original,
+            self.text,
+            options,
+            team=self.team,
+            weights=self.teacher.source,
+            state=self.state,
+        )
+        keep = (len(train), train.shape[1]) if options.teacher == "cache" else None
+        teacher = Teacher(original, keep=keep)
+        model = WholeModel(self.student, device=self.device, dtype=dtype)
+        if options.gradient_checkpointing:
+            model.checkpoint_blocks()
+        tuner = _tuner(model, self.student, self.codes, options)
+        training = Training(
+            tuner,
+            teacher,
+            train=train,
+            held_out=self.text.held_out,
+            options=options,
+            team=self.team,
+            started=started,
+            file=self.state / _CHECKPOINT,
+            fingerprint=self._fingerprint(),
+        )
+        progress = training.run()
+        found = tuner.result()
+        evaluations = progress.evaluations
+        per_step = options.batch * options.accumulate * self.team.size * train.shape[1]
+        record = {
+            "method": _method(options),
+            "options": options.model_dump(mode="json"),
+            "steps": progress.step,
+            "seconds": progress.seconds,
+            "prepared_seconds": progress.prepared_seconds,
+            "tokens": progress.step * per_step,
+            "windows": {"given": len(self.text.train), "generated": options.generated},
+            "held_out_windows": len(self.text.held_out),
+            "kl_before": evaluations[0]["kl"],
+            "kl_after": evaluations[progress.best]["kl"],
+            "best_step": evaluations[progress.best]["step"],
+            "evaluations": evaluations,
+            "skipped_steps": progress.skipped,
+            "layers": len(found),
+            "dense_weights": len(tuner.dense_weights),
+            "trained_values": sum(v.numel() for v in tuner.parameters().values()),
+            "changed_codes": changed_share(self.codes, found),
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": self.device,
+            "processes": self.team.size,
+            "peak_memory_bytes": device_peak_bytes(self.device),
+        }
+        return Tuned(found, tuner.dense(), record)
+
+    def _fingerprint(self) -> Mapping[str, str]:
+        """Return a digest of each thing that decides the result, by name."""
+        options = self.options.model_dump(mode="json", exclude=_NO_RESULT)
+        return {
+            "options": digest_of([_method(self.options), options]),
+            "text": self.text.digest,
+            "student": weights_digest(self.student.source),
+            "teacher": weights_digest(self.teacher.source),
+            "processes": str(self.team.size),
+        }
+
+
+def _method(options: TuneOptions) -> str:
+    return next(name for name, kind in TUNINGS.items() if type(options) is kind)
+
+
+def _tuner(
+    model: WholeModel,
+    student: ModelHandle,
+    codes: Mapping[str, QuantizedTensor],
+    options: TuneOptions,
+) -> TunedModel:
+    """Return what carries out a method."""
+    if isinstance(options, PVOptions):
+        return PVTuner(model, student.source, codes, options)
+    raise ConfigError(f"tune: options of {type(options).__name__}")
+
+
+def changed_share(
+    before: Mapping[str, QuantizedTensor], after: Mapping[str, QuantizedTensor]
+) -> float:
+    """Return the share of units whose codes differ, over all layers.
+
+    A unit is a weight, or what one code of each table stands for.
+    """
+    changed = total = 0
+    for name, tensor in after.items():
+        book = tensor.scheme.codebook
+        count = 1 if book is None else book.count
+        differs = (tensor.codes != before[name].codes.cpu()).view(-1, count).any(1)
+        changed += int(differs.sum())
+        total += differs.numel()
+    return changed / max(1, total)
