@@ -291,12 +291,16 @@ def _blocks(values: Tensor, block: int) -> Tensor:
 
 
 def _row_scales(target: Tensor, importance: Tensor, scheme: Scheme) -> Tensor:
-    """Return the weighted root mean square of rows ``[R, 1]``, as stored; 1 for 0."""
+    """Return the weighted root mean square of rows ``[R, 1]``, as stored.
+
+    A row of zeros gets the smallest number, so that it has no say in the tables.
+    """
     total = importance.sum()
     weights = torch.where(total > 0, importance, torch.ones_like(importance))
     size = (target.square() @ weights / weights.sum()).sqrt().unsqueeze(1)
     stored = _rounded(size, scheme)
-    return torch.where(stored > 0, stored, torch.ones_like(stored))
+    least = max(torch.finfo(stored.dtype).smallest_normal / 1024, 1e-30)
+    return torch.where(stored > 0, stored, torch.full_like(stored, least))
 
 
 def _rounded(values: Tensor, scheme: Scheme) -> Tensor:

@@ -50,10 +50,14 @@ def coded_blindly(
     """Return codes of ``weight`` ``[R, C]`` as if all inputs were alike.
 
     On a grid these are the nearest codes, with scales of least error. Tables are the
-    quantizer's business, which gets ``H = 2`` times the identity.
+    quantizer's business: it gets equal importances, or ``H = 2`` times the identity.
     """
     if scheme.codebook is None:
         return round_to_nearest(weight, scheme, note)
+    if quantizer.takes_importance(scheme):
+        ones = torch.ones(weight.shape[1], device=weight.device)
+        coded = quantizer.quantize_by_importance(weight, scheme, ones)
+        return replace(coded, notes=(*coded.notes, note))
     alike = LayerStatistics(2 * torch.eye(weight.shape[1], device=weight.device), 1)
     coded = quantizer.quantize(weight, scheme, alike)
     return replace(coded, notes=(*coded.notes, note))

@@ -63,6 +63,10 @@ class PaletteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return palette_format.layers_of(vars(self))
 
 
+_TIED = "_tied_before_coding"
+_TIED_KEYS = ("_tied_weights_keys", "all_tied_weights_keys")
+
+
 class PaletteQuantizer(HfQuantizer):  # type: ignore[misc]
     """Gives a model modules that hold codes; what it loads has been coded before."""
 
@@ -111,6 +115,7 @@ class PaletteQuantizer(HfQuantizer):  # type: ignore[misc]
         if dtype not in (None, model.dtype):  # casts buffers of the model as well
             model.to(dtype)
         decode_coded_(model)
+        _tie_again_(model)
         return model
 
     def is_serializable(self, *_options: Any, **_others: Any) -> bool:
@@ -146,9 +151,17 @@ def _tie_head_(model: Any) -> None:
     (name,) = (name for name, module in model.named_modules() if module is head)
     model.set_submodule(name, TiedHead(head, embedding))
     # Neither module has a weight that could be tied.
-    model._tied_weights_keys = {}
-    if hasattr(model, "all_tied_weights_keys"):
-        model.all_tied_weights_keys = {}
+    setattr(model, _TIED, {key: getattr(model, key, None) for key in _TIED_KEYS})
+    for key in _TIED_KEYS:
+        if hasattr(model, key):
+            setattr(model, key, {})
+
+
+def _tie_again_(model: Any) -> None:
+    """Tell transformers which weights are shared, once there are weights again."""
+    for key, value in getattr(model, _TIED, {}).items():
+        if value is not None:
+            setattr(model, key, value)
 
 
 def _check_files(files: list[str], layers: palette_format.Layers) -> None:

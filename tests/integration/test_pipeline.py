@@ -31,6 +31,7 @@ REPORT_KEYS = {
     *("one_plan_two_files", "seconds", "peak_memory_bytes", "predicted", "warnings"),
     "experts",
     "allocation",
+    "tuning",
 }
 
 

@@ -12,11 +12,11 @@ from types import ModuleType
 import pytest
 import torch
 from export_fixtures import linears, make_artifact
+from plugin_fixtures import COLUMNS, ROWS, make_statistics, make_weight
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from compress import registry
 from compress.core.artifact import CompressedModel
-from compress.core.codebooks import from_stored
 from compress.core.contracts import Exporter, Plugin, Quantizer
 from compress.core.scheme import Scales, Scheme, Zero
 from compress.core.statistics import LayerStatistics
@@ -24,7 +24,6 @@ from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
 
 TESTS = Path(__file__).resolve().parents[1]
 OUTSIDE = TESTS / "plugin/compress-plugin-demo/compress_plugin_demo.py"
-ROWS, COLUMNS = 48, 128
 SCHEMES = (
     "int2-g32",
     "int3-g64",
@@ -92,23 +91,6 @@ def plugin(request: pytest.FixtureRequest) -> type[Plugin]:
     if request.param in registry.names("exporters"):
         return registry.get_exporter(request.param)
     return quantizer_class(request.param)
-
-
-def make_weight(dtype: str = "float32") -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(ROWS, COLUMNS, generator=generator)
-    weight[0] = 0  # a row without a range
-    weight[1, 3] = 40  # an outlier
-    return weight.to(TORCH_DTYPES[dtype])
-
-
-def make_statistics(*, with_drift: bool = True) -> LayerStatistics:
-    generator = torch.Generator().manual_seed(2)
-    inputs = torch.randn(300, COLUMNS, generator=generator)
-    inputs[:, 5] = 0  # a dead channel
-    gap = 0.05 * torch.randn(300, COLUMNS, generator=generator)
-    drift = 2 * gap.T @ inputs if with_drift else None
-    return LayerStatistics(2 * inputs.T @ inputs, 300, drift)
 
 
 def statistics_for(quantizer: Quantizer) -> LayerStatistics | None:
@@ -202,23 +184,6 @@ def test_codes_and_scales_have_the_types_of_the_scheme(
     if is_integer:
         assert int(coded.zero.min()) >= scheme.lowest
         assert int(coded.zero.max()) <= scheme.highest
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_tables_have_the_shapes_of_the_scheme(quantizer: Quantizer, name: str) -> None:
-    scheme = supported(quantizer, name)
-    assert scheme.codebook is not None
-    coded = quantizer.quantize(make_weight(), scheme, statistics_for(quantizer))
-    runs, vector = -(-ROWS // scheme.rows_of_scale(ROWS)), scheme.codebook.vector
-    assert coded.scheme == scheme and coded.shape == (ROWS, COLUMNS)
-    assert coded.tables is not None and coded.tables.dtype == torch.float16
-    assert coded.tables.shape == (runs, 1, 1 << scheme.bits, vector)
-    assert coded.codes.dtype == (torch.uint8 if scheme.bits <= 8 else torch.int16)
-    assert int(from_stored(coded.codes).max()) < 1 << scheme.bits
-    assert coded.scale.shape == ((ROWS, 1) if scheme.codebook.scaled else (1, 1))
-    assert coded.zero is None and coded.dequantize().isfinite().all()
-    if vector == 1:
-        assert (coded.tables.float().diff(dim=2) >= 0).all()
 
 
 @pytest.mark.parametrize("name", SCHEMES)
