@@ -80,8 +80,11 @@ class TrainingOptions(Section):
     evaluations: int = Field(
         default=20, ge=1, description="How often the held-out KL is measured."
     )
-    patience: int = Field(
-        default=6, ge=1, description="Evaluations without a better KL that end the run."
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Evaluations without a better KL that end the run; null for no such "
+        "end, since the best state often comes last, when the rate has fallen.",
     )
     checkpoint_minutes: float = Field(
         default=2.0,

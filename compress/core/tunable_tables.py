@@ -148,6 +148,8 @@ class _Search:
 
     def __call__(self, wanted: Tensor, codes: Tensor, runs: Tensor) -> Tensor:
         """Return codes ``[B, n, M]`` for ``[B, n, g]``, beginning with ``codes``."""
+        if self._tables.shape[2] == self._tables.shape[4] == 1:
+            return self._nearest_number(wanted.squeeze(-1), runs).unsqueeze(-1)
         first = _first(self._tables, runs)
         best = codes.unsqueeze(2)  # [B, n, candidates, M]
         for table in self._order:
@@ -160,13 +162,25 @@ class _Search:
             ).view(batch, count, kept, -1)
             rest = wanted.unsqueeze(2) - others
             gain = self._gains(rest, table, runs)  # [B, n, candidates, K]
-            gain -= 0.5 * rest.square().sum(-1, keepdim=True)
             entries = gain.shape[-1]
-            top = gain.flatten(2).topk(min(self._beam, kept * entries), dim=2).indices
+            if self._beam == 1:  # what the one candidate has in common drops out
+                top = gain.flatten(2).argmax(2, keepdim=True)
+            else:
+                gain -= 0.5 * rest.square().sum(-1, keepdim=True)
+                most = min(self._beam, kept * entries)
+                top = gain.flatten(2).topk(most, dim=2).indices
             parent = (top // entries).unsqueeze(-1).expand(-1, -1, -1, tables)
             best = best.gather(2, parent)
             best[..., table] = top % entries
         return best[:, :, 0]
+
+    def _nearest_number(self, wanted: Tensor, runs: Tensor) -> Tensor:
+        """Return the places ``[B, n]`` of the numbers nearest to ``[B, n]``."""
+        numbers, order = self._tables[:, :, 0, :, 0].sort(2)  # [B, T, K]
+        between = (numbers[..., 1:] + numbers[..., :-1]) / 2
+        number = torch.arange(len(order), device=order.device).unsqueeze(1)
+        place = (wanted.unsqueeze(-1) > between[number, runs]).sum(-1)
+        return order[number, runs, place]
 
     def _gains(self, rest: Tensor, table: int, runs: Tensor) -> Tensor:
         """Return ``<x, C_k> - |C_k|^2 / 2``, ``[B, n, candidates, K]``."""

@@ -169,9 +169,11 @@ class Training:
 
     def _ended(self) -> bool:
         """Whether the budget is used, or nothing got better for long enough."""
-        progress = self.progress
+        progress, patience = self.progress, self._options.patience
         late = len(progress.evaluations) - 1 - progress.best
-        return late >= self._options.patience or self._used(progress.step) >= 1
+        if patience is not None and late >= patience:
+            return True
+        return self._used(progress.step) >= 1
 
     def _used(self, steps: float) -> float:
         seconds = time.monotonic() - self._started
