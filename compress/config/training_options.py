@@ -83,8 +83,8 @@ class TrainingOptions(Section):
     patience: int | None = Field(
         default=None,
         ge=1,
-        description="Evaluations without a better KL that end the run; null for no such "
-        "end, since the best state often comes last, when the rate has fallen.",
+        description="Evaluations without a better KL that end the run; null for no "
+        "such end, since the best state often comes last, when the rate has fallen.",
     )
     checkpoint_minutes: float = Field(
         default=2.0,
