@@ -229,6 +229,32 @@ def inspect(
 
 
 @app.command()
+def doctor(
+    folder: Annotated[
+        Path, typer.Argument(help="Checkpoint of transformers.", show_default=False)
+    ],
+    to: Annotated[
+        Path | None, typer.Option(help="Write a mended copy to this folder.")
+    ] = None,
+    write: Annotated[bool, typer.Option("--write", help="Mend in place.")] = False,
+) -> None:
+    """Find known faults of a checkpoint, and mend them if asked; exit code 1 if any."""
+    from compress.doctor import examination
+
+    faults = examination.examine(folder)
+    _print(examination.described(folder, faults))
+    if faults and to is not None:
+        faults, folder = examination.mended_copy(folder, to), to
+        _print(examination.described(folder, faults))
+    elif faults and write:
+        examination.mend(folder)
+        faults = examination.examine(folder)
+        _print(examination.described(folder, faults))
+    if faults:
+        raise typer.Exit(1)
+
+
+@app.command()
 def export(
     workdir: Annotated[
         Path, typer.Argument(help="Work directory of a run.", show_default=False)

@@ -200,7 +200,7 @@ def _old_packing(scheme: Scheme) -> str:
         return ""
     return (
         f", or was written by compressed-tensors before 0.18, which packed "
-        f"{scheme.bits} bits in another way: write it again with a newer release"
+        f"{scheme.bits} bits in another way: `compress doctor` mends that"
     )
 
 

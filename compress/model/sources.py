@@ -45,7 +45,7 @@ class SafetensorsSource(TensorSource):
         self._folder = folder
         self._shard_of: dict[str, Path] = {}
         self._tensors: dict[str, TensorInfo] = {}
-        for shard in _shards(folder):
+        for shard in weight_files(folder):
             for name, info in read_header(shard).items():
                 if name in self._shard_of:
                     other = self._shard_of[name].name
@@ -90,7 +90,7 @@ class SafetensorsSource(TensorSource):
             raise CheckpointError(f"{self._shard_of[name]}: {name}: {error}") from error
 
 
-def _shards(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Return the weight files of ``folder`` in order."""
     index = folder / _INDEX
     if index.is_file():

@@ -1,0 +1,1 @@
+"""Known faults of checkpoints: what they are, where, and how they are mended."""
