@@ -48,6 +48,16 @@ TYPES = {
     "Q5_K_M": 17,
     "Q6_K": 18,
 }
+LOW_BITS = {
+    "IQ1_M": 31,
+    "IQ2_XXS": 19,
+    "IQ2_XS": 20,
+    "IQ2_S": 28,
+    "IQ2_M": 29,
+    "IQ3_XXS": 23,
+    "IQ3_S": 26,
+}
+FILE_TYPES = TYPES | LOW_BITS
 
 
 def make_f16(model: Path, target: Path) -> None:
@@ -120,7 +130,7 @@ def quantize(source: Path, target: Path, kind: str, imatrix: Path | None) -> Non
 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = TYPES[kind]
+    params.ftype = FILE_TYPES[kind]
     params.nthread = torch.get_num_threads()
     matrix = read_imatrix(imatrix) if imatrix else ImportanceMatrix({}, (), 0, 0)
     table, held = importance_array(matrix)
@@ -194,10 +204,11 @@ def main() -> None:
     parser.add_argument(
         "--models", type=Path, default=Path("runs/benchmarks/offgrid"), help="DIR/MODEL"
     )
-    parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
+    parser.add_argument("--types", nargs="+", choices=FILE_TYPES, default=list(TYPES))
     parser.add_argument("--only", choices=MODELS, help="one of the models")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--only-make", action="store_true", help="no scores")
+    parser.add_argument("--name", help="of the result; with --only, else nothing")
     arguments = parser.parse_args()
     names = [arguments.only] if arguments.only else list(MODELS)
     if not all((arguments.models / name).exists() for name in names):
@@ -214,10 +225,10 @@ def main() -> None:
             beside = scorer.score(own) if own and own.is_file() else None
             table.append(compare(name, scorer.score(folder / f"{kind}.gguf"), beside))
             print(table[-1], flush=True)
-    if arguments.only_make or arguments.only:
+    if arguments.only_make or (arguments.only and not arguments.name):
         return
     path = write_result(
-        "gguf_rival",
+        arguments.name or "gguf_rival",
         claim="SmolLM2-135M copies, GGUF files by llama_model_quantize with an "
         f"importance matrix of {arguments.samples} x {LENGTH} tokens of the bundled "
         "mix, and ours (gguf_ours.py) where they are: KL to F16 in nats and "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compress.config.fields import Section, Text
 from compress.config.training_options import TrainingOptions
@@ -19,6 +19,20 @@ class RecoverOptions(TrainingOptions):
 
     learning_rate: float = Field(default=2e-4, gt=0, description="At its highest.")
     clip: float = Field(default=1.0, gt=0, description="Largest norm of a gradient.")
+    shard: bool = Field(
+        default=False,
+        description="Under torchrun, split the matrices of the blocks, and what is "
+        "kept for them, over the processes (FSDP2): for models that outgrow one GPU.",
+    )
+
+    @model_validator(mode="after")
+    def _can_be_split(self) -> RecoverOptions:
+        if self.shard and self.generated:
+            raise ValueError(
+                "generated: text is written by one process, which needs the whole "
+                "model; with shard, give 0, and more samples instead"
+            )
+        return self
 
 
 class DistillOptions(RecoverOptions):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import CheckpointError, ConfigError
+from compress.recovery.parallel import Team
 from compress.workdir import write_atomically
 
 
@@ -105,6 +106,80 @@ class Checkpoint:
                 "began; delete the file, or start the run again with --overwrite"
             )
         return cls(progress, **parts)
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """Where the processes of a run keep checkpoints.
+
+    The first process writes for all, since they are equal, unless models are split:
+    then each writes a file of its own for a step, and the first one names the step
+    when all of them are there.
+
+    Attributes:
+        file: Of one checkpoint for all; others have names like it.
+        fingerprint: Digest of each thing that decides the result, by name.
+        team: The processes.
+        split: Whether models are split over them.
+    """
+
+    file: Path
+    fingerprint: Mapping[str, str]
+    team: Team
+    split: bool = False
+
+    @property
+    def _pointer(self) -> Path:
+        return self.file.with_suffix(".json")
+
+    def _own(self, step: int) -> Path:
+        return self.file.with_name(f"{self.file.stem}-{step}-{self.team.rank}.part")
+
+    def load(self) -> Checkpoint | None:
+        """Return the last complete checkpoint, if there is one.
+
+        Raises:
+            ConfigError: It is of a run with other text, models or options.
+            CheckpointError: A file is damaged.
+        """
+        if not self.split:
+            return Checkpoint.load(self.file, self.fingerprint)
+        if not self._pointer.is_file():
+            return None
+        try:
+            step = int(json.loads(self._pointer.read_text())["step"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self._pointer} is damaged ({error}); delete it to start again"
+            ) from error
+        return Checkpoint.load(self._own(step), self.fingerprint)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Replace the last checkpoint; if models are split, all processes call this."""
+        if not self.split:
+            if self.team.rank == 0:
+                checkpoint.save(self.file, self.fingerprint)
+            return
+        own = self._own(checkpoint.progress.step)
+        checkpoint.save(own, self.fingerprint)
+        self.team.wait()
+        if self.team.rank == 0:
+            pointer = json.dumps({"step": checkpoint.progress.step})
+            write_atomically(self._pointer, pointer.encode())
+        self.team.wait()
+        self._delete_others(own)
+
+    def delete(self) -> None:
+        """Delete what is there."""
+        if self.team.rank == 0:
+            self.file.unlink(missing_ok=True)
+            self._pointer.unlink(missing_ok=True)
+        self._delete_others(None)
+
+    def _delete_others(self, kept: Path | None) -> None:
+        for path in self.file.parent.glob(f"{self.file.stem}-*-{self.team.rank}.part"):
+            if path != kept:
+                path.unlink(missing_ok=True)
 
 
 def optimizer_tensors(

@@ -21,9 +21,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,7 +29,7 @@ from tqdm import tqdm
 
 from compress.config.training_options import TrainingOptions
 from compress.core.errors import CompressError, ConfigError
-from compress.recovery.checkpoints import Checkpoint, Progress
+from compress.recovery.checkpoints import Checkpoint, CheckpointFiles, Progress
 from compress.recovery.learner import Learner
 from compress.recovery.losses import IGNORED, linear_ce, linear_kl
 from compress.recovery.parallel import Team
@@ -84,8 +82,7 @@ class Training:
         options: Loss, schedule and budget.
         team: The processes.
         started: When all began, by ``time.monotonic``; the budget counts from it.
-        file: Of the checkpoint.
-        fingerprint: Digest of each thing that decides the result, by name.
+        files: Of checkpoints.
     """
 
     def __init__(
@@ -98,8 +95,7 @@ class Training:
         options: TrainingOptions,
         team: Team,
         started: float,
-        file: Path,
-        fingerprint: Mapping[str, str],
+        files: CheckpointFiles,
     ) -> None:
         self.learner = learner
         self._teacher = teacher
@@ -108,7 +104,7 @@ class Training:
         self._chunk = max(64, room // (4 * len(teacher.head.weight)))
         self._train, self._held_out = train.to(self._device), held_out.to(self._device)
         self._options, self._team = options, team
-        self._file, self._fingerprint = file, fingerprint
+        self.files = files
         size = options.batch * options.accumulate * team.size
         self._order = Order(len(train), size, options.seed)
         now = time.monotonic()
@@ -122,7 +118,7 @@ class Training:
         self._budget = _budget(options, self.progress)
 
     def _resume(self) -> None:
-        checkpoint = Checkpoint.load(self._file, self._fingerprint)
+        checkpoint = self.files.load()
         if checkpoint is None:
             return
         self.progress = checkpoint.progress
@@ -226,11 +222,17 @@ class Training:
         """Return the mean KL at temperature 1 on the held-out windows, in nats."""
         rows = torch.arange(len(self._held_out))[self._team.rank :: self._team.size]
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for part in torch.split(rows, self._options.batch) if len(rows) else ():
+        batch, count = self._options.batch, len(self._held_out)
+        parts = list(torch.split(rows, batch)) if len(rows) else []
+        # Split blocks need as many passes of each process: one more counts nothing.
+        most = math.ceil(math.ceil(count / self._team.size) / batch)
+        spare = [torch.zeros(1, dtype=torch.int64)] * (most - len(parts))
+        for number, part in enumerate(parts + spare):
             ids = self._held_out[part.to(self._device)]
             known = self._teacher.states(ids)
             kl = self._divergence(self.learner.states(ids), known, temperature=1)
-            sums += torch.stack([kl.double() * len(ids), kl.new_tensor(len(ids))])
+            weight = len(ids) if number < len(parts) else 0
+            sums += torch.stack([kl.double() * weight, kl.new_tensor(weight)])
         self._team.average_([sums])
         return float(sums[0] / sums[1])
 
@@ -267,8 +269,9 @@ class Training:
         return kl
 
     def _save(self) -> None:
-        due = time.monotonic() - self._saved >= 60 * self._options.checkpoint_minutes
-        if self._team.rank or not due:
+        waited = self._team.first(time.monotonic() - self._saved, self._device)
+        others_save = self._team.rank > 0 and not self.files.split
+        if others_save or waited < 60 * self._options.checkpoint_minutes:
             return
         checkpoint = Checkpoint(
             self.progress,
@@ -276,7 +279,7 @@ class Training:
             best=self._best,
             optimizer=self.learner.memory(),
         )
-        checkpoint.save(self._file, self._fingerprint)
+        self.files.save(checkpoint)
         self._saved = time.monotonic()
 
 

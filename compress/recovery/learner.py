@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.config.recover_section import RecoverOptions
 from compress.recovery.checkpoints import optimizer_tensors, restore_optimizer_
 from compress.recovery.models import WholeModel
 from compress.recovery.parallel import Team
+from compress.recovery.sharding import Leaves
 from compress.recovery.trained import Trained
 
 _BETAS = (0.9, 0.95)
@@ -78,10 +79,12 @@ class AdamLearner(Learner):
     def __init__(self, trained: Trained, options: RecoverOptions) -> None:
         self.trained, self.model = trained, trained.model
         self._options = options
-        self._names = trained.parameters
-        self._parameters = list(self._names.values())
+        self._leaves = Leaves(trained.parameters)
         self._optimizer = torch.optim.AdamW(
-            _groups(trained), betas=_BETAS, weight_decay=0.0, fused=True
+            _groups(self._leaves.values, trained.rates),
+            betas=_BETAS,
+            weight_decay=0.0,
+            fused=True,
         )
 
     def states(self, ids: Tensor) -> Tensor:
@@ -92,9 +95,8 @@ class AdamLearner(Learner):
         """Change the parameters once; a gradient that is not finite changes nothing."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._options.learning_rate * rate * group["factor"]
-        team.average_gradients_(self._parameters)
-        clip = self._options.clip
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, clip)
+        self._leaves.receive_(team)
+        norm = self._leaves.clip_(self._options.clip, team)
         # The fused kernels leave weights and moments alone if this is 1, which keeps
         # the decision on the device; torch's GradScaler tells them in the same way.
         skipped = (~torch.isfinite(norm)).float()
@@ -113,16 +115,18 @@ class AdamLearner(Learner):
 
     def memory(self) -> dict[str, Tensor]:
         """Return step counts and moments."""
-        return optimizer_tensors(self._optimizer, self._names)
+        return optimizer_tensors(self._optimizer, self._leaves.values)
 
     def remember(self, memory: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`memory` returned."""
-        restore_optimizer_(self._optimizer, self._names, memory)
+        restore_optimizer_(self._optimizer, self._leaves.values, memory)
 
 
-def _groups(trained: Trained) -> list[dict[str, Any]]:
+def _groups(
+    leaves: Mapping[str, nn.Parameter], rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
     """Return the optimizer's groups: parameters that learn equally fast."""
     groups: dict[float, list[Tensor]] = {}
-    for name, parameter in trained.parameters.items():
-        groups.setdefault(trained.rates.get(name, 1.0), []).append(parameter)
+    for name, leaf in leaves.items():
+        groups.setdefault(rates.get(name, 1.0), []).append(leaf)
     return [{"params": group, "factor": factor} for factor, group in groups.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -15,10 +16,12 @@ from compress.model.loading import ModelHandle
 from compress.model.skeleton import build_skeleton
 from compress.model.sources import check_finite
 from compress.recovery.losses import Head
+from compress.recovery.parallel import Team
+from compress.recovery.sharding import Shards
 
 
 class WholeModel:
-    """A causal language model with all weights on one device, in eval mode.
+    """A causal language model, in eval mode, whole on one device or its blocks split.
 
     Weights are frozen when it is made. The module tree is the one that block-wise runs
     use, so that widths may differ from block to block.
@@ -27,9 +30,19 @@ class WholeModel:
         handle: Where config and weights are read.
         device: Where it runs.
         dtype: Of the weights; of the products too, whatever type trained weights have.
+        team: Over which the blocks are split; ``None`` keeps them whole.
+        trains: Keep the blocks in float32, and let them have gradients, if split.
     """
 
-    def __init__(self, handle: ModelHandle, *, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        handle: ModelHandle,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        team: Team | None = None,
+        trains: bool = False,
+    ) -> None:
         self.description: ModelDescription = handle.description
         self.device = torch.device(device)
         self.dtype = dtype
@@ -38,21 +51,52 @@ class WholeModel:
         self.blocks: Any = self.module.get_submodule(family.blocks)
         self.body: Any = self.module.get_submodule(family.blocks.rpartition(".")[0])
         self.embedding: Any = self.module.get_submodule(family.embedding)
-        self._fill(handle)
+        self.is_split = team is not None
+        prefix = f"{family.blocks}."
+        names = list(self.module.state_dict())
+        self._fill(handle, [n for n in names if not n.startswith(prefix)])
+        if team is None:
+            self._fill(handle, [n for n in names if n.startswith(prefix)])
+        else:
+            self._fill_split(handle, Shards(team, self.device, dtype), trains)
+        self._move_buffers()
 
-    def _fill(self, handle: ModelHandle) -> None:
-        family, tied = self.description.family, self.description.tied
+    def _fill(self, handle: ModelHandle, names: Sequence[str]) -> None:
+        """Read weights of the model, frozen; a tied head is the embedding."""
+        family = self.description.family
+        tied = self.description.tied
         head = f"{family.head}.weight"
-        state = {}
-        for name in self.module.state_dict():
-            if not (tied and name == head):
-                tensor = handle.source.read(name)
-                check_finite(tensor, name)
-                state[name] = tensor.to(self.device, self.dtype)
-        if tied:
+        state = {
+            name: self._read(handle, name, self.dtype)
+            for name in names
+            if not (tied and name == head)
+        }
+        if tied and head in names:
             state[head] = state[f"{family.embedding}.weight"]
-        self.module.load_state_dict(state, assign=True)
+        self.module.load_state_dict(state, strict=False, assign=True)
         self.module.requires_grad_(False)
+
+    def _fill_split(self, handle: ModelHandle, shards: Shards, trains: bool) -> None:
+        """Read block after block, and keep this process's rows of each."""
+        family = self.description.family
+        for index, block in enumerate(self.blocks):
+            prefix = f"{family.block(index)}."
+            kind = torch.float32 if trains else self.dtype
+            state = {
+                name: self._read(handle, prefix + name, kind)
+                for name in block.state_dict()
+            }
+            block.load_state_dict(state, assign=True)
+            block.requires_grad_(trains)
+            shards.split_(block)
+        shards.join_(self.body)
+
+    def _read(self, handle: ModelHandle, name: str, dtype: torch.dtype) -> Tensor:
+        tensor = handle.source.read(name)
+        check_finite(tensor, name)
+        return tensor.to(self.device, dtype)
+
+    def _move_buffers(self) -> None:
         for module in self.module.modules():  # computed by the model: float32 stays
             for name, buffer in module._buffers.items():
                 if buffer is not None:

@@ -1,7 +1,8 @@
 """Training on several devices: each process takes a share of every step's windows.
 
 Started by torchrun, which sets the variables that torch.distributed reads. Every
-process holds both models; gradients are averaged, so that all of them stay equal.
+process holds both models, or a share of their blocks (``sharding``); gradients are
+averaged, so that all of them stay equal.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from compress.core.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Team:
@@ -27,6 +30,19 @@ class Team:
 
     rank: int = 0
     size: int = 1
+
+    def check_split(self, section: str) -> None:
+        """Raise if there is nothing to split a model over.
+
+        Raises:
+            ConfigError: This process is the only one.
+        """
+        if self.size == 1:
+            raise ConfigError(
+                f"{section}.options.shard: one process would hold everything anyway; "
+                "start with torchrun --nproc-per-node N -m compress run ..., or leave "
+                "shard out"
+            )
 
     def share(self, rows: Tensor) -> Tensor:
         """Return this process's part of the rows of a step."""
@@ -42,6 +58,11 @@ class Team:
         parts = torch.split(flat, [tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
+
+    def add_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their sum over all processes."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.all_reduce(tensor)
 
     def average_gradients_(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace gradients by their mean over all processes."""

@@ -23,6 +23,7 @@ from compress.core.errors import ConfigError
 from compress.model.devices import choose_dtype
 from compress.model.loading import ModelHandle
 from compress.provenance import device_peak_bytes, digest_of, weights_digest
+from compress.recovery.checkpoints import CheckpointFiles
 from compress.recovery.distill import Training
 from compress.recovery.folder import check_folder, check_weights, write_recovered
 from compress.recovery.generate import training_windows
@@ -73,8 +74,8 @@ def recover(
 ) -> dict[str, Any]:
     """Train a compressed model to predict what the original one does.
 
-    Both models are held in memory as a whole. Under torchrun every process calls this,
-    with the same arguments; the first one writes.
+    Both models are held in memory, as a whole or split. Under torchrun every process
+    calls this, with the same arguments; the first one writes.
 
     Args:
         student: The compressed model, opened from a folder of safetensors.
@@ -132,7 +133,11 @@ def _train(
     options = job.options
     stored = job.student.description.dtype
     dtype = choose_dtype(options.dtype, stored, device)
-    teacher = WholeModel(job.teacher, device=device, dtype=dtype)
+    split = None
+    if options.shard:
+        members.check_split(options.section)
+        split = members
+    teacher = WholeModel(job.teacher, device=device, dtype=dtype, team=split)
     train = training_windows(
         teacher,
         job.text,
@@ -141,7 +146,11 @@ def _train(
         weights=job.teacher.source,
         state=job.state,
     )
-    trained = _trained(job, WholeModel(job.student, device=device, dtype=dtype))
+    trains = isinstance(options, DistillOptions) and options.train == "full"
+    student = WholeModel(
+        job.student, device=device, dtype=dtype, team=split, trains=trains
+    )
+    trained = _trained(job, student)
     check_weights(source, trained)
     if options.gradient_checkpointing:
         trained.model.checkpoint_blocks()
@@ -153,14 +162,19 @@ def _train(
         options=options,
         team=members,
         started=started,
-        file=job.state / _CHECKPOINT,
-        fingerprint=_fingerprint(job, members),
+        files=CheckpointFiles(
+            job.state / _CHECKPOINT,
+            _fingerprint(job, members),
+            members,
+            split=options.shard,
+        ),
     )
     progress = training.run()
+    trained.gather()
     if members.rank == 0:
         _write(job, trained, source, folder)
-        (job.state / _CHECKPOINT).unlink(missing_ok=True)
     members.wait()
+    training.files.delete()
     evaluations = progress.evaluations
     tokens = options.batch * options.accumulate * members.size * train.shape[1]
     return {

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compress.core.artifact import ModelDescription
 from compress.model.loading import ModelHandle
 from compress.recovery.models import WholeModel
+from compress.recovery.sharding import is_split, local, whole
 
 
 class Trained(ABC):
@@ -35,6 +36,7 @@ class Trained(ABC):
         self.model = model
         self.parameters = dict(parameters)
         self.rates = dict(rates or {})
+        self._gathered: dict[str, Tensor] = {}
 
     def states(self, ids: Tensor) -> Tensor:
         """Return the head's input ``[B, T, C]`` for ids int64 ``[B, T]``."""
@@ -59,7 +61,7 @@ class Trained(ABC):
     def snapshot(self) -> dict[str, Tensor]:
         """Return copies of all parameters on the CPU."""
         return {
-            name: parameter.detach().to("cpu", copy=True)
+            name: local(parameter.detach()).to("cpu", copy=True)
             for name, parameter in self.parameters.items()
         }
 
@@ -67,7 +69,18 @@ class Trained(ABC):
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         """Put the values of a snapshot back."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(snapshot[name])
+            local(parameter.detach()).copy_(snapshot[name])
+
+    def gather(self) -> None:
+        """Bring split parameters together in the first process, for :meth:`dense`.
+
+        All processes call it.
+        """
+        for name, parameter in self.parameters.items():
+            if is_split(parameter):
+                value = whole(parameter.detach())
+                if torch.distributed.get_rank() == 0:
+                    self._gathered[name] = value.cpu()
 
 
 class FullWeights(Trained):
@@ -84,7 +97,13 @@ class FullWeights(Trained):
             for name, _ in model.module.named_parameters()
             if name.startswith(parts)
         ]
-        super().__init__(model, {n: promote_(model, handle, n) for n in names})
+        parameters = {}
+        for name in names:
+            known = model.module.get_parameter(name)
+            if not is_split(known):
+                known = promote_(model, handle, name)
+            parameters[name] = known
+        super().__init__(model, parameters)
 
     @property
     def weights(self) -> frozenset[str]:
@@ -93,7 +112,8 @@ class FullWeights(Trained):
 
     def dense(self, name: str, stored: Tensor) -> Tensor:
         """Return what a tensor of the checkpoint has become, on the CPU."""
-        return self.parameters[name].detach().cpu().to(stored.dtype)
+        value = self._gathered.get(name, self.parameters[name].detach())
+        return value.cpu().to(stored.dtype)
 
 
 def norm_weights(model: ModelDescription) -> Iterator[str]:

@@ -21,6 +21,7 @@ from compress.core.tensors import QuantizedTensor
 from compress.model.devices import choose_dtype
 from compress.model.loading import ModelHandle
 from compress.provenance import device_peak_bytes, digest_of, weights_digest
+from compress.recovery.checkpoints import CheckpointFiles
 from compress.recovery.distill import Training
 from compress.recovery.generate import training_windows
 from compress.recovery.models import WholeModel
@@ -136,8 +137,9 @@ class _Job:
             options=options,
             team=self.team,
             started=started,
-            file=self.state / _CHECKPOINT,
-            fingerprint=self._fingerprint(),
+            files=CheckpointFiles(
+                self.state / _CHECKPOINT, self._fingerprint(), self.team
+            ),
         )
         progress = training.run()
         found = tuner.result()
