@@ -108,9 +108,7 @@ class PVTuner(TunedModel):
         """V: give the units that are farthest from what they want other codes."""
         options, codes = self._options, self.stacks[index].codes
         target = self._wanted[index] if options.keeps_wishes else before.clone()
-        change = direction(
-            gradient, self._seconds[index], beta=BETAS[1], number=number
-        )
+        change = direction(gradient, self._seconds[index], beta=BETAS[1], number=number)
         change *= relative(target, change) * rate
         target -= change  # in place: what units want is kept
         present = codes.decode()
