@@ -8,7 +8,11 @@ softness falls with the share. ``snap()`` returns tables and codes as they are s
 
     master weights (/ scale) -> rounded to bf16 -> soft k-means -> soft values (* scale)
 
-Scales of rows stay as they are. Source: Cho et al. (2022), DKM, arXiv 2108.12659; Cho
+Master weights start from the dense weights. Where the codes given are not the nearest
+ones, as error feedback makes them, a weight starts at the edge of the cell of its code:
+snapped at once, the codes are those given. Scales of rows stay as they are.
+
+Source: Cho et al. (2022), DKM, arXiv 2108.12659; Cho
 et al. (2023), eDKM, arXiv 2309.00964, for training in the domain of distinct values.
 Differs: master weights are float32; temperature follows the gap and falls; see
 ``assignment`` and ``table_domain``. Palettes of single numbers keep some 2 bytes a
@@ -37,7 +41,7 @@ from compress.tuning.dkm.assignment import (
     softness,
     temperature,
 )
-from compress.tuning.dkm.snap import snap
+from compress.tuning.dkm.snap import snap, within_cells
 from compress.tuning.dkm.table_domain import cluster, rounded
 
 # Numbers in one map of vectors to entries; backward keeps 2 T maps of them. 256 MiB.
@@ -90,11 +94,16 @@ class SoftPalettes:
             # A row of zeros has the scale 0, and whatever it points to is 0.
             self._scale = scale
             self._divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
-        self.master = weights.detach().float().clone().requires_grad_()
+        self.master = weights.detach().float().clone()
         tables = torch.stack([_given(s.tables) for s in starts]).to(device)
         self.tables = tables[:, :, 0].flatten(0, 1).float()
         self._next = self.tables
         self._importances = self._without_filling()
+        decoded = torch.stack([s.dequantize() for s in starts]).to(device)
+        within = within_cells(self._values(), self.tables, self._values(decoded))
+        kept = self._ungrouped(within)
+        moved = kept != self._ungrouped(self._values())  # the rest is not rounded
+        self.master = torch.where(moved, kept, self.master).requires_grad_()
 
     def soft(self, share: float) -> Tensor:
         """Return soft values, float32 ``[B, R, C]``, differentiable in the master.
@@ -183,10 +192,10 @@ class SoftPalettes:
             found.append(pair)
         return torch.cat([a for a, _ in found]), torch.cat([b for _, b in found])
 
-    def _values(self) -> Tensor:
-        """Return what is clustered, of bf16 values, ``[G, n, g]``."""
-        master = self.master
-        values = master if self._scale is None else master / self._divisor
+    def _values(self, weights: Tensor | None = None) -> Tensor:
+        """Return what is clustered of the master, of bf16 values, ``[G, n, g]``."""
+        weights = self.master if weights is None else weights
+        values = weights if self._scale is None else weights / self._divisor
         return self._grouped(rounded(values))
 
     def _grouped(self, weights: Tensor) -> Tensor:
