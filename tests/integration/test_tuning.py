@@ -16,10 +16,10 @@ from compress.workdir import WorkDir
 
 OPTIONS = {
     "steps": 60,
-    "samples": 32,
-    "held_out": 4,
+    "samples": 200,
+    "held_out": 8,
     "sequence_length": 16,
-    "batch": 4,
+    "batch": 8,
     "evaluations": 3,
 }
 
