@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from compress.transforms.chain import Chain
     from compress.transforms.contract import Transform
 
-_TUNING_NAMES = ("pv", "pv_tuning")
+_TUNING_NAMES = {"pv": "pv", "pv_tuning": "pv", "edkm": "edkm", "dkm": "edkm"}
 
 
 def create_quantizer(
@@ -240,7 +240,8 @@ def _build_quantizer(
     if method in _TUNING_NAMES:
         message = (
             f"{method} is no way to make codes, it tunes them: name the method that "
-            "makes them here, and write tune: {method: pv} beside quantize"
+            f"makes them here, and write tune: {{method: {_TUNING_NAMES[method]}}} "
+            "beside quantize"
         )
         findings.add(path, message)
         return None

@@ -134,11 +134,57 @@ class PVOptions(TuneOptions):
         return self.max_code_change or (0.1 if self.is_short else 0.01)
 
 
-TUNINGS: Mapping[str, type[TuneOptions]] = {"pv": PVOptions}
+class EdkmOptions(TuneOptions):
+    """Options of ``edkm``: weights learn through palettes that follow them."""
+
+    summary = "trains weights through soft k-means, then the tables (DKM, eDKM)"
+
+    weight_learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Relative change of a matrix's weights in a step, at its highest; "
+        "null takes 1e-2 in a short run and 3e-3 in a longer one.",
+    )
+    softness: float = Field(
+        default=0.5,
+        gt=0,
+        description="At the start: how wide the blur between neighbouring entries of a "
+        "table is, relative to their distance.",
+    )
+    last_softness: float = Field(
+        default=0.002, gt=0, description="The same right before codes are fixed."
+    )
+    iterations: int = Field(
+        default=3, ge=0, description="Rounds of soft k-means in a step."
+    )
+    table_share: float = Field(
+        default=0.2,
+        ge=0,
+        lt=1,
+        description="Share of the run, at its end, that trains tables under fixed "
+        "codes.",
+    )
+
+    @model_validator(mode="after")
+    def _hardens(self) -> EdkmOptions:
+        if self.last_softness > self.softness:
+            raise ValueError(
+                f"last_softness is {self.last_softness:g}, above softness "
+                f"{self.softness:g}; it has to fall"
+            )
+        return self
+
+    @property
+    def weight_rate(self) -> float:
+        """Learning rate of master weights."""
+        return self.weight_learning_rate or (1e-2 if self.is_short else 3e-3)
+
+
+TUNINGS: Mapping[str, type[TuneOptions]] = {"pv": PVOptions, "edkm": EdkmOptions}
 
 
 class TuneSection(Section):
     """Training of codes towards the original model, after quantizing."""
 
-    method: Text = Field(default="pv", description="pv.")
+    method: Text = Field(default="pv", description="pv or edkm.")
     options: dict[str, Any] = Field(default={}, description="Options of the method.")

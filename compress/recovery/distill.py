@@ -150,7 +150,7 @@ class Training:
         with bar:
             while not self._ended():
                 used = self._used(progress.step + 0.5)
-                self._step(rate(used, options.warmup))
+                self._step(rate(self.learner.ready(used), options.warmup))
                 progress.step += 1
                 bar.update()
                 share = len(progress.evaluations) / options.evaluations
@@ -238,6 +238,7 @@ class Training:
 
     def _evaluate(self, *, steps: int) -> float:
         """Measure, note the best state, and write a checkpoint if it is time."""
+        self.learner.as_stored()
         kl = self._held_out_kl()
         self._team.average_([self._sums])
         loss, skipped, idle = self._sums.tolist()

@@ -37,6 +37,21 @@ class Learner(ABC):
         """Return the head's input ``[B, T, C]`` for ids int64 ``[B, T]``."""
         return self.model.states(ids)
 
+    def ready(self, used: float) -> float:
+        """Make the model ready for the passes of a step.
+
+        Args:
+            used: Share of the budget that is used by then.
+
+        Returns:
+            Where on the curve of the rate the step is, 0 to 1: ``used``, unless
+            training has phases with curves of their own.
+        """
+        return used
+
+    def as_stored(self) -> None:  # noqa: B027 - most learners always do
+        """Let the model compute with what would be stored now, to be measured."""
+
     @abstractmethod
     def step(self, rate: float, *, number: int, team: Team) -> Tensor:
         """Use up the gradients that are there: change everything once.

@@ -25,6 +25,7 @@ from compress.recovery.learner import Learner
 from compress.recovery.models import WholeModel
 from compress.recovery.parallel import Team
 from compress.recovery.trained import norm_weights
+from compress.tuning.numbers import RelativeAdam
 
 _WEIGHTS_AT_ONCE = 1 << 25  # of a stack: what one operation touches
 
@@ -96,6 +97,9 @@ class TunedModel(Learner):
         self.stacks = [_install_(model, part) for part in _parts(codes)]
         names = dense_names(model.description, codes, options)
         self.dense_weights = [_promote_(model, source, name) for name in names]
+        self.adam = RelativeAdam()
+        self.adam.add(self.parameters())
+        self._rate = options.rate
         self.refresh_()
 
     def refresh_(self) -> None:
@@ -159,6 +163,43 @@ class TunedModel(Learner):
             weight.live.grad = None
         return torch.stack([(~finite).float(), (norm == 0).float()])
 
+    def train_numbers(
+        self, index: int, rate: float, finite: Tensor, *, team: Team
+    ) -> Tensor:
+        """Change the numbers beside a stack's codes; return the values before.
+
+        The model is not refreshed.
+
+        Args:
+            index: Of the stack.
+            rate: Between 0 and 1, of the learning rate.
+            finite: bool ``[]``; where it is false nothing changes.
+            team: Averages what is summed without an order.
+        """
+        stack = self.stacks[index]
+        numbers = stack.codes.continuous_parameters()
+        with torch.enable_grad():
+            values = stack.codes.decode()
+        gradient = usable(stack.gradient, finite)
+        found = torch.autograd.grad(values, list(numbers.values()), gradient)
+        team.average_(found)  # sums without an order differ between processes
+        rates = finite * (rate * self._rate)
+        for (name, value), own in zip(numbers.items(), found, strict=True):
+            self.adam.move_(f"{index}/{name}", value, own, rates, stacked=True)
+        stack.codes.settle_()
+        return values.detach()
+
+    def train_dense(self, rate: float, finite: Tensor) -> None:
+        """Change dense weights by their gradients, and refresh them."""
+        rates = finite * (rate * self._rate)
+        for weight in self.dense_weights:
+            if weight.live.grad is not None:
+                own = usable(weight.live.grad, finite)
+                stacked = False if weight.value.dim() > 1 else None
+                # Norms may lie around 0: their steps are relative to nothing.
+                self.adam.move_(weight.name, weight.value, own, rates, stacked=stacked)
+                weight.refresh_()
+
     def _gradient_norm(self) -> Tensor:
         gradients = [stack.gradient for stack in self.stacks]
         gradients += [
@@ -181,6 +222,11 @@ class TunedModel(Learner):
             number: Steps before this one.
             team: Whatever is not the same in all processes is averaged.
         """
+
+
+def usable(gradient: Tensor, finite: Tensor) -> Tensor:
+    """Return a gradient in float32; zeros if it must not be used."""
+    return torch.where(finite, gradient.float(), torch.zeros((), device=finite.device))
 
 
 def dense_names(

@@ -27,7 +27,6 @@ fixed order, so two runs agree to rounding only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,18 +36,9 @@ from compress.core.artifact import TensorSource
 from compress.core.tensors import QuantizedTensor
 from compress.recovery.models import WholeModel
 from compress.recovery.parallel import Team
-from compress.tuning.coded import Stack, TunedModel
+from compress.tuning.coded import Stack, TunedModel, usable
+from compress.tuning.numbers import BETAS
 from compress.tuning.steps import direction, relative, selected, trusted
-
-_BETAS = (0.9, 0.95)
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """Running means of the gradient of one leaf, and of its square."""
-
-    first: Tensor
-    second: Tensor
 
 
 class PVTuner(TunedModel):
@@ -70,10 +60,6 @@ class PVTuner(TunedModel):
     ) -> None:
         super().__init__(model, source, codes, options)
         self._options = options
-        self._moments = {
-            name: _Moments(torch.zeros_like(value), torch.zeros_like(value))
-            for name, value in self.parameters().items()
-        }
         self._seconds: list[Tensor] = []
         self._wanted: list[Tensor] = []
         if options.changes_codes:
@@ -84,82 +70,29 @@ class PVTuner(TunedModel):
 
     def memory(self) -> dict[str, Tensor]:
         """Return moments, and what units want."""
-        found = {}
-        for name, moments in self._moments.items():
-            found[f"first/{name}"] = moments.first
-            found[f"second/{name}"] = moments.second
+        found = self.adam.memory()
         found |= {f"codes/{n}": second for n, second in enumerate(self._seconds)}
         return found | {f"wanted/{n}": wish for n, wish in enumerate(self._wanted)}
 
     def remember(self, memory: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`memory` returned."""
-        for name, value in self.memory().items():
-            value.copy_(memory[name])
+        self.adam.remember(memory)
+        for number, second in enumerate(self._seconds):
+            second.copy_(memory[f"codes/{number}"])
+        for number, wish in enumerate(self._wanted):
+            wish.copy_(memory[f"wanted/{number}"])
 
     def _change(self, rate: float, finite: Tensor, *, number: int, team: Team) -> None:
-        rates = finite * (rate * self._options.rate)
         for index, stack in enumerate(self.stacks):
-            gradient = _usable(stack.gradient, finite)
-            before = self._train_numbers(index, stack, gradient, rates, number, team)
+            before = self.train_numbers(index, rate, finite, team=team)
             if self._options.changes_codes:
                 asked = finite * (rate * self._options.code_rate)
+                gradient = usable(stack.gradient, finite)
                 self._choose_codes(
                     index, before, gradient, rate=asked, finite=finite, number=number
                 )
             stack.refresh_()
-        for weight in self.dense_weights:
-            if weight.live.grad is not None:
-                usable = _usable(weight.live.grad, finite)
-                whole = weight.value.dim() > 1  # norms may lie around 0
-                self._move_(weight.name, weight.value, usable, rates, number, whole)
-                weight.refresh_()
-
-    def _train_numbers(
-        self,
-        index: int,
-        stack: Stack,
-        gradient: Tensor,
-        rates: Tensor,
-        number: int,
-        team: Team,
-    ) -> Tensor:
-        """P: change the numbers beside the codes; return the values before."""
-        numbers = stack.codes.continuous_parameters()
-        with torch.enable_grad():
-            values = stack.codes.decode()
-        found = torch.autograd.grad(values, list(numbers.values()), gradient)
-        team.average_(found)  # sums without an order differ between processes
-        for (name, value), own in zip(numbers.items(), found, strict=True):
-            self._move_(f"{index}/{name}", value, own, rates, number, True)
-        stack.codes.settle_()
-        return values.detach()
-
-    @torch.no_grad()
-    def _move_(
-        self,
-        name: str,
-        value: Tensor,
-        gradient: Tensor,
-        rates: Tensor,
-        number: int,
-        scaled: bool,
-    ) -> None:
-        """Change a leaf by Adam; ``scaled`` steps are relative to it."""
-        moments = self._moments[name]
-        change = direction(
-            gradient,
-            moments.second,
-            beta=_BETAS[1],
-            number=number,
-            first=moments.first,
-            first_beta=_BETAS[0],
-        )
-        if scaled:
-            alone = "/" not in name  # a dense weight is a matrix, not a stack
-            pair = (value[None], change[None]) if alone else (value, change)
-            ratio = relative(*pair)
-            change *= ratio[0] if alone else ratio
-        value.sub_(change * rates)
+        self.train_dense(rate, finite)
 
     @torch.no_grad()
     def _choose_codes(
@@ -175,9 +108,7 @@ class PVTuner(TunedModel):
         """V: give the units that are farthest from what they want other codes."""
         options, codes = self._options, self.stacks[index].codes
         target = self._wanted[index] if options.keeps_wishes else before.clone()
-        change = direction(
-            gradient, self._seconds[index], beta=_BETAS[1], number=number
-        )
+        change = direction(gradient, self._seconds[index], beta=BETAS[1], number=number)
         change *= relative(target, change) * rate
         target -= change  # in place: what units want is kept
         present = codes.decode()
@@ -209,8 +140,3 @@ class PVTuner(TunedModel):
 
 def _like(stack: Stack) -> Tensor:
     return torch.zeros_like(stack.live, dtype=torch.float32)
-
-
-def _usable(gradient: Tensor, finite: Tensor) -> Tensor:
-    """Return a gradient in float32; zeros if it must not be used."""
-    return torch.where(finite, gradient.float(), torch.zeros((), device=finite.device))

@@ -21,11 +21,10 @@ from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.errors import CheckpointError, ConfigError
 from compress.core.plan import Plan
 from compress.core.tensors import QuantizedTensor
-from compress.core.tunable import tuning_problem
 from compress.model.loading import ModelHandle
 from compress.recovery.text import load_recovery_text
 from compress.transform import part_of_layer
-from compress.tuning.tune import Tuned, tune
+from compress.tuning.tune import Tuned, problem_of, tune
 from compress.workdir import LayerRecord, WorkDir, write_atomically
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def check(config: Config, plan: Plan, model: ModelDescription) -> None:
     """
     if config.tune is None:
         return
-    tune_options(config.tune)
+    options = tune_options(config.tune)
     check_sources(config.calibration.data)
     layers = layers_of(plan, model)
     if not layers:
@@ -52,7 +51,8 @@ def check(config: Config, plan: Plan, model: ModelDescription) -> None:
             "tune: the plan codes no linear layer; quantize some, or leave tune out"
         )
     for name in layers:
-        problem = tuning_problem(plan.layers[name].scheme)
+        layer = plan.layers[name]
+        problem = problem_of(options, layer.scheme, layer.shape)
         if problem is not None:
             raise ConfigError(f"tune: {name}: {problem}, or leave tune out")
 
@@ -105,6 +105,7 @@ def carry_out(run: Run) -> TunedLayers | None:
                 ModelHandle(run.model, run.compressed_source()),
                 run.handle,
                 {name: run.codes(name) for name in names},
+                originals=run.artifact.source,
                 text=load_recovery_text(sources, run.handle.tokenizer(), options),
                 options=options,
                 device=run.device,

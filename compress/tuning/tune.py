@@ -15,9 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.config.tune_section import TUNINGS, PVOptions, TuneOptions
+from compress.config.tune_section import (
+    TUNINGS,
+    EdkmOptions,
+    PVOptions,
+    TuneOptions,
+)
+from compress.core.artifact import TensorSource
 from compress.core.errors import ConfigError
+from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
+from compress.core.tunable import tuning_problem
 from compress.model.devices import choose_dtype
 from compress.model.loading import ModelHandle
 from compress.provenance import device_peak_bytes, digest_of, weights_digest
@@ -29,6 +37,8 @@ from compress.recovery.parallel import Team, team
 from compress.recovery.teacher import Teacher
 from compress.recovery.text import RecoveryText
 from compress.tuning.coded import TunedModel
+from compress.tuning.dkm.palette import palette_problem
+from compress.tuning.edkm import EdkmTuner
 from compress.tuning.pv import PVTuner
 
 _CHECKPOINT = "training.safetensors"
@@ -57,6 +67,7 @@ def tune(
     teacher: ModelHandle,
     codes: Mapping[str, QuantizedTensor],
     *,
+    originals: TensorSource,
     text: RecoveryText,
     options: TuneOptions,
     device: str,
@@ -72,6 +83,7 @@ def tune(
         student: The compressed model: its source has the values of the codes.
         teacher: The original model, with the same vocabulary.
         codes: Of the layers to tune, by name; each is a linear layer of the student.
+        originals: Has the dense weights that the codes stand for.
         text: What is trained on.
         options: Of a method in ``TUNINGS``.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
@@ -87,7 +99,9 @@ def tune(
     with team(device) as (members, own):
         if own.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(own)
-        job = _Job(student, teacher, codes, text, options, state, members, own)
+        job = _Job(
+            student, teacher, codes, originals, text, options, state, members, own
+        )
         found = job.run(started)
         if members.rank == 0:
             if save is not None:
@@ -104,6 +118,7 @@ class _Job:
     student: ModelHandle
     teacher: ModelHandle
     codes: Mapping[str, QuantizedTensor]
+    originals: TensorSource
     text: RecoveryText
     options: TuneOptions
     state: Path
@@ -128,7 +143,7 @@ class _Job:
         model = WholeModel(self.student, device=self.device, dtype=dtype)
         if options.gradient_checkpointing:
             model.checkpoint_blocks()
-        tuner = _tuner(model, self.student, self.codes, options)
+        tuner = self._tuner(model)
         training = Training(
             tuner,
             teacher,
@@ -170,6 +185,15 @@ class _Job:
         }
         return Tuned(found, tuner.dense(), record)
 
+    def _tuner(self, model: WholeModel) -> TunedModel:
+        """Return what carries out the method."""
+        options, source = self.options, self.student.source
+        if isinstance(options, PVOptions):
+            return PVTuner(model, source, self.codes, options)
+        if isinstance(options, EdkmOptions):
+            return EdkmTuner(model, source, self.originals, self.codes, options)
+        raise ConfigError(f"tune: options of {type(options).__name__}")
+
     def _fingerprint(self) -> Mapping[str, str]:
         """Return a digest of each thing that decides the result, by name."""
         options = self.options.model_dump(mode="json", exclude=_NO_RESULT)
@@ -186,16 +210,19 @@ def _method(options: TuneOptions) -> str:
     return next(name for name, kind in TUNINGS.items() if type(options) is kind)
 
 
-def _tuner(
-    model: WholeModel,
-    student: ModelHandle,
-    codes: Mapping[str, QuantizedTensor],
-    options: TuneOptions,
-) -> TunedModel:
-    """Return what carries out a method."""
-    if isinstance(options, PVOptions):
-        return PVTuner(model, student.source, codes, options)
-    raise ConfigError(f"tune: options of {type(options).__name__}")
+def problem_of(
+    options: TuneOptions, scheme: Scheme, shape: tuple[int, int]
+) -> str | None:
+    """Return why a method cannot tune a matrix, and what to take instead.
+
+    Args:
+        options: Of the method.
+        scheme: Of the matrix's codes.
+        shape: ``R``, ``C``.
+    """
+    if isinstance(options, EdkmOptions):
+        return palette_problem(scheme, shape)
+    return tuning_problem(scheme)
 
 
 def changed_share(

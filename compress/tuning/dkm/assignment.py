@@ -26,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-_AT_REST = 1e-7  # of an entry's mean mass: what its old place counts in its new one
+AT_REST = 1e-7  # of an entry's mean mass: what its old place counts in its new one
 _VALUES_AT_ONCE = 1 << 24
 
 
@@ -68,7 +68,7 @@ def soft_tables(
     else:
         total = importances.sum(1).view(-1, 1, 1)
         pull = weights * importances.unsqueeze(-1)
-    rest = total * (_AT_REST / tables.shape[1]) + torch.finfo(weights.dtype).tiny
+    rest = total * (AT_REST / tables.shape[1]) + torch.finfo(weights.dtype).tiny
     for _ in range(iterations):
         share = soft_assignment(weights, tables, temperature)
         drawn = (share.unsqueeze(-1) * pull.unsqueeze(2)).sum(1)  # [G, K, g]
@@ -100,6 +100,11 @@ def nearest(weights: Tensor, tables: Tensor) -> Tensor:
         tables: ``[G, K, g]``.
     """
     groups, count, vector = weights.shape
+    if vector == 1:
+        ordered, places = tables.squeeze(-1).sort(dim=1)
+        borders = (ordered[:, 1:] + ordered[:, :-1]) / 2
+        numbers = weights.squeeze(-1).contiguous()
+        return places.gather(1, torch.searchsorted(borders, numbers))
     found = torch.empty(groups, count, dtype=torch.int64, device=weights.device)
     step = max(1, _VALUES_AT_ONCE // (groups * tables[0].numel()))
     for start in range(0, count, step):

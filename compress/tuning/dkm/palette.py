@@ -1,44 +1,51 @@
-"""A palette in training: weights that learn, and tables that follow them.
+"""Palettes in soft training: weights that learn, and tables that follow them.
 
-A loop takes ``weight(share)`` as the weight of a layer, where ``share`` is how much of
-the training is done, steps an optimizer on ``parameters()``, and calls ``advance_()``.
-The softness falls with the share. ``snap_()`` then freezes the codes; from there on the
-parameters are the tables, which the loop may tune. ``result()`` is what is stored.
+Matrices of one shape and scheme are clustered together. ``soft(share)`` makes their
+values from the master weights, where ``share`` is how much of the soft training is
+done; gradients of the values are taken back to the master weights by autograd; then
+``advance_()`` lets the next step start from the tables that this one found. The
+softness falls with the share. ``snap()`` returns tables and codes as they are stored.
 
-    ``soft``: master weights -> rounded to bf16 -> soft k-means -> soft weights
-    ``snapped``: tables[codes]
+    master weights (/ scale) -> rounded to bf16 -> soft k-means -> soft values (* scale)
 
-Source: Cho et al. (2022), DKM, arXiv 2108.12659; Cho et al. (2023), eDKM, arXiv
-2309.00964, for training in the domain of distinct values. Differs: master weights are
-float32; temperature follows the gap and falls; see ``assignment`` and
-``table_domain``. Palettes of single numbers keep some 2 bytes a weight for backward.
-Vectors need plain DKM, ``n K`` numbers in each of ``2 T`` tensors, kept on the host
-where training is on a GPU: for small layers or tables.
+Master weights start from the dense weights. Where the codes given are not the nearest
+ones, as error feedback makes them, a weight starts at the edge of the cell of its code:
+snapped at once, the codes are those given. Scales of rows stay as they are.
+
+Source: Cho et al. (2022), DKM, arXiv 2108.12659; Cho
+et al. (2023), eDKM, arXiv 2309.00964, for training in the domain of distinct values.
+Differs: master weights are float32; temperature follows the gap and falls; see
+``assignment`` and ``table_domain``. Palettes of single numbers keep some 2 bytes a
+weight for backward. Vectors hardly repeat and need plain DKM, ``n K`` numbers in each
+of ``2 T`` tensors: they are computed again in backward, a few groups at a time.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from compress.core.codebooks import to_stored
-from compress.core.errors import CompressError, SchemeError
+from compress.core.scheme import Scheme
 from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
 from compress.tuning.dkm.assignment import (
     annealed,
-    entries,
     hard_values,
     soft_tables,
     soft_values,
     softness,
     temperature,
 )
-from compress.tuning.dkm.saved import SavedOnHost
-from compress.tuning.dkm.snap import snap
+from compress.tuning.dkm.snap import snap, within_cells
 from compress.tuning.dkm.table_domain import cluster, rounded
+
+# Numbers in one map of vectors to entries; backward keeps 2 T maps of them. 256 MiB.
+_MAP_AT_ONCE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Schedule:
     Attributes:
         first: Alpha at the start, the width of the blur in gaps between entries.
         last: Alpha at the end.
-        iterations: Rounds of soft k-means in a forward.
+        iterations: Rounds of soft k-means in a step.
     """
 
     first: float = 0.5
@@ -59,189 +66,199 @@ class Schedule:
     iterations: int = 3
 
 
-class TrainablePalette:
-    """The weight of one layer under a palette, while it is trained.
+class SoftPalettes:
+    """``B`` matrices ``[R, C]`` under palettes, while these are soft.
 
     Args:
-        weight: ``[R, C]`` dense weight to start from, any float type.
-        start: The same weight under the palette; gives tables, scales and scheme.
+        weights: ``[B, R, C]`` dense weights to start from, any float type.
+        starts: The same weights under palettes with one table, of one scheme; their
+            tables and scales are taken.
         schedule: How soft it is, and when.
-        importances: ``[R, C]`` of the weights, not negative; equal if left out. Of
-            vectors the mean counts.
-        name: Of the layer, for errors.
 
-    Raises:
-        SchemeError: The scheme is no palette with one table.
+    Attributes:
+        master: float32 leaf ``[B, R, C]``.
+        tables: float32 ``[B T, K, g]`` that the next step starts from.
     """
 
     def __init__(
-        self,
-        weight: Tensor,
-        start: QuantizedTensor,
-        *,
-        schedule: Schedule | None = None,
-        importances: Tensor | None = None,
-        name: str = "weight",
+        self, weights: Tensor, starts: Sequence[QuantizedTensor], schedule: Schedule
     ) -> None:
-        scheme, codebook = start.scheme, start.scheme.codebook
-        if codebook is None or start.tables is None or codebook.count != 1:
-            raise SchemeError(
-                f"{name} has scheme {scheme.name}: differentiable k-means trains "
-                "palettes with one table, such as palette3 or palette-2x6"
-            )
-        if weight.shape != start.shape:
-            raise SchemeError(
-                f"{name} is {list(weight.shape)} but its palette {list(start.shape)}"
-            )
-        self._start, self._schedule = start, schedule or Schedule()
-        self._vector, self._name = codebook.vector, name
-        self._block = scheme.rows_of_scale(len(weight))
-        self._scale = start.scale.float() if codebook.scaled else None
-        self._master = nn.Parameter(weight.detach().float().clone())
-        self._tables = start.tables[:, 0].float()  # [G, K, g]
-        self._next = self._tables
-        self._share = 0.0
-        self._codes: Tensor | None = None  # [G, n], after the snap
-        self._importances = self._grouped_importances(importances)
+        self.scheme, device = starts[0].scheme, weights.device
+        book = self.scheme.codebook
+        assert book is not None and book.count == 1
+        self._vector, self._schedule = book.vector, schedule
+        self._block = self.scheme.rows_of_scale(weights.shape[1])
+        self._scale: Tensor | None = None
+        if book.scaled:
+            scale = torch.stack([s.scale for s in starts]).to(device).float()
+            # A row of zeros has the scale 0, and whatever it points to is 0.
+            self._scale = scale
+            self._divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
+        self.master = weights.detach().float().clone()
+        tables = torch.stack([_given(s.tables) for s in starts]).to(device)
+        self.tables = tables[:, :, 0].flatten(0, 1).float()
+        self._next = self.tables
+        self._importances = self._without_filling()
+        decoded = torch.stack([s.dequantize() for s in starts]).to(device)
+        within = within_cells(self._values(), self.tables, self._values(decoded))
+        kept = self._ungrouped(within)
+        moved = kept != self._ungrouped(self._values())  # the rest is not rounded
+        self.master = torch.where(moved, kept, self.master).requires_grad_()
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return what an optimizer changes: master weights, after the snap tables."""
-        if self._codes is None:
-            return [self._master]
-        assert isinstance(self._tables, nn.Parameter)
-        return [self._tables]
-
-    def weight(self, share: float = 1.0) -> Tensor:
-        """Return the weight of the layer, float32 ``[R, C]``, differentiable.
-
-        Changes nothing that a second forward of the same step sees, so that gradient
-        checkpoints are safe.
+    def soft(self, share: float) -> Tensor:
+        """Return soft values, float32 ``[B, R, C]``, differentiable in the master.
 
         Args:
-            share: Of the training that is done, 0 to 1; decides how soft it is.
+            share: Of the soft training that is done, 0 to 1; decides how soft it is.
         """
-        if self._codes is not None:
-            return self._ungrouped(entries(self._tables, self._codes))
-        self._share = share
-        soft, self._next = self._soft(self._values(self._master))
-        return self._ungrouped(soft)
+        values, self._next = self._soft(share)
+        return self._ungrouped(values)
 
     def advance_(self) -> None:
-        """Let the next step start from the tables that this step's forward found."""
-        if self._codes is None:
-            self._tables = self._next
+        """Let the next step start from the tables that the last one found."""
+        self.tables = self._next
 
     @torch.no_grad()
-    def softness(self) -> float:
-        """Return the relative change that snapping makes now; 0 after the snap.
-
-        Waits for the device.
-        """
-        if self._codes is not None:
-            return 0.0
-        values = self._values(self._master)
-        soft, tables = self._soft(values)
+    def softness(self, share: float) -> float:
+        """Return the relative change that snapping makes; waits for the device."""
+        soft, tables = self._soft(share)
+        values = self._values()
         return float(softness(soft, hard_values(values, tables), values))
 
     @torch.no_grad()
-    def snap_(self) -> None:
-        """Fix the codes; parameters are the tables from here on.
+    def snap(self, share: float) -> tuple[Tensor, Tensor]:
+        """Return tables and codes, as codes with tables hold them.
 
-        The master weights are let go.
-
-        Raises:
-            CompressError: Weights are not finite.
+        Returns:
+            float32 ``[B, T, 1, K, g]``, numbers of the storage type; codes ``[B, U,
+            1]`` as stored.
         """
-        assert self._codes is None
-        values = self._values(self._master)
-        soft, tables = self._soft(values)
-        if not bool(torch.isfinite(soft).all()):
-            raise CompressError(
-                f"{self._name}: weights are not finite after training with "
-                "differentiable k-means; lower the learning rate"
-            )
-        dtype = TORCH_DTYPES[self._start.scheme.scale_dtype]
-        stored, self._codes = snap(
-            values, tables, soft, dtype=dtype, importances=self._importances
+        soft, tables = self._soft(share)
+        dtype = TORCH_DTYPES[self.scheme.scale_dtype]
+        kept, codes = snap(
+            self._values(), tables, soft, dtype=dtype, importances=self._importances
         )
-        self._tables = nn.Parameter(stored.float())
-        self._importances = None
-        del self._master, self._next
+        count, rows, columns = self.master.shape
+        codes = codes.view(count, -1, columns // self._vector)[:, :rows]
+        return (
+            kept.float().view(count, -1, 1, *kept.shape[1:]),
+            to_stored(codes.reshape(count, -1, 1), self.scheme.bits),
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that training changes, by name; not copied."""
+        return {"master": self.master.detach(), "soft_tables": self.tables}
 
     @torch.no_grad()
-    def result(self) -> QuantizedTensor:
-        """Return the palette as it is stored; after the snap only.
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Put back what :meth:`state` returned."""
+        self.master.copy_(state["master"])
+        self.tables = state["soft_tables"].to(self.tables.device)
 
-        Tables are sorted again, since tuning may have changed their order.
-        """
-        assert self._codes is not None, "snap_() comes first"
-        start, scheme = self._start, self._start.scheme
-        order = self._tables[..., 0].argsort(1)
-        place = torch.empty_like(order)
-        count = torch.arange(order.shape[1], device=order.device)
-        place.scatter_(1, order, count.expand_as(order))
-        tables = self._tables.gather(1, order.unsqueeze(-1).expand_as(self._tables))
-        codes = place.gather(1, self._codes)
-        rows, columns = start.shape
-        codes = codes.view(-1, columns // self._vector)[:rows].contiguous()
-        return QuantizedTensor(
-            to_stored(codes, scheme.bits),
-            start.scale,
-            None,
-            scheme,
-            start.notes,
-            tables=tables.unsqueeze(1).to(TORCH_DTYPES[scheme.scale_dtype]),
-        )
-
-    def _soft(self, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _soft(self, share: float) -> tuple[Tensor, Tensor]:
         """Return soft values ``[G, n, g]`` and their tables, without gradient."""
-        schedule = self._schedule
-        alpha = annealed(schedule.first, schedule.last, self._share)
-        tables, iterations = self._tables, schedule.iterations
-        tau = temperature(tables, alpha)
-        if self._vector == 1:
-            soft, after = cluster(
-                values.squeeze(-1),
-                tables.squeeze(-1),
-                tau,
-                iterations=iterations,
-                importances=self._importances,
-            )
-            return soft.unsqueeze(-1), after.unsqueeze(-1)
-        on_host = SavedOnHost() if values.device.type != "cpu" else nullcontext()
-        with on_host:
-            after = soft_tables(
-                values,
-                tables,
-                tau,
-                iterations=iterations,
-                importances=self._importances,
-            )
-            return soft_values(values, after, tau), after.detach()
+        schedule, values = self._schedule, self._values()
+        alpha = annealed(schedule.first, schedule.last, share)
+        tau = temperature(self.tables, alpha)
+        if self._vector > 1:
+            return self._of_vectors(values, tau)
+        soft, after = cluster(
+            values.squeeze(-1),
+            self.tables.squeeze(-1),
+            tau,
+            iterations=schedule.iterations,
+            importances=self._importances,
+        )
+        return soft.unsqueeze(-1), after.unsqueeze(-1)
 
-    def _values(self, weight: Tensor) -> Tensor:
-        """Return what is clustered, of bf16 values, ``[G, n, g]``."""
-        values = weight if self._scale is None else weight / self._scale
+    def _of_vectors(self, values: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+        """Return soft values and tables of a few groups at a time."""
+        count = values.shape[1]
+        step = max(1, _MAP_AT_ONCE // map_numbers(count, self.scheme))
+        found = []
+        for start in range(0, len(values), step):
+            part = slice(start, start + step)
+            own = None if self._importances is None else self._importances[part]
+            pair: Any = checkpoint(
+                _plain,
+                values[part],
+                self.tables[part],
+                tau[part],
+                self._schedule.iterations,
+                own,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            found.append(pair)
+        return torch.cat([a for a, _ in found]), torch.cat([b for _, b in found])
+
+    def _values(self, weights: Tensor | None = None) -> Tensor:
+        """Return what is clustered of the master, of bf16 values, ``[G, n, g]``."""
+        weights = self.master if weights is None else weights
+        values = weights if self._scale is None else weights / self._divisor
         return self._grouped(rounded(values))
 
-    def _grouped(self, weight: Tensor) -> Tensor:
-        short = -len(weight) % self._block
-        padded = nn.functional.pad(weight, (0, 0, 0, short)) if short else weight
-        return padded.reshape(len(self._tables), -1, self._vector)
+    def _grouped(self, weights: Tensor) -> Tensor:
+        short = -weights.shape[1] % self._block
+        padded = nn.functional.pad(weights, (0, 0, 0, short)) if short else weights
+        return padded.reshape(len(self.tables), -1, self._vector)
 
     def _ungrouped(self, values: Tensor) -> Tensor:
-        rows, columns = self._start.shape
-        weight = values.reshape(-1, columns)[:rows]
-        return weight if self._scale is None else weight * self._scale
+        count, rows, columns = self.master.shape
+        weights = values.reshape(count, -1, columns)[:, :rows]
+        return weights if self._scale is None else weights * self._scale
 
-    def _grouped_importances(self, importances: Tensor | None) -> Tensor | None:
-        """Return importances of runs of columns; rows that fill a group have none."""
-        rows, columns = self._start.shape
-        if importances is None:
-            if rows % self._block == 0:
-                return None
-            importances = torch.ones(rows, columns, device=self._master.device)
-        grouped = self._grouped(importances.detach().float()).mean(-1)
-        # Means of 1, so that sums of many stay in the range of float32.
-        mean = grouped.mean(1, keepdim=True)
-        return grouped / mean.clamp_min(torch.finfo(mean.dtype).tiny)
+    def _without_filling(self) -> Tensor | None:
+        """Return importances 0 for rows that fill the last group, if there are any."""
+        if self.master.shape[1] % self._block == 0:
+            return None
+        return self._grouped(torch.ones_like(self.master))[..., 0].contiguous()
+
+
+def map_numbers(count: int, scheme: Scheme) -> int:
+    """Return the numbers in a map of ``count`` vectors to the entries of a table."""
+    assert scheme.codebook is not None
+    return count * scheme.codebook.vector << scheme.bits
+
+
+def palette_problem(scheme: Scheme, shape: tuple[int, int]) -> str | None:
+    """Return why a matrix cannot be in soft training, and what to take instead.
+
+    Args:
+        scheme: Of its codes.
+        shape: ``R``, ``C``.
+    """
+    book = scheme.codebook
+    if book is None or book.count != 1:
+        return (
+            f"differentiable k-means trains palettes with one table, and {scheme.name} "
+            "is none; use a scheme such as palette3 or palette-2x6, or method: pv"
+        )
+    rows, columns = shape
+    group = min(rows, scheme.rows_of_scale(rows)) * columns // book.vector
+    if book.vector > 1 and map_numbers(group, scheme) > 4 * _MAP_AT_ONCE:
+        return (
+            f"{scheme.name}: vectors of {rows} x {columns} weights that share a table "
+            f"need maps of {map_numbers(group, scheme):.1e} numbers; use fewer rows a "
+            "table, such as -r16, or method: pv"
+        )
+    return None
+
+
+def _plain(
+    values: Tensor,
+    tables: Tensor,
+    tau: Tensor,
+    iterations: int,
+    importances: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return soft values ``[G, n, g]`` by plain DKM, and tables without gradient."""
+    after = soft_tables(
+        values, tables, tau, iterations=iterations, importances=importances
+    )
+    return soft_values(values, after, tau), after.detach()
+
+
+def _given(values: Tensor | None) -> Tensor:
+    assert values is not None
+    return values

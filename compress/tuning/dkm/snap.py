@@ -15,6 +15,8 @@ from torch import Tensor
 
 from compress.tuning.dkm.assignment import entries, nearest
 
+_WITHIN = 0.8  # of the way to the border; rounding to bf16 must not cross it
+
 
 @torch.no_grad()
 def snap(
@@ -49,6 +51,33 @@ def snap(
         torch.where(takes_means.view(-1, 1, 1), candidates[1], candidates[0]),
         torch.where(takes_means.view(-1, 1), codes[1], codes[0]),
     )
+
+
+@torch.no_grad()
+def within_cells(weights: Tensor, tables: Tensor, wanted: Tensor) -> Tensor:
+    """Return weights moved to where their nearest entries are those wanted.
+
+    Weights for which they are already stay. The others go as far as to the ball around
+    the wanted entry that lies within its cell: with a radius of half the distance to
+    the next entry, less a margin.
+
+    Args:
+        weights: ``[G, n, g]``, float32.
+        tables: ``[G, K, g]``.
+        wanted: ``[G, n, g]``, each near the entry that is wanted.
+    """
+    codes = nearest(wanted, tables)
+    entry = entries(tables, codes)
+    gaps = (tables.unsqueeze(2) - tables.unsqueeze(1)).square().sum(-1)
+    itself = torch.eye(tables.shape[1], dtype=torch.bool, device=tables.device)
+    next_entry = gaps.masked_fill(itself, torch.inf).amin(2).sqrt()  # [G, K]
+    radius = (_WITHIN / 2) * next_entry.gather(1, codes).unsqueeze(-1)
+    off = weights - entry
+    length = torch.linalg.vector_norm(off, dim=-1, keepdim=True)
+    least = torch.finfo(length.dtype).tiny
+    moved = entry + off * (radius / length.clamp_min(least)).clamp_max(1)
+    stays = (nearest(weights, tables) == codes).unsqueeze(-1)
+    return torch.where(stays, weights, moved)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from compress.core.codebooks import from_stored
-from compress.tuning.dkm.assignment import soft_tables, soft_values
+from compress.tuning.dkm.assignment import AT_REST
 from compress.tuning.dkm.unique import Unique, unique_values
 
 # Numbers that autograd keeps while a part of the groups is computed again; 256 MiB.
@@ -72,12 +72,9 @@ class _Cluster(torch.autograd.Function):
         values = torch.empty_like(found.values)
         after = torch.empty_like(tables)
         for part in _parts(found.values, tables, iterations):
-            u, mass = found.values[part, :, None], found.mass[part]
-            tau = temperature[part]
-            after[part] = soft_tables(
-                u, tables[part, :, None], tau, iterations=iterations, importances=mass
-            ).squeeze(-1)
-            values[part] = soft_values(u, after[part, :, None], tau).squeeze(-1)
+            u, tau = found.values[part], temperature[part]
+            after[part] = _tables(u, found.mass[part], tables[part], tau, iterations)
+            values[part] = _values(u, after[part], tau)
         ctx.save_for_backward(
             found.values, found.mass, found.stored, tables, temperature
         )
@@ -108,6 +105,35 @@ class _Cluster(torch.autograd.Function):
         return pull, None, None, None, None, None
 
 
+def _shares(values: Tensor, tables: Tensor, temperature: Tensor) -> Tensor:
+    """Return how much each value belongs to each entry, ``[G, K, U]``.
+
+    Entries come first: along a few that lie side by side, softmax takes ten times as
+    long.
+    """
+    gaps = values.unsqueeze(1) - tables.unsqueeze(2)
+    return torch.softmax(gaps.square() / -temperature.view(-1, 1, 1), dim=1)
+
+
+def _tables(
+    values: Tensor, mass: Tensor, tables: Tensor, temperature: Tensor, iterations: int
+) -> Tensor:
+    """Return the tables ``[G, K]`` after so many rounds of soft k-means."""
+    rest = mass.sum(1, keepdim=True) * (AT_REST / tables.shape[1])
+    rest = rest + torch.finfo(mass.dtype).tiny
+    for _ in range(iterations):
+        share = _shares(values, tables, temperature) * mass.unsqueeze(1)
+        drawn = (share * values.unsqueeze(1)).sum(2)
+        tables = (drawn + rest * tables) / (share.sum(2) + rest)
+    return tables
+
+
+def _values(values: Tensor, tables: Tensor, temperature: Tensor) -> Tensor:
+    """Return the soft values ``[G, U]``."""
+    share = _shares(values, tables, temperature)
+    return (share * tables.unsqueeze(2)).sum(1)
+
+
 @torch.enable_grad()
 def _gradients(
     values: Tensor,
@@ -129,16 +155,10 @@ def _gradients(
         iterations: Rounds.
     """
     u = values.detach().requires_grad_()
-    after = soft_tables(
-        u.unsqueeze(-1),
-        tables.unsqueeze(-1),
-        temperature,
-        iterations=iterations,
-        importances=mass,
-    )
+    after = _tables(u, mass, tables, temperature, iterations)
     at = values.detach().requires_grad_()
     fixed = after.detach().requires_grad_()
-    soft = soft_values(at.unsqueeze(-1), fixed, temperature).squeeze(-1)
+    soft = _values(at, fixed, temperature)
     # F of a value depends on no other value, so a sum has the derivative of each.
     (own,) = torch.autograd.grad(soft.sum(), at, retain_graph=True)
     (pull,) = torch.autograd.grad(soft, fixed, summed)

@@ -26,6 +26,7 @@ def tuned(
         student,
         teacher,
         codes,
+        originals=teacher.source,
         text=text_of(),
         options=options_of(**changes),
         device="cpu",
