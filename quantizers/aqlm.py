@@ -119,7 +119,8 @@ class AQLM(Quantizer):
         book = scheme.codebook
         if book is None or scheme.rank or scheme.row_block != WHOLE:
             return False
-        return book.scaled and (book.count > 1 or book.vector > 1)
+        wide = book.count > 1 or book.vector > 1
+        return book.scaled and wide and not book.positional
 
     def obstacle(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """Return why tables are too large for a matrix, unless they are allowed."""

@@ -84,7 +84,12 @@ class TrainablePalette:
         name: str = "weight",
     ) -> None:
         scheme, codebook = start.scheme, start.scheme.codebook
-        if codebook is None or start.tables is None or codebook.count != 1:
+        if (
+            codebook is None
+            or start.tables is None
+            or codebook.positional
+            or codebook.count != 1
+        ):
             raise SchemeError(
                 f"{name} has scheme {scheme.name}: differentiable k-means trains "
                 "palettes with one table, such as palette3 or palette-2x6"
