@@ -28,6 +28,7 @@ from torch import Tensor
 from compress.core.vector_clustering import vector_centroids
 
 _DISTANCES_AT_ONCE = 1 << 24
+_SAMPLE_OF_ENTRY = 64  # rows that k-means sees; sweeps see all of them
 
 
 @dataclass
@@ -157,8 +158,11 @@ def clustered(
         seed: Of the start.
     """
     turn = torch.linalg.cholesky(cost)
-    spread = weights.unsqueeze(1).expand_as(points)
-    centers, _ = vector_centroids(points @ turn, spread, count, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(points), generator=generator)
+    drawn = drawn[: _SAMPLE_OF_ENTRY * count].to(points.device)
+    spread = weights[drawn].unsqueeze(1).expand(-1, points.shape[1])
+    centers, _ = vector_centroids(points[drawn] @ turn, spread, count, seed=seed)
     entries = torch.linalg.solve_triangular(turn, centers, upper=False, left=False)
     # In the points' own space, where the mean of one point is that point.
     codes = nearest(points, entries, cost)
