@@ -88,7 +88,7 @@ def fed_back(
     """
     count, entries, vector = shape
     rows, columns = target.shape
-    rest = target[:, metric.order]  # what feedback makes of the columns
+    errors = torch.zeros_like(target)  # in order, each run times the inverse of U_J
     runs = metric.order.view(-1, vector)[:, 0] // vector
     found = Product(
         torch.zeros(rows, len(runs), count, dtype=torch.long, device=target.device),
@@ -96,16 +96,16 @@ def fed_back(
     )
     for position, run in enumerate(runs.tolist()):
         here = slice(position * vector, (position + 1) * vector)
-        own = metric.factor[here, here]
-        inverse = torch.linalg.inv(own)
+        inverse = torch.linalg.inv(metric.factor[here, here])
         cost = inverse @ inverse.T
-        wanted = rest[:, here].clone()
+        wanted = target[:, run * vector : (run + 1) * vector].clone()
+        wanted -= errors[:, : here.start] @ metric.factor[: here.start, here]
         for m in range(count):
             table = clustered(wanted, cost, metric.rows, entries, dtype, seed=seed + m)
             codes = nearest(wanted, table, cost)
             found.tables[run, m], found.codes[:, run, m] = table, codes
             wanted -= table[codes]
-        rest[:, here.stop :] -= wanted @ inverse @ metric.factor[here, here.stop :]
+        errors[:, here] = wanted @ inverse
     return found
 
 
