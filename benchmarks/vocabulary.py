@@ -165,7 +165,7 @@ def plain_vq(weight: Tensor, statistics: LayerStatistics) -> tuple[Tensor, int]:
     cost = hessian + 0.01 * torch.eye(columns)
     weights = torch.ones(rows)
     if statistics.counts is not None:
-        weights = (statistics.counts.float() + 1).sqrt()
+        weights = statistics.counts.float() + 0.25
     generator = torch.Generator().manual_seed(SEED)
     table = weight[torch.randperm(rows, generator=generator)[:count]]
     for _ in range(LLOYD):

@@ -40,7 +40,7 @@ def from_stored(codes: Tensor) -> Tensor:
 
 
 def owners(scheme: Scheme, rows: int, columns: int, run: slice) -> Tensor:
-    """Return the run ``t`` whose tables are read, int64, to broadcast to ``[R, C / g]``.
+    """Return the run ``t`` whose tables are read, int64 ``[R, 1]`` or ``[1, C / g]``.
 
     Args:
         scheme: Of tables.

@@ -12,10 +12,11 @@ tensor         type                                   shape
 ``P.zero``     as ``dtype``; uint8 of ``b`` bits      as scales; packed as codes
 =============  =====================================  ================================
 
-Tables belong to runs of ``rows`` rows; on the grid ``product`` to runs of ``g`` columns,
-and ``T`` is ``C / g``. Scales with tables are there only if rows have them. Layers on an integer grid have scales, and zero points if their scheme has; codes
-and integer zero points are stored from zero up (``q + 2**(b - 1)``). So a plan that
-mixes palettes with ``int8-g64`` has one home.
+Tables belong to runs of ``rows`` rows; on the grid ``product`` to runs of ``g``
+columns, and ``T`` is ``C / g``. Scales with tables are there only if rows have them.
+Layers on an integer grid have scales, and zero points if their scheme has; codes and
+integer zero points are stored from zero up (``q + 2**(b - 1)``). So a plan that mixes
+palettes with ``int8-g64`` has one home.
 
 ``config.json`` lists groups of layers that share a scheme, each with all numbers and
 with the shapes of its layers, since packing hides the number of columns. A code of

@@ -6,10 +6,10 @@ of an entry is computed once for all of them:
     t[J, m, k] = x_J . C[J, m, k]                     2^B M C multiplications
     y_v = s_v sum_J sum_m t[J, m, code_(v, J, m)]     C M / g additions a row
 
-Exact: the same sums as those of the decoded matrix, in another order. For one token and
-``pq-4x8`` on 49,152 x 576 these are 0.15 million multiplications and 7 million additions
-in the place of 28 million of both; for many tokens at a time a matrix product with the
-decoded matrix is faster.
+Exact: the same sums as those of the decoded matrix, in another order. For one token
+and ``pq-4x8`` on 49,152 x 576 these are 0.15 million multiplications and 7 million
+additions in the place of 28 million of both; for many tokens at a time a product with
+the decoded matrix is faster.
 
 Source: Jegou et al. (2011), "Product quantization for nearest neighbor search"
 (asymmetric distances); VQ-Logits, arXiv 2505.10202, for logits.

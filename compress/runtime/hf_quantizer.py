@@ -28,7 +28,6 @@ from compress.core.tensors import TORCH_DTYPES
 from compress.model.experts import split_experts_
 from compress.model.sources import read_header
 from compress.runtime.coded_modules import (
-    CodedEmbedding,
     CodedWeight,
     TableHead,
     TiedHead,
