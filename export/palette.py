@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compress.core import palette_format
 from compress.core.artifact import CompressedModel, ModelDescription, TensorInfo
-from compress.core.contracts import Options, Problem
+from compress.core.contracts import Problem
 from compress.core.errors import CheckpointError
 from compress.core.plan import LayerPlan, Plan
 from compress.core.shapes import blocks_differ
@@ -52,7 +52,7 @@ class PaletteExporter(CodedFolderExporter):
     name = "palette"
     summary = "packed codes with tables, for transformers after `import compress`"
     source = "our own layout, version 1"
-    Options: ClassVar[type[Options]] = PaletteOptions
+    Options: ClassVar[type[ShardOptions]] = PaletteOptions
     options: PaletteOptions
 
     def check(self, plan: Plan, model: ModelDescription) -> list[Problem]:

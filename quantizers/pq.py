@@ -45,7 +45,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.core import codebooks, product, second_moments, table_sizes
+from compress.core import codebooks, contracts, product, second_moments, table_sizes
 from compress.core.contracts import Options, Quantizer
 from compress.core.scales import TORCH_DTYPES
 from compress.core.scheme import Scheme
@@ -90,7 +90,7 @@ class ProductQuantizer(Quantizer):
     Options: ClassVar[type[Options]] = ProductOptions
     options: ProductOptions
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: contracts.Options | None = None) -> None:
         super().__init__(options)
         self.needs_statistics = self.options.sensitivity != "none"
 
