@@ -170,7 +170,8 @@ def plain_vq(weight: Tensor, statistics: LayerStatistics) -> tuple[Tensor, int]:
     table = weight[torch.randperm(rows, generator=generator)[:count]]
     for _ in range(LLOYD):
         codes = product.nearest(weight, table, cost)
-        table = product.means(weight, codes, weights, table).bfloat16().float()
+        table = product.means(weight, codes, weights, table)
+        table = product.rounded(table, torch.bfloat16)
     codes = product.nearest(weight, table, cost)
     bits = (count - 1).bit_length()
     return table[codes], 2 * table.numel() + -(-rows * bits // 8)

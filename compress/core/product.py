@@ -87,11 +87,10 @@ def fed_back(
         seed: Of the start of k-means.
     """
     count, entries, vector = shape
-    rows, columns = target.shape
     errors = torch.zeros_like(target)  # in order, each run times the inverse of U_J
     runs = metric.order.view(-1, vector)[:, 0] // vector
     found = Product(
-        torch.zeros(rows, len(runs), count, dtype=torch.long, device=target.device),
+        runs.new_zeros(len(target), len(runs), count),
         target.new_zeros(len(runs), count, entries, vector),
     )
     for position, run in enumerate(runs.tolist()):
@@ -129,7 +128,7 @@ def sweep_(found: Product, target: Tensor, metric: Metric, dtype: torch.dtype) -
             owed = error @ metric.hessian[:, here]
             step = torch.linalg.solve(cost, owed, left=False)
             wanted = table[codes] + step
-            moved = means(wanted, codes, metric.rows, table).to(dtype).float()
+            moved = rounded(means(wanted, codes, metric.rows, table), dtype)
             chosen = nearest(wanted, moved, cost)
             before = loss(step, cost, metric.rows)
             after = loss(wanted - moved[chosen], cost, metric.rows)
@@ -166,7 +165,13 @@ def clustered(
     entries = torch.linalg.solve_triangular(turn, centers, upper=False, left=False)
     # In the points' own space, where the mean of one point is that point.
     codes = nearest(points, entries, cost)
-    return means(points, codes, weights, entries).to(dtype).float()
+    return rounded(means(points, codes, weights, entries), dtype)
+
+
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return float32 values that ``dtype`` has; those beyond its range are its most."""
+    most = torch.finfo(dtype).max
+    return values.clamp(-most, most).to(dtype).float()
 
 
 def means(points: Tensor, codes: Tensor, weights: Tensor, entries: Tensor) -> Tensor:

@@ -111,6 +111,12 @@ def test_a_power_of_two_scales_the_tables_only() -> None:
     assert torch.equal(first.tables * 8, second.tables)
 
 
+def test_values_beyond_float16_are_its_largest() -> None:
+    scheme = Scheme.parse("pq-4x4").with_scales("float16")
+    found = ProductQuantizer().quantize(matrix() * 1e6, scheme, statistics())
+    assert found.tables is not None and found.tables.isfinite().all()
+
+
 def test_a_hessian_without_a_factor_leaves_a_note() -> None:
     broken = LayerStatistics(torch.full((COLUMNS, COLUMNS), 100.0), 500)
     broken.hessian.fill_diagonal_(1)
