@@ -56,7 +56,7 @@ STAND_INS = {
     "int7-g32": "aqlm-3x5g2",
 }
 """What methods that know only tables are asked for instead, of as many bits or so."""
-PRODUCTS = {"int2-g32": "pq-2x2", "int4-g32": "pq-2x5", "int7-g32": "pq-2x3x2"}
+PRODUCTS = {"int2-g32": "pq-2x2", "int4-g32": "pq-2x5", "int7-g32": "pq-2x5x2"}
 """And those that know only tables of runs of columns."""
 TABLES = (
     *("palette2", "palette3-r1", "palette4-tensor", "palette3-r32", "palette3-scaled"),
