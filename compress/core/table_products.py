@@ -44,16 +44,17 @@ def products(inputs: Tensor, stored: Mapping[str, Tensor], scheme: Scheme) -> Te
     book = scheme.codebook
     assert book is not None and book.positional
     tables, codes = stored["tables"].float(), stored["codes"]
-    runs, count, entries, vector = tables.shape
+    runs, count, _, vector = tables.shape
     x = inputs.reshape(-1, runs, vector).float()
-    # [J * M * K, N]: what each entry gives for each input
-    sums = torch.einsum("njg,jmkg->jmkn", x, tables).reshape(-1, len(x))
-    first = torch.arange(runs * count, device=codes.device) * entries
-    found = sums.new_empty(len(codes), len(x))
+    # What each entry gives for each input, float32 [J * M, N, K].
+    sums = torch.einsum("njg,jmkg->jmnk", x, tables).flatten(0, 1)
+    found = sums.new_zeros(len(x), len(codes))
     step = max(1, _CODES_AT_ONCE // (runs * count))
     for start in range(0, len(codes), step):
         part = slice(start, start + step)
-        places = unpack_bytes(codes[part], scheme.bits, runs * count).long() + first
-        bags = torch.nn.functional.embedding_bag(places, sums, mode="sum")
-        found[part] = bags * stored["scale"][part].float() if book.scaled else bags
-    return found.T.reshape(*inputs.shape[:-1], len(codes))
+        places = unpack_bytes(codes[part], scheme.bits, runs * count).T.contiguous()
+        for own, place in zip(sums, places, strict=True):
+            found[:, part] += own.index_select(1, place.int())
+    if book.scaled:
+        found *= stored["scale"].float().T
+    return found.view(*inputs.shape[:-1], len(codes))
