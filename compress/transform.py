@@ -213,7 +213,7 @@ class PlanRunner:
                     writer.save(
                         _part(index), self._finished(index, walk, states, model)
                     )
-        self._run_head(model, states, dense, writer)
+        self._run_head(model, windows, states, dense, writer)
 
     def _embedded(
         self, model: StreamedModel, windows: Tensor, writer: PartWriter
@@ -232,6 +232,7 @@ class PlanRunner:
     def _run_head(
         self,
         model: StreamedModel,
+        windows: Tensor,
         states: Activations,
         dense: Activations | None,
         writer: PartWriter,
@@ -240,7 +241,7 @@ class PlanRunner:
         if layer is None or not self._needs_statistics(layer):
             self._run_end(HEAD, self.description.family.head, None, writer)
         elif not self.workdir.has_part(HEAD):
-            found = ends.head_statistics(model, states, dense)
+            found = ends.head_statistics(model, windows, states, dense)
             self._save_end(HEAD, layer, found, writer)
 
     def _pass_on(self, index: int, walk: BlockWalk) -> None:

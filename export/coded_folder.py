@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -34,7 +34,7 @@ class CodedFolderExporter(Exporter):
     """Writes safetensors with tensors of its own for coded layers."""
 
     consumer = "transformers"
-    Options = ShardOptions
+    Options: ClassVar[type[ShardOptions]] = ShardOptions
 
     @abstractmethod
     def _stored(self, layer: LayerPlan) -> Mapping[str, TensorInfo]:

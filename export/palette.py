@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -25,12 +25,25 @@ from compress.core.contracts import Problem
 from compress.core.errors import CheckpointError
 from compress.core.plan import LayerPlan, Plan
 from compress.core.shapes import blocks_differ
+from compress.core.table_products import is_positional
 from compress.core.tensors import QuantizedTensor
 from compress.export.coded_folder import CodedFolderExporter
 from compress.export.model_card import CardLayout
 from compress.export.safetensors_checks import mismatch, shape_problems
-from compress.export.sharding import read_tensor
+from compress.export.sharding import ShardOptions, read_tensor
 from compress.export.stock_transformers import read_config
+
+
+class PaletteOptions(ShardOptions):
+    """Options of ``palette``.
+
+    Attributes:
+        table_logits: Let transformers look logits up in the tables of a head coded as
+            ``pq-*``, in the place of decoding it in each pass: the same numbers but
+            for the order of sums, in less memory.
+    """
+
+    table_logits: bool = False
 
 
 class PaletteExporter(CodedFolderExporter):
@@ -39,6 +52,8 @@ class PaletteExporter(CodedFolderExporter):
     name = "palette"
     summary = "packed codes with tables, for transformers after `import compress`"
     source = "our own layout, version 1"
+    Options: ClassVar[type[ShardOptions]] = PaletteOptions
+    options: PaletteOptions
 
     def check(self, plan: Plan, model: ModelDescription) -> list[Problem]:
         """List what the layout cannot hold."""
@@ -48,6 +63,15 @@ class PaletteExporter(CodedFolderExporter):
             if (message := mismatch(layer, model)) is not None
             or (message := palette_format.obstacle(layer.scheme)) is not None
         ]
+        if self.options.table_logits and not _has_table_head(plan, model):
+            found.append(
+                Problem(
+                    "table_logits",
+                    f"logits are looked up in tables of {_head(model)}, whose scheme "
+                    "is no pq-*; give it one with quantize.overrides, or drop the "
+                    "option",
+                )
+            )
         return found + shape_problems(model, "transformers")
 
     def read_codes(self, folder: Path, layer: str) -> QuantizedTensor:
@@ -78,7 +102,10 @@ class PaletteExporter(CodedFolderExporter):
             name: (layer.scheme, layer.shape)
             for name, layer in artifact.plan.layers.items()
         }
-        return {"quantization_config": palette_format.config_of(layers)}
+        config = palette_format.config_of(layers)
+        if self.options.table_logits:
+            config["table_logits"] = True
+        return {"quantization_config": config}
 
     def _card(self, model: ModelDescription) -> CardLayout:
         trust = ", trust_remote_code=True" if blocks_differ(model.config) else ""
@@ -99,3 +126,13 @@ class PaletteExporter(CodedFolderExporter):
             '`compress.load("FOLDER")` returns an ordinary dense model.',
         )
         return CardLayout(palette_format.QUANT_METHOD, "\n".join(lines))
+
+
+def _head(model: ModelDescription) -> str:
+    """Return the name of the matrix that makes logits."""
+    return model.family.embedding if model.tied else model.family.head
+
+
+def _has_table_head(plan: Plan, model: ModelDescription) -> bool:
+    layer = plan.layers.get(_head(model))
+    return layer is not None and is_positional(layer.scheme)

@@ -32,7 +32,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.core import codebooks, second_moments
+from compress.core import codebooks, second_moments, table_sizes
 from compress.core.additive.solve import Effort, Sums, columns_of, run_order, solve
 from compress.core.continuous import BlockTuning
 from compress.core.contracts import Options, Quantizer
@@ -42,8 +42,6 @@ from compress.core.statistics import LayerStatistics
 from compress.core.tensors import QuantizedTensor
 
 _BEAM = 4  # of several tables; with one, more than 1 gains less than 1%
-_LEAST_RUNS = 16  # for each entry of a table
-_MOST_OVERHEAD = 1.5  # bits with tables and scales, over those of codes
 _DIAGONAL = "H's diagonal only: it cannot be factored even with damp 1"
 
 
@@ -119,24 +117,14 @@ class AQLM(Quantizer):
         book = scheme.codebook
         if book is None or scheme.rank or scheme.row_block != WHOLE:
             return False
-        return book.scaled and (book.count > 1 or book.vector > 1)
+        wide = book.count > 1 or book.vector > 1
+        return book.scaled and wide and not book.positional
 
     def obstacle(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """Return why tables are too large for a matrix, unless they are allowed."""
         if self.options.allow_large_tables:
             return None
-        reason = _too_large(scheme, shape)
-        if reason is None:
-            return None
-        others = map(Scheme.parse, self.schemes())
-        fitting = [
-            other.name
-            for other in others
-            if shape[1] % _book(other).vector == 0
-            and _too_large(other.with_scales(scheme.scale_dtype), shape) is None
-        ]
-        remedy = f"use {' or '.join(fitting)}" if fitting else "keep it dense"
-        return f"{reason}; {remedy}, or set allow_large_tables"
+        return table_sizes.obstacle(scheme, shape, self.schemes())
 
     def quantize(
         self, weight: Tensor, scheme: Scheme, statistics: LayerStatistics | None
@@ -205,23 +193,3 @@ def as_tensor(
 def _book(scheme: Scheme) -> Codebook:
     assert scheme.codebook is not None, "supports() asks for tables"
     return scheme.codebook
-
-
-def _too_large(scheme: Scheme, shape: tuple[int, int]) -> str | None:
-    """Return why tables are too large for a matrix; ``None`` if they are not."""
-    rows, columns = shape
-    book, entries = _book(scheme), 1 << scheme.bits
-    runs = rows * columns // book.vector
-    nominal = scheme.bits * book.count / book.vector
-    stored = scheme.bits_per_weight(columns, rows)
-    if runs < _LEAST_RUNS * entries:
-        return (
-            f"{scheme.name} has {entries} entries a table for only {runs} runs of "
-            f"{book.vector} columns in {rows} x {columns}"
-        )
-    if stored > _MOST_OVERHEAD * nominal:
-        return (
-            f"{scheme.name} takes {stored:.2f} bits a weight in {rows} x {columns} "
-            f"for its nominal {nominal:g}: tables and scales outweigh what they save"
-        )
-    return None

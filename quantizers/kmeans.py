@@ -110,7 +110,9 @@ class KMeans(Quantizer):
     def supports(self, scheme: Scheme) -> bool:
         """Whether this quantizer can produce ``scheme``: any with one table a row."""
         book = scheme.codebook
-        return book is not None and book.count == 1 and not scheme.rank
+        if book is None or book.positional or scheme.rank:
+            return False
+        return book.count == 1
 
     def quantize(
         self, weight: Tensor, scheme: Scheme, statistics: LayerStatistics | None

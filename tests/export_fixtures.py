@@ -72,7 +72,7 @@ def random_tables(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
     storage = TORCH_DTYPES[scheme.scale_dtype]
     seed = int(weight.float().abs().sum() * 1000)
     generator = torch.Generator().manual_seed(seed)
-    runs = -(-rows // scheme.rows_of_scale(rows))
+    runs = scheme.table_runs(rows, columns)
     shape = (runs, book.count, 1 << scheme.bits, book.vector)
     tables = 0.1 * torch.randn(shape, generator=generator)
     size = (rows, columns // book.vector * book.count)

@@ -79,19 +79,22 @@ def _clustered(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
     assert book is not None
     rows, columns = weight.shape
     scale = weight.norm(dim=1, keepdim=True) if book.scaled else torch.ones(1, 1)
-    block = scheme.rows_of_scale(rows)
-    runs = -(-rows // block)
+    block = rows if book.positional else scheme.rows_of_scale(rows)
+    runs = scheme.table_runs(rows, columns)
     generator = torch.Generator().manual_seed(0)
     tables = torch.zeros(runs, book.count, 1 << scheme.bits, book.vector)
     codes = torch.zeros(rows, columns // book.vector, book.count, dtype=torch.int64)
     scaled = weight / scale
     for run in range(runs):
-        part = slice(run * block, (run + 1) * block)
-        rest = scaled[part].reshape(-1, book.vector)
+        part, wide = slice(run * block, (run + 1) * block), slice(None)
+        if book.positional:
+            part, wide = slice(None), slice(run, run + 1)
+        rest = scaled.view(rows, -1, book.vector)[part, wide].reshape(-1, book.vector)
         for m in range(book.count):
             places, table = _kmeans(rest, 1 << scheme.bits, generator)
             tables[run, m], rest = table, rest - table[places]
-            codes[part, :, m] = places.view(-1, columns // book.vector)
+            found = codes[part, wide, m]
+            codes[part, wide, m] = places.view(found.shape)
     stored = to_stored(codes.view(rows, -1), scheme.bits)
     dtype = torch.float16
     return QuantizedTensor(

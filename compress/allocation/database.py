@@ -116,7 +116,7 @@ class LevelMaker:
                 elif index < last or at_end:
                     walk.pass_on({})
         if at_end:
-            found = ends.head_statistics(model, states)
+            found = ends.head_statistics(model, windows, states)
             if self.description.tied:
                 found = ends.embedding_statistics(model, windows, found)
             for layer in at_end:

@@ -13,11 +13,15 @@ with ``(1 - p) (e . x)^2 / 2``, ``p`` the token's probability. So its Hessian is
 ``c A + F``, with ``c`` the mean of ``1 - p`` over draws. It is coded before any block,
 hence from the dense model.
 
+Rows are tokens, so both ends also know how often each came in the calibration text.
+
 Source: Martens (2014), "New insights and perspectives on the natural gradient method",
 for the Fisher information as a metric of the output; the sum for tied matrices is ours.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -47,10 +51,19 @@ def embedding_statistics(
     """
     count = windows.numel()
     fisher, spread = _look_ups(model, windows[:_SEQUENCES, :_TOKENS])
+    counts = _counts(model, windows)
     if not model.description.tied:
-        return LayerStatistics(2 * count * fisher, count)
+        return LayerStatistics(2 * count * fisher, count, counts=counts)
     head = _dense_head(model, windows) if head is None else head
-    return LayerStatistics(spread * head.hessian + 2 * count * fisher, count)
+    hessian = spread * head.hessian + 2 * count * fisher
+    return LayerStatistics(hessian, count, counts=counts)
+
+
+def _counts(model: StreamedModel, windows: Tensor) -> Tensor:
+    """Return how often each token of the vocabulary came, int64 ``[V]``."""
+    embedding = f"{model.description.family.embedding}.weight"
+    rows = model.description.tensors[embedding].shape[0]
+    return torch.bincount(windows.flatten().cpu(), minlength=rows)
 
 
 def _look_ups(model: StreamedModel, windows: Tensor) -> tuple[Tensor, float]:
@@ -94,12 +107,16 @@ def _factor(model: StreamedModel, windows: Tensor, hidden: Tensor) -> float:
 
 @torch.no_grad()
 def head_statistics(
-    model: StreamedModel, states: Activations, dense: Activations | None = None
+    model: StreamedModel,
+    windows: Tensor,
+    states: Activations,
+    dense: Activations | None = None,
 ) -> LayerStatistics:
     """Return the statistics of the head's inputs.
 
     Args:
         model: Has the final norm.
+        windows: int64 ``[N, T]`` calibration tokens.
         states: Outputs of the last block.
         dense: Those of the dense model, where drift is wanted.
     """
@@ -108,7 +125,8 @@ def head_statistics(
     with model.final_norm() as norm:
         for batch in model.feed(model.batches(states), *streams):
             moments.add(*(norm(hidden) for hidden in batch))
-    return moments.statistics(model.description.family.head)
+    found = moments.statistics(model.description.family.head)
+    return replace(found, counts=_counts(model, windows))
 
 
 @torch.no_grad()
@@ -119,4 +137,4 @@ def _dense_head(model: StreamedModel, windows: Tensor) -> LayerStatistics:
     for index in tqdm(indices, desc="head", unit="block", leave=False, disable=None):
         with model.block(index):
             model.advance(index, states)
-    return head_statistics(model, states)
+    return head_statistics(model, windows, states)

@@ -47,6 +47,7 @@ def is_additive(scheme: Scheme) -> bool:
     return (
         scheme.codebook is not None
         and scheme.codebook.scaled
+        and not scheme.codebook.positional
         and scheme.row_block == WHOLE
         and not scheme.rank
         and scheme.inputs is None

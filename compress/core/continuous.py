@@ -104,9 +104,9 @@ def _leaf(tensor: Tensor) -> Tensor:
 def _flat_places(tensor: QuantizedTensor, tables: Tensor) -> Tensor:
     """Return places ``[R, J, M]`` in tables of which all entries lie in one row."""
     _, count, entries, _ = tables.shape
-    rows = len(tensor.codes)
+    rows, columns = tensor.shape
     places = codebooks.from_stored(tensor.codes).view(rows, -1, count)
     device = places.device
-    own = torch.arange(rows, device=device) // tensor.scheme.rows_of_scale(rows)
-    first = own.unsqueeze(1) * count + torch.arange(count, device=device)  # [R, M]
-    return places + (first * entries).unsqueeze(1)
+    own = codebooks.owners(tensor.scheme, rows, columns, slice(0, rows)).to(device)
+    first = own.unsqueeze(2) * count + torch.arange(count, device=device)
+    return places + first * entries

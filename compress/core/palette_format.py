@@ -12,10 +12,11 @@ tensor         type                                   shape
 ``P.zero``     as ``dtype``; uint8 of ``b`` bits      as scales; packed as codes
 =============  =====================================  ================================
 
-Tables belong to runs of ``rows`` rows. Scales with tables are there only if rows have
-them. Layers on an integer grid have scales, and zero points if their scheme has; codes
-and integer zero points are stored from zero up (``q + 2**(b - 1)``). So a plan that
-mixes palettes with ``int8-g64`` has one home.
+Tables belong to runs of ``rows`` rows; on the grid ``product`` to runs of ``g``
+columns, and ``T`` is ``C / g``. Scales with tables are there only if rows have them.
+Layers on an integer grid have scales, and zero points if their scheme has; codes and
+integer zero points are stored from zero up (``q + 2**(b - 1)``). So a plan that mixes
+palettes with ``int8-g64`` has one home.
 
 ``config.json`` lists groups of layers that share a scheme, each with all numbers and
 with the shapes of its layers, since packing hides the number of columns. A code of
@@ -48,6 +49,8 @@ from compress.core.scheme import (
 )
 from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
 
+PRODUCT = "product"
+"""In a config: the grid of tables that belong to runs of columns."""
 QUANT_METHOD = "palette"
 FORMAT_VERSION = 1
 SUFFIXES = ("codes", "tables", "scale", "zero")
@@ -89,7 +92,7 @@ def tensors(scheme: Scheme, shape: tuple[int, int]) -> dict[str, TensorInfo]:
     size = packed_bytes(width, scheme.bits)
     found = {"codes": TensorInfo((rows, size), "uint8")}
     if book is not None:
-        runs = -(-rows // scheme.rows_of_scale(rows))
+        runs = scheme.table_runs(rows, columns)
         entries = (runs, book.count, 1 << scheme.bits, book.vector)
         found["tables"] = TensorInfo(entries, dtype)
         if book.scaled:
@@ -324,14 +327,16 @@ def _entry(scheme: Scheme) -> dict[str, Any]:
             "group_size": scheme.group_size,
             "zero": scheme.zero.value,
         }
-    return {
-        "grid": CODEBOOK,
+    book = {
         **entry,
         "tables": scheme.codebook.count,
         "vector": scheme.codebook.vector,
-        "rows": None if scheme.row_block == WHOLE else scheme.row_block,
         "row_scales": scheme.codebook.scaled,
     }
+    if scheme.codebook.positional:
+        return {"grid": PRODUCT, **book}
+    rows = None if scheme.row_block == WHOLE else scheme.row_block
+    return {"grid": CODEBOOK, **book, "rows": rows}
 
 
 def _scheme(group: Mapping[str, Any]) -> Scheme:
@@ -344,15 +349,17 @@ def _scheme(group: Mapping[str, Any]) -> Scheme:
             raise CheckpointError(f"an integer grid of {bits} bits")
         columns = None if size is None else _count(size, "group_size")
         return Scheme(bits, columns, zero, scale_dtype=dtype)
-    if group["grid"] != CODEBOOK:
-        raise CheckpointError(f"grid {group['grid']!r}; known are int and codebook")
+    if group["grid"] not in (CODEBOOK, PRODUCT):
+        known = "int, codebook and product"
+        raise CheckpointError(f"grid {group['grid']!r}; known are {known}")
     if bits > _MOST_BITS:
         raise CheckpointError(f"codes of {bits} bits; at most {_MOST_BITS}")
     if not isinstance(group["row_scales"], bool):
         raise CheckpointError(f"row_scales {group['row_scales']!r}")
     count, vector = (_count(group[key], key) for key in ("tables", "vector"))
-    book = Codebook(count, vector, group["row_scales"])
-    rows = group["rows"]
+    positional = group["grid"] == PRODUCT
+    book = Codebook(count, vector, group["row_scales"], positional)
+    rows = None if positional else group["rows"]
     block = WHOLE if rows is None else _count(rows, "rows")
     return Scheme(
         bits, None, scale_dtype=dtype, grid=CODEBOOK, row_block=block, codebook=book

@@ -121,17 +121,21 @@ class Codebook:
 
     A run of ``vector`` neighbouring columns of a row is the sum of one entry of each of
     ``count`` tables, times the row's scale if rows have one. With vectors of one number
-    this is a palette; with several tables it is additive quantization (AQLM).
+    this is a palette; with several tables it is additive quantization (AQLM); with
+    tables of each run of columns it is product quantization.
 
     Attributes:
         count: Tables that are summed, ``M``.
         vector: Columns that one code stands for, ``g``.
         scaled: Whether each row has a scale.
+        positional: Whether each run of columns has tables of its own, which all rows
+            share, instead of each block of rows.
     """
 
     count: int = 1
     vector: int = 1
     scaled: bool = False
+    positional: bool = False
 
 
 @dataclass(frozen=True)
@@ -240,6 +244,12 @@ class Scheme:
         """Return how many rows share a scale in a matrix of ``rows``."""
         return rows if self.row_block == WHOLE else self.row_block
 
+    def table_runs(self, rows: int, columns: int) -> int:
+        """Return how many runs of rows, or of columns, have tables of their own."""
+        if self.codebook is not None and self.codebook.positional:
+            return columns // self.codebook.vector
+        return math.ceil(rows / self.rows_of_scale(rows))
+
     def check_columns(self, columns: int, layer: str) -> None:
         """Raise unless the groups tile a row of ``columns``.
 
@@ -315,7 +325,7 @@ class Scheme:
         total += free / columns if codebook.scaled else 0.0
         if rows is None:
             return total
-        tables = math.ceil(rows / self.rows_of_scale(rows)) * codebook.count
+        tables = self.table_runs(rows, columns) * codebook.count
         entries = tables * (1 << self.bits) * codebook.vector
         return total + free * entries / (rows * columns)
 

@@ -14,7 +14,9 @@ A name is ``WEIGHTS[+INPUTS][-lorcR]``. Weights are
 * ``palette<bits>`` with a table of free values for each 16 rows, ``-r<rows>`` for each
   so many or ``-tensor`` for all, ``palette-<columns>x<bits>`` with vectors in place of
   values (one table for all rows unless it says ``-r``), ``-scaled`` for a scale a row;
-* ``aqlm-<tables>x<bits>g<columns>``, sums of vectors under a scale a row.
+* ``aqlm-<tables>x<bits>g<columns>``, sums of vectors under a scale a row;
+* ``pq-<columns>x<bits>`` with a table of vectors for each run of columns, shared by all
+  rows, ``pq-<columns>x<bits>x<tables>`` with sums of several, ``-scaled`` as above.
 
 Inputs are a grid with an optional group, ``int8`` or ``e4m3-g128``; the usual pairs
 have names of their own: ``w8a8``, ``w6a8-g128``, ``w6a8-g128-group``, ``fp8-w8a8``,
@@ -82,6 +84,7 @@ _PALETTE = re.compile(
     r"palette(?:([1-8])|-([1-9]\d?)x([1-9]\d?))(?:-r([1-9]\d*)|-(tensor))?(-scaled)?"
 )
 _AQLM = re.compile(r"aqlm-([1-9]\d?)x([1-9]\d?)g([1-9]\d?)")
+_PRODUCT = re.compile(r"pq-([1-9]\d*)x([1-9]\d?)(?:x([2-9]))?(-scaled)?")
 _MOST_CODE_BITS = 16
 _INPUTS = re.compile(rf"(int[468]|{'|'.join(FLOAT_FORMATS)})(?:-g([1-9]\d*))?")
 
@@ -114,6 +117,7 @@ _EXAMPLES = (
     *K_SCHEMES,
     *(f"palette{b}" for b in range(2, 9)),
     *("palette-2x6", "palette-4x8", "aqlm-1x8g4", "aqlm-1x8g8", "aqlm-2x8g8"),
+    *("pq-2x8", "pq-4x8", "pq-8x8", "pq-8x8x2"),
 )
 
 
@@ -177,7 +181,7 @@ def _weights(key: str, name: str) -> Scheme | None:
         if scheme.zero is Zero.OFFSET and scheme.bits == 8:
             raise SchemeError(f"scheme {name!r}: an offset grid has at most 7 bits")
         return scheme
-    if key.startswith(("palette", "aqlm")):
+    if key.startswith(("palette", "aqlm", "pq")):
         return _tables(key, name)
     if match := _FLOAT.fullmatch(key):
         grid = _FLOAT_NAMES.get(match[1], match[1])
@@ -208,6 +212,10 @@ def _tables(key: str, name: str) -> Scheme | None:
         rows = int(match[4] or (_TABLE_ROWS if vector == 1 else 0)) or WHOLE
         codebook = Codebook(1, vector, scaled=match[6] is not None)
         rows = WHOLE if match[5] else rows
+    elif match := _PRODUCT.fullmatch(key):
+        vector, bits, count = int(match[1]), int(match[2]), int(match[3] or 1)
+        scaled = match[4] is not None
+        codebook, rows = Codebook(count, vector, scaled, positional=True), WHOLE
     else:
         return None
     if bits > _MOST_CODE_BITS:
@@ -219,6 +227,9 @@ def _tables(key: str, name: str) -> Scheme | None:
 
 def _tables_name(scheme: Scheme, codebook: Codebook) -> str:
     count, vector, scaled = codebook.count, codebook.vector, codebook.scaled
+    if codebook.positional:
+        tables = f"x{count}" if count > 1 else ""
+        return f"pq-{vector}x{scheme.bits}{tables}{'-scaled' if scaled else ''}"
     wide = count > 1 or vector > 1 or scheme.bits > 8
     if scaled and scheme.row_block == WHOLE and wide:
         return f"aqlm-{count}x{scheme.bits}g{vector}"
@@ -279,6 +290,6 @@ def _unknown(name: str) -> SchemeError:
         f"unknown scheme {name!r}{hint} Schemes are int2..int8 with an optional -gN "
         "and -asym or -offset, fp4, fp6, fp8 with -gN and -pow2 or -ratio, nvfp4, "
         "mxfp4, w8a8, w6a8-gN, fp8-w8a8, fp8-block, w4a8-fp-gN, palette2..palette8, "
-        "aqlm-MxBgG and "
+        "aqlm-MxBgG, pq-CxB and "
         f"{', '.join([*GGUF_SCHEMES, *K_SCHEMES])}; 'dense' keeps a layer as it is"
     )

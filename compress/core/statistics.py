@@ -20,11 +20,14 @@ class LayerStatistics:
         tokens: How many tokens the sums run over.
         drift: float32 ``[C, C]``, the sum of ``2 (y - x) x^T``; ``None`` when the dense
             model was not run beside the compressed one.
+        counts: int64 ``[V]``, how often each token came; of embedding and head only,
+            whose rows are tokens.
     """
 
     hessian: Tensor
     tokens: int
     drift: Tensor | None = None
+    counts: Tensor | None = None
 
     @property
     def columns(self) -> int:

@@ -71,7 +71,8 @@ class QuantizedTensor:
         low_rank: A correction that is added; only if the scheme has a rank, and then
             it may still be left out where it brings nothing.
         tables: ``[T, M, 2**bits, g]`` in the storage type: what codes point to, for
-            each of ``T`` runs of ``row_block`` rows; only with the grid ``codebook``.
+            each of ``T`` runs of ``row_block`` rows, or of ``g`` columns if they are
+            positional; only with the grid ``codebook``.
     """
 
     codes: Tensor
@@ -138,7 +139,7 @@ class QuantizedTensor:
             )
             tables = self.tables
             if tables is not None:
-                tables = tables[start // block : -(-rows.stop // block)].clone()
+                tables = self._tables_of(rows).clone()
             outer = self.outer
             if outer is not None:  # a copy, since files hold no tensor twice
                 outer = (outer[rows] if outer.dim() == 2 else outer).clone()
@@ -160,6 +161,15 @@ class QuantizedTensor:
             )
             start += size
         return parts
+
+    def _tables_of(self, rows: slice) -> Tensor:
+        """Return the tables that some rows read."""
+        book = self.scheme.codebook
+        assert book is not None and self.tables is not None
+        if book.positional:
+            return self.tables
+        block = self.scheme.rows_of_scale(self.shape[0])
+        return self.tables[rows.start // block : -(-rows.stop // block)]
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to store; ``scheme`` and ``notes`` travel beside them."""

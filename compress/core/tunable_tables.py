@@ -43,8 +43,6 @@ class TableCodes(TunableCodes):
         if codebook.scaled:
             self._train("scale", [tensor.scale for tensor in tensors])
         self._plain = tensors[0].scale  # one, where rows have no scale
-        rows = torch.arange(self.shape[1], device=self.device)
-        self._run = rows // self.scheme.rows_of_scale(self.shape[1])  # [R]
 
     def settle_(self) -> None:
         """Do nothing: whatever is in a table can be pointed to."""
@@ -52,7 +50,7 @@ class TableCodes(TunableCodes):
     def decode(self) -> Tensor:
         """Return float32 values ``[B, R, C]``, differentiable in the numbers."""
         values: Tensor = _Lookup.apply(  # type: ignore[no-untyped-call]
-            self._stored("tables"), self.codes, self._run
+            self._stored("tables"), self.codes, self._runs(None)
         )
         values = values.view(self.shape)
         if "scale" in self._parameters:
@@ -61,10 +59,19 @@ class TableCodes(TunableCodes):
 
     def _rows(self, units: Tensor | None) -> Tensor:
         """Return the row of each unit, ``[B, n]`` (``[1, n]`` for all)."""
-        wide = self.shape[2] // self.vector
+        return self._all_or(units) // (self.shape[2] // self.vector)
+
+    def _runs(self, units: Tensor | None) -> Tensor:
+        """Return the run that each unit reads the tables of, as :meth:`_rows`."""
+        book = self.scheme.codebook
+        if book is not None and book.positional:
+            return self._all_or(units) % (self.shape[2] // self.vector)
+        return self._rows(units) // self.scheme.rows_of_scale(self.shape[1])
+
+    def _all_or(self, units: Tensor | None) -> Tensor:
         if units is None:
-            units = torch.arange(self.units, device=self.device).unsqueeze(0)
-        return units // wide
+            return torch.arange(self.units, device=self.device).unsqueeze(0)
+        return units
 
     def _factor(self, rows: Tensor) -> Tensor | None:
         """Return the scales ``[B, n, 1]`` of rows, if rows have scales."""
@@ -77,11 +84,10 @@ class TableCodes(TunableCodes):
     @torch.no_grad()
     def values(self, codes: Tensor, units: Tensor | None) -> Tensor:
         """Return float32 ``[B, n, g]`` that codes mean at units."""
-        rows = self._rows(units)
         tables = self._stored("tables").detach()
-        first = _first(tables, self._run[rows]).expand(codes.shape[:2])
+        first = _first(tables, self._runs(units)).expand(codes.shape[:2])
         total = _summed(tables, from_stored(codes), first)
-        scale = self._factor(rows)
+        scale = self._factor(self._rows(units))
         return total if scale is None else total * scale
 
     @torch.no_grad()
@@ -95,12 +101,11 @@ class TableCodes(TunableCodes):
     ) -> Tensor:
         """Return the codes of the nearest sums of entries."""
         wanted = self._parts(target, units)
-        rows = self._rows(units)
-        scale = self._factor(rows)
+        scale = self._factor(self._rows(units))
         if scale is not None:
             wanted = wanted / torch.where(scale == 0, torch.ones_like(scale), scale)
         tables = self._stored("tables").detach()
-        runs = self._run[rows].expand(wanted.shape[:2])
+        runs = self._runs(units).expand(wanted.shape[:2])
         search = _Search(tables, beam, tuple(order)[: self._count])
         codes = from_stored(self.chosen(units))
         entries = tables.shape[3]
@@ -231,27 +236,22 @@ class _Lookup(torch.autograd.Function):
     """Sums of entries ``[B, U, g]`` for codes of all units."""
 
     @staticmethod
-    def forward(ctx: Any, tables: Tensor, codes: Tensor, run: Tensor) -> Tensor:
-        ctx.save_for_backward(codes, run)
+    def forward(ctx: Any, tables: Tensor, codes: Tensor, runs: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, runs)
         ctx.size = tables.shape
-        return _summed(tables, from_stored(codes), _of_all(tables, codes, run))
+        return _summed(tables, from_stored(codes), _first(tables, runs))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        codes, run = ctx.saved_tensors
+        codes, runs = ctx.saved_tensors
         found = gradient.new_zeros(ctx.size)
         flat = found.view(-1, ctx.size[-1])
-        first = _of_all(found, codes, run)
+        first = _first(found, runs)
         places = from_stored(codes)
         for m in range(codes.shape[2]):
             index = (first + m * ctx.size[3] + places[..., m]).flatten()
             flat.index_add_(0, index, gradient.reshape(len(index), -1))
         return found, None, None
-
-
-def _of_all(tables: Tensor, codes: Tensor, run: Tensor) -> Tensor:
-    wide = codes.shape[1] // len(run)
-    return _first(tables, run.repeat_interleave(wide).unsqueeze(0))
 
 
 def _given(values: Tensor | None) -> Tensor:

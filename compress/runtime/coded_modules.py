@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compress.core import palette_format
 from compress.core.errors import CheckpointError
 from compress.core.scheme import Scheme
+from compress.core.table_products import products
 from compress.core.tensors import TORCH_DTYPES
 
 
@@ -57,6 +58,11 @@ class CodedWeight(nn.Module):
         # Follows the model's type, which ids of an embedding do not tell.
         self.register_buffer("_type", weight.new_empty(0), persistent=False)
 
+    @property
+    def original(self) -> Any:
+        """The module that was replaced."""
+        return self._original[0]
+
     def stored(self) -> dict[str, Tensor]:
         """Return codes, tables and scales by suffix."""
         names = palette_format.tensors(self.scheme, self.shape)
@@ -83,10 +89,10 @@ class CodedWeight(nn.Module):
 
     def dense(self) -> nn.Module:
         """Return the replaced module with the decoded weight, in the model's type."""
-        (original,) = self._original
         weight = self.decoded(self.get_buffer("_type").dtype)
-        original.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-        return original
+        frozen = nn.Parameter(weight, requires_grad=False)
+        self.original.register_parameter("weight", frozen)
+        return self.original  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         """Say what is held."""
@@ -123,6 +129,15 @@ class CodedLinear(CodedWeight):
         original = super().dense()
         original.register_parameter("bias", self.bias)
         return original
+
+
+class TableHead(CodedLinear):
+    """A head that looks logits up in its tables, and never has its weight decoded."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return ``inputs @ weight.T + bias``, summed in float32."""
+        found = products(inputs, self.stored(), self.scheme).to(inputs.dtype)
+        return found if self.bias is None else found + self.bias
 
 
 class CodedEmbedding(CodedWeight):
@@ -167,14 +182,28 @@ class TiedHead(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return ``inputs @ embedding.T``."""
-        _, embedding = self._parts
-        return nn.functional.linear(inputs, embedding.decoded(inputs.dtype))
+        return nn.functional.linear(inputs, self.embedding.decoded(inputs.dtype))
+
+    @property
+    def embedding(self) -> CodedEmbedding:
+        """The embedding that has the weight."""
+        return self._parts[1]
 
     def dense(self, weight: nn.Parameter) -> nn.Module:
         """Return the linear layer that was replaced, with the embedding's weight."""
         original, _ = self._parts
         original.register_parameter("weight", weight)
         return original
+
+
+class TiedTableHead(TiedHead):
+    """A tied head that looks logits up in the tables of the embedding."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return ``inputs @ embedding.T``, summed in float32."""
+        embedding = self.embedding
+        found = products(inputs, embedding.stored(), embedding.scheme)
+        return found.to(inputs.dtype)
 
 
 def replace_coded_(model: nn.Module, layers: palette_format.Layers) -> None:
@@ -217,5 +246,5 @@ def decode_coded_(model: nn.Module) -> None:
             if isinstance(module, CodedEmbedding):
                 weight = model.get_submodule(name).get_parameter("weight")
                 for place, head in list(model.named_modules()):
-                    if isinstance(head, TiedHead) and head._parts[1] is module:
+                    if isinstance(head, TiedHead) and head.embedding is module:
                         model.set_submodule(place, head.dense(weight))

@@ -3,7 +3,8 @@
 ``import compress`` sees to that (``runtime/hook``). transformers then builds the model
 without weights, :class:`PaletteQuantizer` puts coded modules in it, and the library
 loads and saves their tensors as it does those of any module. ``model.dequantize()``
-decodes once and for all.
+decodes once and for all. With ``table_logits`` in the config the head looks logits up
+in its tables (``core/table_products``).
 
 Source: ``quantizers/auto.py`` and ``quantizers/base.py`` of transformers 5.23. Limits:
 inference only; releases before 5 cast tables to the type that a model is loaded in, of
@@ -22,13 +23,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from compress.core import palette_format
 from compress.core.errors import CheckpointError
 from compress.core.families import family_of
+from compress.core.table_products import is_positional
 from compress.core.tensors import TORCH_DTYPES
 from compress.model.experts import split_experts_
 from compress.model.sources import read_header
 from compress.runtime.coded_modules import (
-    CodedEmbedding,
     CodedWeight,
+    TableHead,
     TiedHead,
+    TiedTableHead,
     decode_coded_,
     replace_coded_,
 )
@@ -42,17 +45,20 @@ class PaletteConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Attributes:
         format_version: Of the layout.
         groups: Layers by scheme; see ``core/palette_format``.
+        table_logits: Look logits up in tables instead of decoding the head.
     """
 
     def __init__(
         self,
         format_version: int = palette_format.FORMAT_VERSION,
         groups: list[dict[str, Any]] | None = None,
+        table_logits: bool = False,
         **_others: Any,
     ) -> None:
         self.quant_method = palette_format.QUANT_METHOD
         self.format_version = format_version
         self.groups = groups or []
+        self.table_logits = table_logits
 
     def layers(self) -> palette_format.Layers:
         """Return scheme and shape of each coded layer.
@@ -87,7 +93,7 @@ class PaletteQuantizer(HfQuantizer):  # type: ignore[misc]
             # transformers stacks experts; coded ones are layers of their own.
             split_experts_(model, family_of(str(model.config.model_type)))
         replace_coded_(model, layers)
-        _tie_head_(model)
+        _set_head_(model, table_logits=self.quantization_config.table_logits)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_others: Any) -> Any:
@@ -141,15 +147,29 @@ def register(auto: Any) -> None:
         auto.AUTO_QUANTIZER_MAPPING[palette_format.QUANT_METHOD] = PaletteQuantizer
 
 
-def _tie_head_(model: Any) -> None:
-    """Let the head of a tied model read a coded embedding."""
+def _set_head_(model: Any, *, table_logits: bool) -> None:
+    """Let the head of a tied model read a coded embedding, and any head its tables.
+
+    Raises:
+        CheckpointError: The config asks for tables that the head does not have.
+    """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(embedding, CodedEmbedding) or head is None:
-        return
-    if not getattr(model.config, "tie_word_embeddings", False):
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    coded = embedding if tied else head
+    is_coded = isinstance(coded, CodedWeight)
+    if table_logits and not (is_coded and is_positional(coded.scheme)):
+        raise CheckpointError(
+            "config.json asks for table_logits; they take a head, or a tied embedding, "
+            f"with a scheme such as pq-4x8, not {coded}; remove the key"
+        )
+    if head is None or not is_coded or not (tied or table_logits):
         return
     (name,) = (name for name, module in model.named_modules() if module is head)
-    model.set_submodule(name, TiedHead(head, embedding))
+    if not tied:
+        model.set_submodule(name, TableHead(head.original, head.scheme, head.shape))
+        return
+    kind = TiedTableHead if table_logits else TiedHead
+    model.set_submodule(name, kind(head, embedding))
     # Neither module has a weight that could be tied.
     setattr(model, _TIED, {key: getattr(model, key, None) for key in _TIED_KEYS})
     for key in _TIED_KEYS:

@@ -27,7 +27,10 @@ from compress.workdir import WorkDir
 
 ROWS, COLUMNS = 32, 64
 GRIDS = ("int4-g32", "int3-g32-offset", "int4-g32-asym", "fp4-g32", "int3-g32-lorc4")
-TABLES = ("aqlm-2x4g4", "palette3", "palette-2x3-r8", "palette3-r8-scaled")
+TABLES = (
+    *("aqlm-2x4g4", "palette3", "palette-2x3-r8", "palette3-r8-scaled"),
+    *("pq-4x4", "pq-8x3x2-scaled"),
+)
 WINDOWS = windows(6, 24)
 
 
@@ -38,7 +41,7 @@ def coded(name: str, dtype: str = "float16") -> QuantizedTensor:
     if book is None:
         weight = torch.randn(ROWS, COLUMNS, generator=generator)
         return RoundToNearest().quantize(weight, scheme, None)
-    runs = -(-ROWS // scheme.rows_of_scale(ROWS))
+    runs = scheme.table_runs(ROWS, COLUMNS)
     shape = (runs, book.count, 1 << scheme.bits, book.vector)
     codes = torch.randint(
         1 << scheme.bits,

@@ -15,6 +15,9 @@ NAMES = {
     "palette-4x8-r64": (8, 64, Codebook(1, 4)),
     "aqlm-2x8g8": (8, WHOLE, Codebook(2, 8, scaled=True)),
     "aqlm-1x16g8": (16, WHOLE, Codebook(1, 8, scaled=True)),
+    "pq-4x8": (8, WHOLE, Codebook(1, 4, positional=True)),
+    "pq-2x9": (9, WHOLE, Codebook(1, 2, positional=True)),
+    "pq-8x5x2-scaled": (5, WHOLE, Codebook(2, 8, scaled=True, positional=True)),
 }
 
 
@@ -26,7 +29,9 @@ def test_names_go_both_ways(name: str) -> None:
     assert Scheme.from_dict(scheme.to_dict()) == scheme
 
 
-@pytest.mark.parametrize("name", ["palette9", "palette0", "aqlm-1x17g8", "aqlm-2x8"])
+@pytest.mark.parametrize(
+    "name", ["palette9", "palette0", "aqlm-1x17g8", "aqlm-2x8", "pq-4", "pq-4x17"]
+)
 def test_names_of_nothing_are_refused(name: str) -> None:
     with pytest.raises(SchemeError):
         Scheme.parse(name)
@@ -39,6 +44,8 @@ def test_bits_per_weight_count_tables_and_scales() -> None:
     assert per_run == pytest.approx(3 + 8 * 16 / (16 * 576))
     bits = Scheme.parse("aqlm-2x8g8").bits_per_weight(576, 1536)
     assert bits == pytest.approx(2 + 2 * 256 * 8 * 16 / (576 * 1536) + 16 / 576)
+    bits = Scheme.parse("pq-8x8x2").bits_per_weight(576, 49152)
+    assert bits == pytest.approx(2 + 2 * 256 * 576 * 16 / (576 * 49152))
 
 
 def test_columns_that_vectors_do_not_divide_are_refused() -> None:
@@ -66,7 +73,8 @@ def test_values_are_sums_of_entries(name: str) -> None:
         for group in range(16 // vector):
             part = slice(group * vector, (group + 1) * vector)
             for m in range(scheme.codebook.count):
-                entry = tensor.tables[row // block, m, places[row, group, m]]
+                run = group if scheme.codebook.positional else row // block
+                entry = tensor.tables[run, m, places[row, group, m]]
                 expected[row, part] += entry.float()
     expected *= tensor.scale.float()
     assert torch.allclose(tensor.dequantize(), expected, atol=1e-6)
@@ -91,7 +99,7 @@ def _random(scheme: Scheme, *, rows: int, columns: int) -> QuantizedTensor:
     generator = torch.Generator().manual_seed(0)
     book = scheme.codebook
     assert book is not None
-    runs = -(-rows // scheme.rows_of_scale(rows))
+    runs = scheme.table_runs(rows, columns)
     shape = (runs, book.count, 1 << scheme.bits, book.vector)
     tables = torch.randn(shape, generator=generator).half()
     size = (rows, columns // book.vector * book.count)

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 import compress
 from compress.core.artifact import CompressedModel
 from compress.core.errors import CheckpointError
-from compress.export.palette import PaletteExporter
-from compress.export.sharding import ShardOptions
+from compress.export.palette import PaletteExporter, PaletteOptions
 from compress.runtime.coded_modules import CodedEmbedding, CodedLinear, TiedHead
 
 WINDOWS = torch.arange(24).view(2, 12)
@@ -27,7 +26,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 def mixed(layer: str) -> str | None:
     """Tables of every kind, a grid, and layers that stay dense."""
     kinds = {
-        "q_proj": "palette3",
+        "q_proj": "pq-4x5",
         "k_proj": "palette4-r1",
         "v_proj": "palette2-tensor",
         "o_proj": "palette-2x6-r32",
@@ -35,7 +34,7 @@ def mixed(layer: str) -> str | None:
         "up_proj": "palette5-scaled",
         "down_proj": "int4-g32-asym",
         "embed_tokens": "palette6",
-        "lm_head": "aqlm-1x8g4",
+        "lm_head": "pq-8x4x2-scaled",
     }
     if layer == "model.layers.1.mlp.up_proj":
         return None
@@ -49,7 +48,7 @@ def without_ends(layer: str) -> str | None:
 def write(folder: Path, scheme_of: Any = mixed, **options: Any) -> CompressedModel:
     artifact = make_artifact(scheme_of, **options)
     assert PaletteExporter().check(artifact.plan, artifact.description) == []
-    PaletteExporter(ShardOptions(max_shard_size="30KB")).write(artifact, folder)
+    PaletteExporter(PaletteOptions(max_shard_size="30KB")).write(artifact, folder)
     return artifact
 
 

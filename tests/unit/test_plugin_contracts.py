@@ -56,9 +56,12 @@ STAND_INS = {
     "int7-g32": "aqlm-3x5g2",
 }
 """What methods that know only tables are asked for instead, of as many bits or so."""
+PRODUCTS = {"int2-g32": "pq-2x2", "int4-g32": "pq-2x5", "int7-g32": "pq-2x5x2"}
+"""And those that know only tables of runs of columns."""
 TABLES = (
     *("palette2", "palette3-r1", "palette4-tensor", "palette3-r32", "palette3-scaled"),
     *("palette-2x6", "palette-4x8-r24", "palette-2x9"),
+    *("pq-4x3", "pq-2x9", "pq-8x4x2", "pq-4x4-scaled"),
 )
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -107,7 +110,7 @@ def supported(quantizer: Quantizer, name: str, dtype: str = "float16") -> Scheme
 def any_zero(quantizer: Quantizer, name: str, dtype: str = "float16") -> Scheme:
     """Return ``name``, or what stands in for it where a method cannot make it."""
     table = f"palette{Scheme.parse(name).bits}-scaled"
-    others = name, f"{name}-offset", STAND_INS[name], table
+    others = name, f"{name}-offset", STAND_INS[name], table, PRODUCTS[name]
     names = [x for x in others if quantizer.supports(Scheme.parse(x))]
     return supported(quantizer, names[0] if names else name, dtype)
 

@@ -22,6 +22,7 @@ GRIDS = (
 TABLES = (
     *("palette3", "palette4-r1", "palette2-tensor", "palette4-scaled"),
     *("palette-2x6", "palette-4x6-r64", "aqlm-1x9g8", "aqlm-2x4g8"),
+    *("pq-4x5", "pq-8x4x2-scaled"),
 )
 ROWS, COLUMNS = 72, 256
 
@@ -87,7 +88,7 @@ def test_codes_of_a_grid_are_the_nearest(name: str) -> None:
     torch.testing.assert_close((found - target).abs(), least, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["palette3", "palette-2x6", "aqlm-1x9g8"])
+@pytest.mark.parametrize("name", ["palette3", "palette-2x6", "aqlm-1x9g8", "pq-4x5"])
 def test_a_code_of_one_table_is_the_nearest(name: str) -> None:
     codes = tunable(matrices(name))
     target = wanted(codes)

@@ -229,7 +229,7 @@ def palette_problem(scheme: Scheme, shape: tuple[int, int]) -> str | None:
         shape: ``R``, ``C``.
     """
     book = scheme.codebook
-    if book is None or book.count != 1:
+    if book is None or book.positional or book.count != 1:
         return (
             f"differentiable k-means trains palettes with one table, and {scheme.name} "
             "is none; use a scheme such as palette3 or palette-2x6, or method: pv"

@@ -17,7 +17,7 @@ from compress.recovery.models import WholeModel
 from compress.recovery.parallel import Team
 from compress.tuning.pv import PVTuner
 
-SCHEMES = ("int2-g32", "int3-g32-asym", "palette2", "aqlm-2x4g4")
+SCHEMES = ("int2-g32", "int3-g32-asym", "palette2", "aqlm-2x4g4", "pq-4x4")
 
 
 @cache
