@@ -233,6 +233,7 @@ class Job:
             ModelHandle(run.model, run.compressed_source()),
             run.handle,
             codes,
+            originals=run.artifact.source,
             text=load_recovery_text("mix", run.handle.tokenizer(), settings),
             options=settings,
             device=run.device,

@@ -94,6 +94,12 @@ class PVOptions(TuneOptions):
         ge=1,
         description="Candidates in the search for codes of several tables.",
     )
+    shard: bool = Field(
+        default=False,
+        description="Under torchrun, split the matrices of the blocks, codes and all "
+        "that is kept for them, by rows over the processes (FSDP2): for models that "
+        "outgrow one GPU.",
+    )
 
     @model_validator(mode="after")
     def _means_something(self) -> PVOptions:
@@ -106,6 +112,15 @@ class PVOptions(TuneOptions):
                     f"{key} means nothing for regime {self.regime}; leave it out, or "
                     f"take regime {' or '.join(regimes)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_split(self) -> PVOptions:
+        if self.shard and (self.generated or self.teacher == "cache"):
+            raise ValueError(
+                "shard: each process has a part of the original only, so give "
+                "generated: 0 (and more samples) and teacher: recompute"
+            )
         return self
 
     @property

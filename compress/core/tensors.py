@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress.core import codebooks, scales
 from compress.core.scales import TORCH_DTYPES as TORCH_DTYPES
-from compress.core.scheme import Scheme, Zero
+from compress.core.scheme import WHOLE, Scheme, Zero
 
 
 def decode(levels: Tensor, scale: Tensor, zero: Tensor | None, kind: Zero) -> Tensor:
@@ -203,3 +203,36 @@ class QuantizedTensor:
             low_rank,
             tensors.get("tables"),
         )
+
+
+def join_rows(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """Return the matrix whose parts :meth:`QuantizedTensor.split_rows` returned.
+
+    Args:
+        parts: From the first rows to the last, of one scheme without low rank; what all
+            rows share is taken from the first.
+    """
+    first = parts[0]
+    scheme, book = first.scheme, first.scheme.codebook
+    whole = scheme.row_block == WHOLE
+    shares_tables = whole or (book is not None and book.positional)
+    shares_scale = (whole and book is None) or (book is not None and not book.scaled)
+
+    def joined(tensors: Sequence[Tensor | None], shared: bool) -> Tensor | None:
+        given = [tensor for tensor in tensors if tensor is not None]
+        if not given or shared:
+            return given[0] if given else None
+        return torch.cat(given)
+
+    scale = joined([part.scale for part in parts], shares_scale)
+    assert scale is not None
+    by_row = first.outer is not None and first.outer.dim() == 2
+    return QuantizedTensor(
+        torch.cat([part.codes for part in parts]),
+        scale,
+        joined([part.zero for part in parts], whole),
+        scheme,
+        first.notes,
+        joined([part.outer for part in parts], not by_row),
+        tables=joined([part.tables for part in parts], shares_tables),
+    )

@@ -20,36 +20,12 @@ from compress.config.tune_section import TuneOptions
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.scales import TORCH_DTYPES
 from compress.core.tensors import QuantizedTensor
-from compress.core.tunable import TunableCodes, tunable
 from compress.recovery.learner import Learner
 from compress.recovery.models import WholeModel
 from compress.recovery.parallel import Team
 from compress.recovery.trained import norm_weights
 from compress.tuning.numbers import RelativeAdam
-
-_WEIGHTS_AT_ONCE = 1 << 25  # of a stack: what one operation touches
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Matrices that are treated together.
-
-    Attributes:
-        names: Of the layers.
-        codes: What their values come from.
-        live: ``[B, R, C]`` in the model's type: the weights of the layers.
-        gradient: The gradients of the layers, as ``live``.
-    """
-
-    names: tuple[str, ...]
-    codes: TunableCodes
-    live: Tensor
-    gradient: Tensor
-
-    @torch.no_grad()
-    def refresh_(self) -> None:
-        """Put the values of the codes into the model."""
-        self.live.copy_(self.codes.decode())
+from compress.tuning.stacks import stacks_of
 
 
 @dataclass(frozen=True)
@@ -94,7 +70,7 @@ class TunedModel(Learner):
         options: TuneOptions,
     ) -> None:
         self.model = model
-        self.stacks = [_install_(model, part) for part in _parts(codes)]
+        self.stacks = list(stacks_of(model, codes))
         names = dense_names(model.description, codes, options)
         self.dense_weights = [_promote_(model, source, name) for name in names]
         self.adam = RelativeAdam()
@@ -118,13 +94,21 @@ class TunedModel(Learner):
         }
         return found | {weight.name: weight.value for weight in self.dense_weights}
 
+    def trained_values(self, team: Team) -> int:
+        """Return how many numbers are trained, in all processes together."""
+        count = sum(weight.value.numel() for weight in self.dense_weights)
+        for stack in self.stacks:
+            for name, value in stack.codes.continuous_parameters().items():
+                has_part = stack.team_of(name, team) is not None
+                count += value.numel() * (team.size if has_part else 1)
+        return count
+
     def result(self) -> dict[str, QuantizedTensor]:
-        """Return the stored form of each layer, by name."""
-        return {
-            name: tensor
-            for stack in self.stacks
-            for name, tensor in zip(stack.names, stack.codes.result(), strict=True)
-        }
+        """Return the stored form of each layer, by name.
+
+        Where blocks are split every process asks, and the first one gets it.
+        """
+        return {k: v for stack in self.stacks for k, v in stack.result().items()}
 
     def dense(self) -> dict[str, Tensor]:
         """Return the dense weights that were trained, as stored, on the CPU."""
@@ -152,9 +136,9 @@ class TunedModel(Learner):
     def step(self, rate: float, *, number: int, team: Team) -> Tensor:
         """Use up the gradients that are there: change everything once."""
         for stack in self.stacks:
-            team.average_([stack.gradient])
+            stack.receive_(team)
         team.average_gradients_([weight.live for weight in self.dense_weights])
-        norm = self._gradient_norm()
+        norm = self._gradient_norm(team)
         finite = torch.isfinite(norm)
         self._change(rate, finite, number=number, team=team)
         for stack in self.stacks:
@@ -182,10 +166,18 @@ class TunedModel(Learner):
             values = stack.codes.decode()
         gradient = usable(stack.gradient, finite)
         found = torch.autograd.grad(values, list(numbers.values()), gradient)
-        team.average_(found)  # sums without an order differ between processes
+        gradients = dict(zip(numbers, found, strict=True))
+        stack.average_(gradients, team)
         rates = finite * (rate * self._rate)
-        for (name, value), own in zip(numbers.items(), found, strict=True):
-            self.adam.move_(f"{index}/{name}", value, own, rates, stacked=True)
+        for name, value in numbers.items():
+            self.adam.move_(
+                f"{index}/{name}",
+                value,
+                gradients[name],
+                rates,
+                stacked=True,
+                team=stack.team_of(name, team),
+            )
         stack.codes.settle_()
         return values.detach()
 
@@ -200,7 +192,8 @@ class TunedModel(Learner):
                 self.adam.move_(weight.name, weight.value, own, rates, stacked=stacked)
                 weight.refresh_()
 
-    def _gradient_norm(self) -> Tensor:
+    def _gradient_norm(self, team: Team) -> Tensor:
+        """Return the length of all gradients; not finite in all if in one process."""
         gradients = [stack.gradient for stack in self.stacks]
         gradients += [
             w.live.grad for w in self.dense_weights if w.live.grad is not None
@@ -209,8 +202,10 @@ class TunedModel(Learner):
             torch.linalg.vector_norm(gradient, dtype=torch.float32)
             for gradient in gradients
         ]
-        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        return total
+        total = torch.stack(norms).double().square().sum()
+        if self.model.is_split:
+            team.add_([total])
+        return total.sqrt()
 
     @abstractmethod
     def _change(self, rate: float, finite: Tensor, *, number: int, team: Team) -> None:
@@ -244,33 +239,6 @@ def dense_names(
         ends = [model.family.embedding, *([] if model.tied else [model.family.head])]
         names += [f"{name}.weight" for name in ends if name not in set(coded)]
     return names
-
-
-def _parts(
-    codes: Mapping[str, QuantizedTensor],
-) -> Iterable[dict[str, QuantizedTensor]]:
-    """Yield layers of one shape and scheme, few enough for one operation."""
-    alike: dict[object, dict[str, QuantizedTensor]] = {}
-    for name, tensor in codes.items():
-        alike.setdefault((tensor.shape, tensor.scheme), {})[name] = tensor
-    for group in alike.values():
-        names = list(group)
-        rows, columns = group[names[0]].shape
-        most = max(1, _WEIGHTS_AT_ONCE // (rows * columns))
-        for start in range(0, len(names), most):
-            yield {name: group[name] for name in names[start : start + most]}
-
-
-def _install_(model: WholeModel, part: Mapping[str, QuantizedTensor]) -> Stack:
-    """Make the weights of layers views of a stack."""
-    codes = tunable(list(part.values()), model.device)
-    live = torch.zeros(codes.shape, dtype=model.dtype, device=model.device)
-    stack = Stack(tuple(part), codes, live, torch.zeros_like(live))
-    for number, name in enumerate(part):
-        leaf = nn.Parameter(stack.live[number])
-        leaf.grad = stack.gradient[number]  # backward passes add to it in place
-        model.module.get_submodule(name).register_parameter("weight", leaf)
-    return stack
 
 
 def _promote_(model: WholeModel, source: TensorSource, name: str) -> DenseWeight:

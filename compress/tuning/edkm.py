@@ -36,8 +36,9 @@ from compress.core.artifact import TensorSource
 from compress.core.tensors import QuantizedTensor
 from compress.recovery.models import WholeModel
 from compress.recovery.parallel import Team
-from compress.tuning.coded import Stack, TunedModel, usable
+from compress.tuning.coded import TunedModel, usable
 from compress.tuning.dkm.palette import Schedule, SoftPalettes
+from compress.tuning.stacks import Stack
 
 
 class EdkmTuner(TunedModel):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.recovery.parallel import Team
 from compress.tuning.steps import direction, relative
 
 BETAS = (0.9, 0.95)
@@ -55,6 +56,7 @@ class RelativeAdam:
         rates: Tensor,
         *,
         stacked: bool | None,
+        team: Team | None = None,
     ) -> None:
         """Change a leaf.
 
@@ -65,6 +67,7 @@ class RelativeAdam:
             rates: ``[]`` on the device.
             stacked: Whether it holds matrices ``[B, ...]`` that have steps relative to
                 each, or is one matrix; ``None`` for steps of absolute size.
+            team: The processes, if each has some rows of the matrices only.
         """
         moments = self._moments[name]
         change = direction(
@@ -77,7 +80,7 @@ class RelativeAdam:
         )
         moments.steps += 1
         if stacked:
-            change *= relative(value, change)
+            change *= relative(value, change, team)
         elif stacked is not None:
             change *= relative(value[None], change[None])[0]
         value.sub_(change.mul_(rates))

@@ -36,8 +36,9 @@ from compress.core.artifact import TensorSource
 from compress.core.tensors import QuantizedTensor
 from compress.recovery.models import WholeModel
 from compress.recovery.parallel import Team
-from compress.tuning.coded import Stack, TunedModel, usable
+from compress.tuning.coded import TunedModel, usable
 from compress.tuning.numbers import BETAS
+from compress.tuning.stacks import Stack
 from compress.tuning.steps import direction, relative, selected, trusted
 
 
@@ -89,7 +90,13 @@ class PVTuner(TunedModel):
                 asked = finite * (rate * self._options.code_rate)
                 gradient = usable(stack.gradient, finite)
                 self._choose_codes(
-                    index, before, gradient, rate=asked, finite=finite, number=number
+                    index,
+                    before,
+                    gradient,
+                    rate=asked,
+                    finite=finite,
+                    number=number,
+                    team=team,
                 )
             stack.refresh_()
         self.train_dense(rate, finite)
@@ -104,12 +111,14 @@ class PVTuner(TunedModel):
         rate: Tensor,
         finite: Tensor,
         number: int,
+        team: Team,
     ) -> None:
         """V: give the units that are farthest from what they want other codes."""
         options, codes = self._options, self.stacks[index].codes
         target = self._wanted[index] if options.keeps_wishes else before.clone()
         change = direction(gradient, self._seconds[index], beta=BETAS[1], number=number)
-        change *= relative(target, change) * rate
+        rows = team if self.stacks[index].split else None
+        change *= relative(target, change, rows) * rate
         target -= change  # in place: what units want is kept
         present = codes.decode()
         wishes = codes.group_norms(target - present)

@@ -16,6 +16,8 @@ import math
 import torch
 from torch import Tensor
 
+from compress.recovery.parallel import Team
+
 _EPSILON = 1e-10  # gradients of a mean over tokens are small
 
 
@@ -46,13 +48,23 @@ def direction(
     return size.reciprocal_().mul_(first).div_(1 - first_beta ** (number + 1))
 
 
-def relative(values: Tensor, change: Tensor) -> Tensor:
+def relative(values: Tensor, change: Tensor, team: Team | None = None) -> Tensor:
     """Return ``|values| / |change|`` of each matrix; 1 where either is 0.
+
+    Args:
+        values: float32 ``[B, ...]``.
+        change: As ``values``.
+        team: The processes, if each has some rows of the matrices only.
 
     Returns:
         float32 ``[B, 1, ...]``.
     """
-    own, other = _length(values), _length(change)
+    lengths = torch.stack([_length(values), _length(change)])
+    if team is not None:
+        squares = lengths.square()
+        team.add_([squares])
+        lengths = squares.sqrt()
+    own, other = lengths
     usable = (own > 0) & (other > 0)
     ratio = torch.where(usable, own / other, torch.ones_like(own))
     return ratio.view(-1, *[1] * (values.dim() - 1))

@@ -55,11 +55,13 @@ class Tuned:
         record: Plain data for the report: method, options, steps, seconds of them and
             before, tokens, held-out KL before and after and each measurement, skipped
             steps, trained values, changed codes, memory.
+        files: Checkpoints, which are needed until this is stored.
     """
 
     codes: Mapping[str, QuantizedTensor]
     dense: Mapping[str, Tensor]
     record: Mapping[str, Any]
+    files: CheckpointFiles
 
 
 def tune(
@@ -76,8 +78,8 @@ def tune(
 ) -> Tuned:
     """Train codes so that their model predicts what the original one does.
 
-    Both models are held in memory as a whole. Under torchrun every process calls this,
-    with the same arguments; the first one saves.
+    Both models are held in memory, as a whole or split. Under torchrun every process
+    calls this, with the same arguments; the first one gets all codes, and saves.
 
     Args:
         student: The compressed model: its source has the values of the codes.
@@ -103,11 +105,10 @@ def tune(
             student, teacher, codes, originals, text, options, state, members, own
         )
         found = job.run(started)
-        if members.rank == 0:
-            if save is not None:
-                save(found)
-            (state / _CHECKPOINT).unlink(missing_ok=True)
+        if members.rank == 0 and save is not None:
+            save(found)
         members.wait()
+        found.files.delete()
     return found
 
 
@@ -129,7 +130,11 @@ class _Job:
         options = self.options
         stored = self.student.description.dtype
         dtype = choose_dtype(options.dtype, stored, self.device)
-        original = WholeModel(self.teacher, device=self.device, dtype=dtype)
+        split = None
+        if isinstance(options, PVOptions) and options.shard:
+            self.team.check_split(options.section)
+            split = self.team
+        original = WholeModel(self.teacher, device=self.device, dtype=dtype, team=split)
         train = training_windows(
             original,
             self.text,
@@ -140,7 +145,7 @@ class _Job:
         )
         keep = (len(train), train.shape[1]) if options.teacher == "cache" else None
         teacher = Teacher(original, keep=keep)
-        model = WholeModel(self.student, device=self.device, dtype=dtype)
+        model = WholeModel(self.student, device=self.device, dtype=dtype, team=split)
         if options.gradient_checkpointing:
             model.checkpoint_blocks()
         tuner = self._tuner(model)
@@ -153,7 +158,10 @@ class _Job:
             team=self.team,
             started=started,
             files=CheckpointFiles(
-                self.state / _CHECKPOINT, self._fingerprint(), self.team
+                self.state / _CHECKPOINT,
+                self._fingerprint(),
+                self.team,
+                split=split is not None,
             ),
         )
         progress = training.run()
@@ -176,14 +184,14 @@ class _Job:
             "skipped_steps": progress.skipped,
             "layers": len(found),
             "dense_weights": len(tuner.dense_weights),
-            "trained_values": sum(v.numel() for v in tuner.parameters().values()),
+            "trained_values": tuner.trained_values(self.team),
             "changed_codes": changed_share(self.codes, found),
             "dtype": str(dtype).removeprefix("torch."),
             "device": self.device,
             "processes": self.team.size,
             "peak_memory_bytes": device_peak_bytes(self.device),
         }
-        return Tuned(found, tuner.dense(), record)
+        return Tuned(found, tuner.dense(), record, training.files)
 
     def _tuner(self, model: WholeModel) -> TunedModel:
         """Return what carries out the method."""

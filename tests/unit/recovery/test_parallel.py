@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,19 +10,18 @@ import torch
 from recovery_fixtures import opened, options_of, save_pair, text_of
 from safetensors.torch import load_file
 from torch import Tensor
+from torchrun_fixtures import run_processes
 
 from compress.core.errors import ConfigError
 from compress.recovery.recover import recover
 
-TESTS = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
 from recovery_fixtures import opened, options_of, text_of
 from compress.recovery.recover import recover
 folder = Path(sys.argv[1])
-options = json.loads(sys.argv[3])
+options = json.loads(sys.argv[2])
 stop = options.pop("stop", None)
 if stop:
     from compress.recovery.checkpoints import CheckpointFiles
@@ -49,38 +44,8 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {k: v for file in files for k, v in load_file(file).items()}
 
 
-def free_port() -> int:
-    with socket.socket() as opened_socket:
-        opened_socket.bind(("127.0.0.1", 0))
-        port: int = opened_socket.getsockname()[1]
-        return port
-
-
 def run_two(folder: Path, **options: object) -> None:
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, folder, TESTS, json.dumps(options)],
-            env=os.environ
-            | shared
-            | {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": "2",
-                "PYTHONPATH": path,
-                "OMP_NUM_THREADS": "1",
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+    run_processes(SCRIPT, folder, options)
 
 
 @pytest.mark.slow
