@@ -27,7 +27,7 @@ class RecoverOptions(TrainingOptions):
 
     @model_validator(mode="after")
     def _can_be_split(self) -> RecoverOptions:
-        if self.shard and self.generated:
+        if self.shard and self.writes:
             raise ValueError(
                 "generated: text is written by one process, which needs the whole "
                 "model; with shard, give 0, and more samples instead"

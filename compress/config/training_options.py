@@ -6,9 +6,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from compress.config.fields import Section
+from compress.config.fields import Duration, Section, minutes_of
 
 _MINUTES = 10.0
+_WRITING = 0.1
+"""Share of ``time`` in which the original writes text."""
 
 
 class TrainingOptions(Section):
@@ -24,6 +26,11 @@ class TrainingOptions(Section):
     stage: ClassVar[str]
     section: ClassVar[str]
 
+    time: Duration | None = Field(
+        default=None,
+        description="Everything by one number, such as 30min or 2h: minutes of that "
+        "length, in the first tenth of which the original writes text (generated).",
+    )
     minutes: float | None = Field(
         default=None,
         gt=0,
@@ -44,12 +51,12 @@ class TrainingOptions(Section):
         ge=1,
         description="Further windows of it, which only choose the best step.",
     )
-    generated: int = Field(
-        default=0,
+    generated: int | None = Field(
+        default=None,
         ge=0,
         description="Windows that the original model writes itself, beginning with a "
         "few tokens of the others, to train on besides: more text than the sources "
-        "have.",
+        "have. null takes none, or with time as many as it can.",
     )
     sequence_length: int = Field(default=512, ge=2, description="Tokens in a window.")
     seed: int = Field(
@@ -105,10 +112,30 @@ class TrainingOptions(Section):
             raise ValueError("kl and ce are both 0; give one of the losses a weight")
         return self
 
+    @model_validator(mode="after")
+    def _has_one_length(self) -> TrainingOptions:
+        if self.time is not None and self.minutes is not None:
+            raise ValueError(f"time: {self.time} and minutes; give one of them")
+        return self
+
+    @property
+    def writing_seconds(self) -> float | None:
+        """In which the original writes text, if no number of windows is given."""
+        if self.time is None or self.generated is not None:
+            return None
+        return _WRITING * 60 * minutes_of(self.time)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the original writes text at all."""
+        return bool(self.generated) or self.writing_seconds is not None
+
     @property
     def seconds(self) -> float | None:
         """When time ends the run, if it does."""
         minutes = self.minutes
+        if self.time is not None:
+            minutes = minutes_of(self.time)
         if minutes is None and self.steps is None:
             minutes = _MINUTES
         return None if minutes is None else 60 * minutes

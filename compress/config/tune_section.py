@@ -116,7 +116,7 @@ class PVOptions(TuneOptions):
 
     @model_validator(mode="after")
     def _can_be_split(self) -> PVOptions:
-        if self.shard and (self.generated or self.teacher == "cache"):
+        if self.shard and (self.writes or self.teacher == "cache"):
             raise ValueError(
                 "shard: each process has a part of the original only, so give "
                 "generated: 0 (and more samples) and teacher: recompute"

@@ -149,9 +149,12 @@ def _beside(work: RecoverWork, speeds: Speeds) -> float:
     one = duration.sweep(work.student, tokens, speeds)
     one += duration.sweep(work.teacher, tokens, speeds)
     total = count * (one + _heads(work, 2 * tokens, tokens, speeds))
-    written = options.generated * options.sequence_length
+    generated = options.generated or 0
+    written = generated * options.sequence_length
+    if options.writing_seconds is not None:
+        total += options.writing_seconds
     if written:
-        batches = -(-options.generated // _GENERATED_AT_ONCE)
+        batches = -(-generated // _GENERATED_AT_ONCE)
         positions = batches * options.sequence_length
         total += duration.sweep(work.teacher, written, speeds)
         total += positions * work.teacher.parameters * speeds.device_pass

@@ -13,7 +13,10 @@ prompts of several lengths are ours.
 
 from __future__ import annotations
 
+import math
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +36,17 @@ _PROMPTS = (1, 2, 4, 8, 16, 32)
 _CACHE_SHARE = 0.3
 _CACHE_BYTES = 1 << 28
 _MOST_AT_ONCE = 4096
+_MOST_IN_TIME = 1 << 16  # windows, where time ends writing
 
 
 @torch.no_grad()
 def generate_windows(
-    model: WholeModel, text: Tensor, *, count: int, seed: int
+    model: WholeModel,
+    text: Tensor,
+    *,
+    count: int,
+    seed: int,
+    seconds: float | None = None,
 ) -> Tensor:
     """Return windows int64 ``[count, T]`` that a model writes, on the CPU.
 
@@ -47,7 +56,9 @@ def generate_windows(
             begin with the same token, so do the new ones.
         count: Number of windows.
         seed: Of prompts and samples.
+        seconds: After which no more are begun, if there is any.
     """
+    ends = math.inf if seconds is None else time.monotonic() + seconds
     generator = torch.Generator(model.device).manual_seed(seed)
     prompts, lengths = _prompts(text, count, torch.Generator().manual_seed(seed))
     size = _batch(model, text.shape[1])
@@ -57,11 +68,19 @@ def generate_windows(
         parts, total=-(-count // size), desc="teacher's text", leave=False, disable=None
     ):
         made.append(_continue(model, given, own, text.shape[1], generator).cpu())
+        if time.monotonic() >= ends:
+            break
     return torch.cat(made)
 
 
 def stored_windows(
-    model: WholeModel, text: Tensor, *, count: int, seed: int, file: Path
+    model: WholeModel,
+    text: Tensor,
+    *,
+    count: int,
+    seed: int,
+    file: Path,
+    seconds: float | None = None,
 ) -> Tensor:
     """Return :func:`generate_windows`, from a file if it was made before.
 
@@ -71,7 +90,7 @@ def stored_windows(
 
     if file.is_file():
         return load(file.read_bytes())["windows"]
-    windows = generate_windows(model, text, count=count, seed=seed)
+    windows = generate_windows(model, text, count=count, seed=seed, seconds=seconds)
     write_atomically(file, save({"windows": windows}))
     return windows
 
@@ -95,18 +114,18 @@ def training_windows(
         weights: Of the teacher, as they are stored.
         state: Folder in which they are kept.
     """
-    count, given, seed = options.generated, text.train, options.seed
-    if count == 0:
+    given, seed, seconds = text.train, options.seed, options.writing_seconds
+    if not options.writes:
         return given
+    count = options.generated or _MOST_IN_TIME
     digest = weights_digest(weights)
-    made_from = [text.digest, digest, count, seed, str(teacher.dtype)]
+    made_from = [text.digest, digest, count, seconds, seed, str(teacher.dtype)]
     file = state / f"generated-{digest_of(made_from)[:12]}.safetensors"
+    wanted: dict[str, Any] = {"count": count, "seed": seed, "seconds": seconds}
     if team.rank == 0:
-        stored_windows(teacher, given, count=count, seed=seed, file=file)
+        stored_windows(teacher, given, **wanted, file=file)
     team.wait()
-    return torch.cat(
-        [given, stored_windows(teacher, given, count=count, seed=seed, file=file)]
-    )
+    return torch.cat([given, stored_windows(teacher, given, **wanted, file=file)])
 
 
 def _batch(model: WholeModel, length: int) -> int:

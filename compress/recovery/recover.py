@@ -175,7 +175,7 @@ def _train(
         _write(job, trained, source, folder)
     members.wait()
     training.files.delete()
-    evaluations = progress.evaluations
+    evaluations, given = progress.evaluations, len(job.text.train)
     tokens = options.batch * options.accumulate * members.size * train.shape[1]
     return {
         "method": "soft_prompt" if isinstance(trained, SoftPrompt) else "distill",
@@ -184,7 +184,7 @@ def _train(
         "seconds": progress.seconds,
         "prepared_seconds": progress.prepared_seconds,
         "tokens": progress.step * tokens,
-        "windows": {"given": len(job.text.train), "generated": options.generated},
+        "windows": {"given": given, "generated": len(train) - given},
         "held_out_windows": len(job.text.held_out),
         "kl_before": evaluations[0]["kl"],
         "kl_after": evaluations[progress.best]["kl"],

@@ -168,6 +168,7 @@ class _Job:
         found = tuner.result()
         evaluations = progress.evaluations
         per_step = options.batch * options.accumulate * self.team.size * train.shape[1]
+        given = len(self.text.train)
         record = {
             "method": _method(options),
             "options": options.model_dump(mode="json"),
@@ -175,7 +176,7 @@ class _Job:
             "seconds": progress.seconds,
             "prepared_seconds": progress.prepared_seconds,
             "tokens": progress.step * per_step,
-            "windows": {"given": len(self.text.train), "generated": options.generated},
+            "windows": {"given": given, "generated": len(train) - given},
             "held_out_windows": len(self.text.held_out),
             "kl_before": evaluations[0]["kl"],
             "kl_after": evaluations[progress.best]["kl"],

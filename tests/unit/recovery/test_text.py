@@ -9,6 +9,7 @@ import torch
 from pipeline_fixtures import save_checkpoint, write_text
 from recovery_fixtures import opened, options_of, save_pair, text_of
 
+from compress.recovery import generate
 from compress.recovery.generate import generate_windows, stored_windows
 from compress.recovery.models import WholeModel
 from compress.recovery.text import Order, load_recovery_text
@@ -107,3 +108,27 @@ def test_each_token_is_drawn_given_all_before_it(
             for window in text
             for place in range(17 - prompt)
         )
+
+
+def test_time_ends_writing_after_a_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "_batch", lambda model, length: 4)
+    model, text = teacher(tmp_path), text_of().train
+    made = generate_windows(model, text, count=1000, seed=0, seconds=0)
+    assert len(made) == 4
+    assert len(generate_windows(model, text, count=10, seed=0, seconds=60)) == 10
+
+
+def test_a_budget_of_time_says_it_all() -> None:
+    options = options_of(time="30min", steps=None)
+    assert (options.seconds, options.writing_seconds) == (1800, 180)
+    assert options_of(time="1.5h", generated=5).writing_seconds is None
+    assert options_of(time="90s").seconds == 90
+    assert not options_of(minutes=3).writes
+    with pytest.raises(ValueError, match="30 moons.* is no time; write 90s"):
+        options_of(time="30 moons")
+    with pytest.raises(ValueError, match="give one of them"):
+        options_of(time="30min", minutes=30)
+    with pytest.raises(ValueError, match="shard"):
+        options_of(time="30min", shard=True)
