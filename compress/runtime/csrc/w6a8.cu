@@ -4,10 +4,10 @@
 
 namespace {
 
-template <int kTokens, int kRun, bool kGrouped>
+template <int kTokens, int kRun, Mode kMode>
 cudaError_t launch(const W6A8Linear &a, cudaStream_t stream) {
-  using S = Shape<kTokens, kRun, kGrouped>;
-  const auto kernel = linear_kernel<kTokens, kRun, kGrouped>;
+  using S = Shape<kTokens, kRun, kMode>;
+  const auto kernel = linear_kernel<kTokens, kRun, kMode>;
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes);
   if (error != cudaSuccess) return error;
@@ -19,8 +19,9 @@ cudaError_t launch(const W6A8Linear &a, cudaStream_t stream) {
 
 template <int kTokens, int kRun>
 cudaError_t launch(const W6A8Linear &a, cudaStream_t stream) {
-  return a.input_groups == 1 ? launch<kTokens, kRun, false>(a, stream)
-                             : launch<kTokens, kRun, true>(a, stream);
+  if (a.sums != nullptr) return launch<kTokens, kRun, kShowing>(a, stream);
+  if (a.input_groups == 1) return launch<kTokens, kRun, kOfTokens>(a, stream);
+  return launch<kTokens, kRun, kOfGroups>(a, stream);
 }
 
 template <int kTokens>
@@ -58,7 +59,7 @@ const char *w6a8_error(int code) {
 }
 
 int w6a8_rows_of_block(int token_tile) {
-  return token_tile <= 16 ? Shape<16, 128, false>::kRows : Shape<64, 128, false>::kRows;
+  return token_tile <= 16 ? Shape<16, 128, kOfTokens>::kRows : Shape<64, 128, kOfTokens>::kRows;
 }
 
 int w6a8_quantize(const W6A8Quantize *arguments, void *stream) {

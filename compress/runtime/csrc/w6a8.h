@@ -40,7 +40,8 @@ struct W6A8Linear {
   void *outputs;              // [tokens, rows] of type `output_dtype`
   float *partial;             // [splits, tokens, rows]; null with one split
   uint32_t *tickets;          // zeros, one for each block of the result; likewise
-  int32_t *sums;              // [tokens, across * 128 / run, rows] or null
+  int32_t *sums;              // [tokens, across * 128 / run, rows] or null; one input
+                              // group only
   int64_t tokens;
   int32_t rows, down, across;
   int32_t run;                // columns after which a scale may change: 32, 64, 128

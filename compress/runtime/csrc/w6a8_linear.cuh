@@ -20,7 +20,11 @@
 constexpr int kLinearThreads = 256;
 constexpr int kWarps = kLinearThreads / 32;
 
-template <int kTokens, int kRun, bool kGrouped>
+// Inputs have a scale for each token, or one for each group too; or the former, and the
+// integer sums are written out, for tests.
+enum Mode { kOfTokens, kOfGroups, kShowing };
+
+template <int kTokens, int kRun, Mode kMode>
 struct Shape {
   static constexpr int kDown = kTokens <= 16 ? 2 : 4;
   static constexpr int kAcross = kWarps / kDown;
@@ -33,7 +37,7 @@ struct Shape {
   static constexpr int kInputBytes = kAcross * kTokens * W6A8_TILE_COLUMNS;
   static constexpr int kScaleBytes = kWarps * kRuns * W6A8_TILE_ROWS * 2;
   static constexpr int kInputScaleBytes =
-      kGrouped ? kAcross * kTokens * kRuns * 4 : 0;
+      kMode == kOfGroups ? kAcross * kTokens * kRuns * 4 : 0;
   static constexpr int kStageBytes =
       kWeightBytes + kInputBytes + kScaleBytes + kInputScaleBytes;
   static constexpr int kResultBytes = kAcross * kTokens * kPitch * 4;
@@ -43,9 +47,9 @@ struct Shape {
   static_assert(kStageBytes % 16 == 0, "stages are aligned");
 };
 
-template <int kTokens, int kRun, bool kGrouped>
+template <int kTokens, int kRun, Mode kMode>
 struct Block {
-  using S = Shape<kTokens, kRun, kGrouped>;
+  using S = Shape<kTokens, kRun, kMode>;
   static constexpr int kParts = kTokens / 8;  // results of a warp side by side
 
   const W6A8Linear &a;
@@ -101,6 +105,7 @@ struct Block {
       }
     }
     const int64_t width = static_cast<int64_t>(a.across) * W6A8_TILE_COLUMNS;
+#pragma unroll 1
     for (int i = thread; i < S::kAcross * kTokens * 8; i += kLinearThreads) {
       const int chunk = i % 8, token = i / 8 % kTokens, part = i / (8 * kTokens);
       const int column = step * S::kAcross + part;
@@ -112,7 +117,8 @@ struct Block {
                           w6a8_swizzled(token, chunk),
                       from, valid);
     }
-    if constexpr (kGrouped) {
+    if constexpr (kMode == kOfGroups) {
+#pragma unroll 1
       for (int i = thread; i < S::kAcross * kTokens * S::kRuns; i += kLinearThreads) {
         const int token = i % kTokens, run = i / kTokens % S::kRuns;
         const int column = step * S::kAcross + i / (kTokens * S::kRuns);
@@ -181,11 +187,11 @@ struct Block {
       for (int i = 0; i < 4; ++i) {
         const float sum = as_float(sums[t][i]) - W6A8_SUM_START_AS_FLOAT;
         float factor = scale[i >> 1];
-        if constexpr (kGrouped) factor *= sx[8 * t + w6a8_result_token(lane, i)];
+        if constexpr (kMode == kOfGroups) factor *= sx[8 * t + w6a8_result_token(lane, i)];
         total[t][i] = fmaf(sum, factor, total[t][i]);
       }
     }
-    if (a.sums != nullptr) store_sums(step, run, sums);
+    if constexpr (kMode == kShowing) store_sums(step, run, sums);
   }
 
   __device__ __forceinline__ void store_sums(int step, int run,
@@ -207,7 +213,7 @@ struct Block {
 
   __device__ __forceinline__ void store(int64_t token, int row, float value) const {
     value *= 0.25f;  // codes are held times four
-    if (!kGrouped) value *= a.input_scales[token];
+    if constexpr (kMode != kOfGroups) value *= a.input_scales[token];
     if (a.bias != nullptr) value += a.bias[row];
     const int64_t at = token * a.rows + row;
     if (a.output_dtype == W6A8_FLOAT32)
@@ -227,6 +233,7 @@ struct Block {
         results[(across * kTokens + 8 * t + w6a8_result_token(lane, i)) * S::kPitch +
                 rows_before + w6a8_result_row(lane, i)] = total[t][i];
     __syncthreads();
+#pragma unroll 1
     for (int i = thread; i < kTokens * S::kRows; i += kLinearThreads) {
       const int64_t token = first_token + i / S::kRows;
       const int row = blockIdx.y * S::kRows + i % S::kRows;
@@ -240,6 +247,7 @@ struct Block {
         a.partial[(blockIdx.z * a.tokens + token) * a.rows + row] = value;
     }
     if (a.splits == 1 || !is_last()) return;
+#pragma unroll 1
     for (int i = thread; i < kTokens * S::kRows; i += kLinearThreads) {
       const int64_t token = first_token + i / S::kRows;
       const int row = blockIdx.y * S::kRows + i % S::kRows;
@@ -266,11 +274,11 @@ struct Block {
   }
 };
 
-template <int kTokens, int kRun, bool kGrouped>
+template <int kTokens, int kRun, Mode kMode>
 __global__ void __launch_bounds__(kLinearThreads, 2)
     linear_kernel(const __grid_constant__ W6A8Linear a) {
-  using S = Shape<kTokens, kRun, kGrouped>;
-  const Block<kTokens, kRun, kGrouped> block(a);
+  using S = Shape<kTokens, kRun, kMode>;
+  const Block<kTokens, kRun, kMode> block(a);
   const int64_t steps = (a.across + S::kAcross - 1) / S::kAcross;
   const int first = static_cast<int>(steps * blockIdx.z / a.splits);
   const int last = static_cast<int>(steps * (blockIdx.z + 1) / a.splits);
