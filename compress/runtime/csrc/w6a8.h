@@ -36,7 +36,7 @@ struct W6A8Linear {
   const float *input_scales;  // [tokens, input_groups]
   const uint8_t *tiles;       // [down, across, 1536]
   const void *weight_scales;  // [weight_groups, 16 * down] of type `scale_dtype`
-  const float *bias;          // [rows] or null
+  const void *bias;           // [rows] of type `output_dtype`, or null
   void *outputs;              // [tokens, rows] of type `output_dtype`
   float *partial;             // [splits, tokens, rows]; null with one split
   uint32_t *tickets;          // zeros, one for each block of the result; likewise

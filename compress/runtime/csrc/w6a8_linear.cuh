@@ -214,14 +214,18 @@ struct Block {
   __device__ __forceinline__ void store(int64_t token, int row, float value) const {
     value *= 0.25f;  // codes are held times four
     if constexpr (kMode != kOfGroups) value *= a.input_scales[token];
-    if (a.bias != nullptr) value += a.bias[row];
     const int64_t at = token * a.rows + row;
-    if (a.output_dtype == W6A8_FLOAT32)
+    if (a.output_dtype == W6A8_FLOAT32) {
+      if (a.bias != nullptr) value += static_cast<const float *>(a.bias)[row];
       static_cast<float *>(a.outputs)[at] = value;
-    else if (a.output_dtype == W6A8_FLOAT16)
-      static_cast<uint16_t *>(a.outputs)[at] = to_half(value);
-    else
-      static_cast<uint16_t *>(a.outputs)[at] = to_bfloat(value);
+      return;
+    }
+    const bool is_half = a.output_dtype == W6A8_FLOAT16;
+    if (a.bias != nullptr) {
+      const uint16_t bias = static_cast<const uint16_t *>(a.bias)[row];
+      value += is_half ? from_half(bias) : from_bfloat(bias);
+    }
+    static_cast<uint16_t *>(a.outputs)[at] = is_half ? to_half(value) : to_bfloat(value);
   }
 
   // Adds up warps, then blocks, and writes the result.

@@ -117,7 +117,9 @@ def obstacle(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     inputs = scheme.inputs
     if inputs is not None and (inputs.grid != "int8" or inputs.two_level):
         return f"inputs are {inputs.grid}, not int8"
-    run = flush_of(scheme.group_size, inputs.group_size if inputs else None)
+    of_inputs = inputs.group_size if inputs else None
+    groups = (g for g in (scheme.group_size, of_inputs) if g != shape[1])
+    run = flush_of(*groups)
     if run not in (32, 64, 128):
         return (
             f"scales change every {run} columns ({scheme.name}); groups that are "
