@@ -1,7 +1,7 @@
 """The kernels' source, run on a CPU, computes what the reference does.
 
-Copies are done as early and as late as the hardware may; what is only true of a GPU (its
-own memory order, its assembler) is tested in ``tests/gpu``.
+Copies are done as early and as late as the hardware may; what is only true of a GPU
+(its memory order, its assembler) is tested by ``benchmarks/w6a8/check.py``.
 """
 
 from __future__ import annotations

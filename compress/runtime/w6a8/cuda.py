@@ -1,7 +1,7 @@
 """Calls of the kernels on tensors of a CUDA device.
 
-All memory comes from torch's allocator and nothing waits for the device, so calls can be
-captured in CUDA graphs.
+All memory comes from torch's allocator and nothing waits for the device, so calls can
+be captured in CUDA graphs.
 """
 
 from __future__ import annotations
