@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,8 @@ def _reason_against(module: nn.Module) -> str | None:
 
 
 def _scheme(module: nn.Module) -> Scheme:
-    entry = module.quantization_scheme.model_dump(mode="json")
+    described: Any = module.quantization_scheme  # a pydantic model of the library
+    entry = described.model_dump(mode="json")
     scale = str(_scales(module).dtype).removeprefix("torch.")
     return ct.scheme_of_group(entry, "pack-quantized", scale)
 

@@ -22,6 +22,7 @@ from compress.core.errors import KernelError
 SOURCES = Path(__file__).parents[1] / "csrc"
 _LOG = logging.getLogger(__name__)
 _OPTIONS = ("-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC", "-cudart=static")
+_USUAL = Path("/usr/local/cuda/bin/nvcc")
 _LEAST = (8, 0)  # cp.async and m16n8k32
 
 
@@ -53,7 +54,7 @@ def find_compiler() -> Path:
     places = [Path(home) / "bin" / "nvcc"] if home else []
     on_path = shutil.which("nvcc")
     places += [Path(on_path)] if on_path else []
-    places.append(Path("/usr/local/cuda/bin/nvcc"))
+    places.append(_USUAL)
     for place in places:
         if place.is_file():
             return place

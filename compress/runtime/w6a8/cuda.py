@@ -112,14 +112,13 @@ def sums(kernels: Kernels, codes: Tensor, weight: TiledWeight, run: int) -> Tens
         int32 ``[M, 128 ceil(K / 128) / run, N]``.
     """
     down, across, _ = weight.tiles.shape
-    place = {"device": codes.device}
-    outputs = torch.empty(len(codes), weight.shape[0], **place)
-    scales = torch.ones(len(codes), 1, **place)
+    outputs = torch.empty(len(codes), weight.shape[0], device=codes.device)
+    scales = torch.ones(len(codes), 1, device=codes.device)
     found = torch.full(
         (len(codes), across * COLUMNS // run, weight.shape[0]),
         torch.iinfo(torch.int32).min,
         dtype=torch.int32,
-        **place,
+        device=codes.device,
     )
     processors = torch.cuda.get_device_properties(codes.device).multi_processor_count
     cut = schedule(len(codes), down, across, processors)

@@ -58,11 +58,8 @@ def run_sums(inputs: Tensor, weights: Tensor, run: int) -> Tensor:
     Returns:
         int32 ``[M, ceil(K / run), N]``.
     """
-    sums = [
-        _exact_product(a, w)
-        for a, w in zip(inputs.split(run, 1), weights.split(run, 1), strict=True)
-    ]
-    return torch.stack(sums, 1)
+    parts = zip(torch.split(inputs, run, 1), torch.split(weights, run, 1), strict=True)
+    return torch.stack([_exact_product(a, w) for a, w in parts], 1)
 
 
 def linear(
@@ -103,8 +100,7 @@ def _exact_product(inputs: Tensor, weights: Tensor) -> Tensor:
     total = torch.zeros(
         len(inputs), len(weights), dtype=torch.int32, device=inputs.device
     )
-    for a, w in zip(
-        inputs.split(_EXACT_COLUMNS, 1), weights.split(_EXACT_COLUMNS, 1), strict=True
-    ):
+    of_inputs = torch.split(inputs, _EXACT_COLUMNS, 1)
+    for a, w in zip(of_inputs, torch.split(weights, _EXACT_COLUMNS, 1), strict=True):
         total += (a.float() @ w.float().t()).int()
     return total
