@@ -3,8 +3,8 @@
     python benchmarks/w6a8/check.py            all of it
     python benchmarks/w6a8/check.py inputs sums     only these checks, no timing
 
-Needs torch with CUDA and nvcc; nothing of the toolkit but its own folder. Ends with 1 if
-a check fails. With ``$OUT`` set, figures are also written to ``$OUT/w6a8.json``.
+Needs torch with CUDA, and nvcc; nothing of the toolkit but its own folder. Ends with 1
+if a check fails. With ``$OUT`` set, figures are also written to ``$OUT/w6a8.json``.
 """
 
 from __future__ import annotations

@@ -172,7 +172,8 @@ def measure(kernels: Kernels) -> list[dict[str, object]]:
                 tail = f", cold {float(str(cold)) * 1e6:.1f} us" if cold else ""
                 print(
                     f"{rows:>6} x{columns:>5} {tokens:>4} {seconds * 1e6:>8.2f} "
-                    f"{moved / seconds / 1e9:>6.0f} {moved / seconds / bandwidth:>7.0%} "
+                    f"{moved / seconds / 1e9:>6.0f} "
+                    f"{moved / seconds / bandwidth:>7.0%} "
                     f"{base / seconds:>6.2f} {contender.name} "
                     f"(+-{(max(rounds) - min(rounds)) / seconds / 2:.0%}{tail})",
                     flush=True,

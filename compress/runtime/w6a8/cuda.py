@@ -51,7 +51,7 @@ def quantize(
         group=group,
         dtype=DTYPES[inputs.dtype],
         ticket_count=tickets.numel() if tickets is not None else 0,
-        device=inputs.device.index,
+        device=inputs.get_device(),
     )
     with torch.cuda.device(inputs.device):
         kernels.quantize(arguments, torch.cuda.current_stream().cuda_stream)
@@ -173,5 +173,5 @@ def linear_arguments(
         output_dtype=DTYPES[outputs.dtype],
         token_tile=cut.token_tile,
         splits=cut.splits,
-        device=codes.device.index if codes.is_cuda else 0,
+        device=codes.get_device(),
     )
