@@ -15,9 +15,9 @@ from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 from compress.runtime.w6a8.tiles import (
     TiledWeight,
-    flush_of,
     obstacle,
     pack_tiles,
+    run_of,
     unpack_tiles,
 )
 
@@ -131,13 +131,14 @@ def test_stacked_matrices_are_the_stacked_codes() -> None:
     [
         ("int4-g32", "not 6-bit"),
         ("int6-g32-asym", "not 6-bit"),
-        ("w6a8-g16", "change every 16 columns"),
+        ("w6a8-g16", "groups of 16 columns"),
+        ("w6a8-g96", "groups of 96 columns"),
     ],
 )
 def test_what_cannot_be_computed_is_refused_with_a_reason(
     scheme: str, reason: str
 ) -> None:
-    problem = obstacle(Scheme.parse(scheme), (16, 128))
+    problem = obstacle(Scheme.parse(scheme), (16, 192))
     assert problem is not None and reason in problem
 
 
@@ -148,7 +149,6 @@ def test_float32_scales_are_refused() -> None:
 
 
 def test_sums_stay_integers_as_long_as_no_scale_changes() -> None:
-    assert flush_of(None, None) == 128
-    assert flush_of(256, None) == 128
-    assert flush_of(96, None) == 32
-    assert flush_of(128, 64) == 64
+    assert run_of(None, None) == 128
+    assert run_of(256, None) == 128
+    assert run_of(128, 64) == 64

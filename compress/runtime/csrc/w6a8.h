@@ -45,8 +45,8 @@ struct W6A8Linear {
   int64_t tokens;
   int32_t rows, down, across;
   int32_t run;                // columns after which a scale may change: 32, 64, 128
-  int32_t weight_groups, runs_of_weight_scale;
-  int32_t input_groups, runs_of_input_scale;  // one group: a scale for each token
+  int32_t weight_groups, weight_scale_shift;  // 2^shift runs share a scale; 31: all
+  int32_t input_groups, input_scale_shift;    // one group: a scale for each token
   int32_t scale_dtype, output_dtype;
   int32_t token_tile;         // 8, 16, 32 or 64
   int32_t splits;             // of the columns, for more blocks than rows give

@@ -56,6 +56,7 @@ struct Block {
   unsigned char *memory;
   const int thread, lane, across, row_tile;
   const int64_t first_token;
+  const uint8_t *first_tile;  // of this lane, in column 0
   const uint64_t policy;
 
   __device__ __forceinline__ explicit Block(const W6A8Linear &arguments)
@@ -66,6 +67,8 @@ struct Block {
         across((threadIdx.x >> 5) / S::kDown),
         row_tile(blockIdx.y * S::kDown + (threadIdx.x >> 5) % S::kDown),
         first_token(static_cast<int64_t>(blockIdx.x) * kTokens),
+        first_tile(a.tiles + 16 * lane +
+                   static_cast<int64_t>(row_tile) * a.across * W6A8_TILE_BYTES),
         policy(cache_policy(gridDim.x == 1)) {}
 
   __device__ __forceinline__ unsigned char *weights(int stage) const {
@@ -87,49 +90,48 @@ struct Block {
 
   // Starts the copies of a step.
   __device__ __forceinline__ void fetch(int step, int stage) const {
+    const int column = step * S::kAcross + across;
     if (has_tile(step)) {
-      const int column = step * S::kAcross + across;
-      const uint8_t *tile =
-          a.tiles +
-          (static_cast<int64_t>(row_tile) * a.across + column) * W6A8_TILE_BYTES;
-      for (int i = 0; i < 3; ++i)
-        copy_16(weights(stage) + 512 * i + 16 * lane, tile + 512 * i + 16 * lane,
-                policy);
+      const uint8_t *tile = first_tile + static_cast<int64_t>(column) * W6A8_TILE_BYTES;
+      unsigned char *to = weights(stage) + 16 * lane;
+#pragma unroll
+      for (int i = 0; i < 3; ++i) copy_16(to + 512 * i, tile + 512 * i, policy);
       if (lane < 2 * S::kRuns) {  // 16 scales are twice 16 bytes
-        const int group = min((column * S::kRuns + lane / 2) / a.runs_of_weight_scale,
-                              a.weight_groups - 1);  // past the last: codes are zero
+        const int group =
+            min((column * S::kRuns + lane / 2) >> a.weight_scale_shift,
+                a.weight_groups - 1);  // past the last: codes are zero
         const int64_t at = static_cast<int64_t>(group) * a.down * W6A8_TILE_ROWS +
                            row_tile * W6A8_TILE_ROWS + lane % 2 * 8;
         copy_16(scales(stage) + lane * 8,
                 static_cast<const uint16_t *>(a.weight_scales) + at, policy);
       }
     }
+    // Eight threads a token, 32 tokens at a time, over the parts one after the other.
+    const int place = thread / 8, chunk = thread % 8;
     const int64_t width = static_cast<int64_t>(a.across) * W6A8_TILE_COLUMNS;
-#pragma unroll 1
-    for (int i = thread; i < S::kAcross * kTokens * 8; i += kLinearThreads) {
-      const int chunk = i % 8, token = i / 8 % kTokens, part = i / (8 * kTokens);
-      const int column = step * S::kAcross + part;
-      const bool valid = column < a.across && first_token + token < a.tokens;
-      const int8_t *from = a.inputs;
-      if (valid)
-        from += (first_token + token) * width + column * W6A8_TILE_COLUMNS + 16 * chunk;
-      copy_16_or_zero(inputs(stage) + part * kTokens * W6A8_TILE_COLUMNS +
-                          w6a8_swizzled(token, chunk),
-                      from, valid);
+    unsigned char *to = inputs(stage) + w6a8_swizzled(place, chunk);
+#pragma unroll 2
+    for (int i = 0; i < S::kAcross * kTokens / 32; ++i) {
+      const int64_t token = first_token + (place + 32 * i) % kTokens;
+      const int part = step * S::kAcross + (place + 32 * i) / kTokens;
+      const bool valid = part < a.across && token < a.tokens;
+      const int8_t *from =
+          a.inputs + token * width + part * W6A8_TILE_COLUMNS + 16 * chunk;
+      copy_16_or_zero(to + 32 * W6A8_TILE_COLUMNS * i, valid ? from : a.inputs, valid);
     }
-    if constexpr (kMode == kOfGroups) {
+    if constexpr (kMode == kOfGroups) fetch_input_scales(step, stage);
+  }
+
+  __device__ __forceinline__ void fetch_input_scales(int step, int stage) const {
 #pragma unroll 1
-      for (int i = thread; i < S::kAcross * kTokens * S::kRuns; i += kLinearThreads) {
-        const int token = i % kTokens, run = i / kTokens % S::kRuns;
-        const int column = step * S::kAcross + i / (kTokens * S::kRuns);
-        const bool valid = column < a.across && first_token + token < a.tokens;
-        const float *from = a.input_scales;
-        if (valid)
-          from += (first_token + token) * a.input_groups +
-                  min((column * S::kRuns + run) / a.runs_of_input_scale,
-                      a.input_groups - 1);
-        copy_4_or_zero(input_scales(stage) + i, from, valid);
-      }
+    for (int i = thread; i < S::kAcross * kTokens * S::kRuns; i += kLinearThreads) {
+      const int64_t token = first_token + i % kTokens;
+      const int part = step * S::kAcross + i / (kTokens * S::kRuns);
+      const bool valid = part < a.across && token < a.tokens;
+      const int run = part * S::kRuns + i / kTokens % S::kRuns;
+      const int group = min(run >> a.input_scale_shift, a.input_groups - 1);
+      const float *from = a.input_scales + token * a.input_groups + group;
+      copy_4_or_zero(input_scales(stage) + i, valid ? from : a.input_scales, valid);
     }
   }
 
@@ -156,16 +158,17 @@ struct Block {
       }
       uint32_t w[4];
       w6a8_unpack(nibbles[2 * j], nibbles[2 * j + 1], pairs[j], w);
+      // Chunks 2 j and 2 j + 1 of the tokens: their places differ in the bits of j.
       if constexpr (kParts == 1) {
         uint32_t b[2];
-        load_matrices(b, x + w6a8_swizzled(lane & 7, 2 * j + (lane >> 3 & 1)));
+        load_matrices(b, x + (w6a8_swizzled(lane & 7, lane >> 3 & 1) ^ j << 5));
         multiply_add(sums[0], w, b[0], b[1]);
       } else {
 #pragma unroll
         for (int t = 0; t < kParts; t += 2) {
           uint32_t b[4];
           const int token = 8 * (t + (lane >> 4)) + (lane & 7);
-          load_matrices(b, x + w6a8_swizzled(token, 2 * j + (lane >> 3 & 1)));
+          load_matrices(b, x + (w6a8_swizzled(token, lane >> 3 & 1) ^ j << 5));
           multiply_add(sums[t], w, b[0], b[1]);
           multiply_add(sums[t + 1], w, b[2], b[3]);
         }

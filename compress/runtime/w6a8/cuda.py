@@ -16,7 +16,7 @@ from compress.runtime.w6a8.library import (
     QuantizeArguments,
 )
 from compress.runtime.w6a8.schedule import Schedule, schedule
-from compress.runtime.w6a8.tiles import COLUMNS, TiledWeight, flush_of
+from compress.runtime.w6a8.tiles import COLUMNS, TiledWeight, run_of
 
 
 def quantize(
@@ -124,7 +124,8 @@ def sums(kernels: Kernels, codes: Tensor, weight: TiledWeight, run: int) -> Tens
     cut = schedule(len(codes), down, across, processors)
     cut = Schedule(cut.token_tile, 1, cut.blocks)
     arguments = linear_arguments(codes, scales, weight, outputs, cut, None)
-    arguments.runs_of_weight_scale *= arguments.run // run
+    if weight.scales.shape[0] > 1:
+        arguments.weight_scale_shift += (arguments.run // run).bit_length() - 1
     arguments.run, arguments.sums = run, found.data_ptr()
     with torch.cuda.device(codes.device):
         kernels.linear(arguments, torch.cuda.current_stream().cuda_stream)
@@ -153,7 +154,7 @@ def linear_arguments(
     columns = weight.shape[1]
     of_weight = weight.group if weight.group < columns else None
     group = group if scales.shape[1] > 1 else None
-    run = flush_of(of_weight, group)
+    run = run_of(of_weight, group)
     return LinearArguments(
         inputs=codes.data_ptr(),
         input_scales=scales.data_ptr(),
@@ -166,12 +167,17 @@ def linear_arguments(
         across=across,
         run=run,
         weight_groups=weight.scales.shape[0],
-        runs_of_weight_scale=(of_weight or across * COLUMNS) // run,
+        weight_scale_shift=_shift(of_weight, run),
         input_groups=scales.shape[1],
-        runs_of_input_scale=(group or across * COLUMNS) // run,
+        input_scale_shift=_shift(group, run),
         scale_dtype=DTYPES[weight.scales.dtype],
         output_dtype=DTYPES[outputs.dtype],
         token_tile=cut.token_tile,
         splits=cut.splits,
         device=codes.get_device(),
     )
+
+
+def _shift(group: int | None, run: int) -> int:
+    """Return the exponent of how many runs share a scale; 31 shifts any number away."""
+    return 31 if group is None else (group // run).bit_length() - 1

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
 
 import torch
 from torch import Tensor
@@ -117,22 +116,22 @@ def obstacle(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     inputs = scheme.inputs
     if inputs is not None and (inputs.grid != "int8" or inputs.two_level):
         return f"inputs are {inputs.grid}, not int8"
-    of_inputs = inputs.group_size if inputs else None
-    groups = (g for g in (scheme.group_size, of_inputs) if g != shape[1])
-    run = flush_of(*groups)
-    if run not in (32, 64, 128):
-        return (
-            f"scales change every {run} columns ({scheme.name}); groups that are "
-            "multiples of 32 are computed with"
-        )
+    for group in (scheme.group_size, inputs.group_size if inputs else None):
+        if group is None or group == shape[1]:
+            continue
+        if group < 32 or group & (group - 1):
+            return (
+                f"{scheme.name} has groups of {group} columns; 32, 64, 128 and so on "
+                "are computed with"
+            )
     if shape[1] > 1 << 24:
         return f"{shape[1]} columns are more than the kernels count"
     return None
 
 
-def flush_of(*groups: int | None) -> int:
-    """Return over how many columns sums stay integers: all groups are multiples."""
-    return gcd(COLUMNS, *(group for group in groups if group is not None))
+def run_of(*groups: int | None) -> int:
+    """Return over how many columns, 128 at most, no scale changes."""
+    return min([COLUMNS, *(group for group in groups if group is not None)])
 
 
 def pack_tiles(codes: Tensor) -> Tensor:
