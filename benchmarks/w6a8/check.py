@@ -2,6 +2,7 @@
 
     python benchmarks/w6a8/check.py            all of it
     python benchmarks/w6a8/check.py inputs sums     only these checks, no timing
+    compute-sanitizer python benchmarks/w6a8/check.py inputs "bad inputs"
 
 Needs torch with CUDA, and nvcc; nothing of the toolkit but its own folder. Ends with 1
 if a check fails. With ``$OUT`` set, figures are also written to ``$OUT/w6a8.json``.

@@ -180,6 +180,31 @@ def test_stock_transformers_accelerated_gives_the_same_logits(tmp_path: Path) ->
         assert torch.equal(stock(IDS).logits, ours(IDS).logits)
 
 
+def test_layers_with_exact_inputs_are_decoded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def scheme_of(layer: str) -> str | None:
+        if ".layers." not in layer:
+            return None
+        return "int6-g64" if "layers.0.mlp.down_proj" in layer else "w6a8-g64"
+
+    artifact = make_artifact(scheme_of, dtype="bfloat16", hidden=128)
+    SafetensorsExporter(SafetensorsOptions()).write(artifact, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        ours = compress.load(tmp_path, as_served=True)
+    assert "1 layers are decoded: the inputs of int6-g64 are not rounded" in caplog.text
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    compress.accelerate(stock)
+    exact = ours.model.layers[0].mlp.down_proj
+    assert type(exact) is torch.nn.Linear
+    decoded = artifact.quantized("model.layers.0.mlp.down_proj").dequantize()
+    assert torch.equal(exact.weight, decoded)
+    with torch.inference_mode():
+        assert torch.equal(stock(IDS).logits, ours(IDS).logits)
+
+
 def test_what_is_saved_again_is_the_same_file(tmp_path: Path) -> None:
     write(tmp_path / "first", "w6a8-g64")
     model = compress.load(tmp_path / "first", dtype=None, as_served=True)

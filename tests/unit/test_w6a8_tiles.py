@@ -117,15 +117,6 @@ def test_the_files_form_is_made_again(scheme: str, dtype: str) -> None:
     assert all(torch.equal(again[name], stored[name]) for name in stored)
 
 
-def test_stacked_matrices_are_the_stacked_codes() -> None:
-    parts = [weight("w6a8-g64", rows, 128, "float16") for rows in (32, 16, 17)]
-    tiled = TiledWeight.stacked([TiledWeight.from_quantized(part) for part in parts])
-    assert tiled.shape == (65, 128)
-    whole = tiled.quantized(parts[0].scheme)
-    assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))
-    assert torch.equal(whole.scale, torch.cat([part.scale for part in parts]))
-
-
 @pytest.mark.parametrize(
     ("scheme", "reason"),
     [

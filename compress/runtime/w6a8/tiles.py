@@ -22,7 +22,6 @@ numbers on disk; kernels apply the factor 1/4, which a scale in float16 might no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,21 +79,6 @@ class TiledWeight:
         scale = self.scales[:, : self.shape[0]].t().contiguous()
         return QuantizedTensor(
             unpack_tiles(self.tiles, self.shape), scale, None, scheme
-        )
-
-    @classmethod
-    def stacked(cls, parts: Sequence[TiledWeight]) -> TiledWeight:
-        """Return matrices on top of one another; all but the last have 16 N rows.
-
-        Args:
-            parts: Of the same columns, group and type of scales.
-        """
-        rows = sum(part.shape[0] for part in parts)
-        return cls(
-            torch.cat([part.tiles for part in parts]),
-            torch.cat([part.scales for part in parts], 1),
-            (rows, parts[0].shape[1]),
-            parts[0].group,
         )
 
 
