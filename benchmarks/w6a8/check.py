@@ -49,6 +49,7 @@ def main() -> int:
     try:
         arch = build.architecture(torch.cuda.get_device_capability(device))
         kernels = library.Kernels(build.build(arch))
+        kernels.probe(device.index)
     except KernelError as error:
         print(error)
         return 2

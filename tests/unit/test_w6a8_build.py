@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import stat
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,7 +57,11 @@ def test_the_real_compiler_makes_a_library_with_our_functions(
     assert [16 * (2 if t <= 16 else 4) for t in (8, 16, 32, 64)] == [
         opened.w6a8_rows_of_block(t) for t in (8, 16, 32, 64)
     ]
-    library.Kernels(path)
+    kernels = library.Kernels(path)  # there is no device 99, and maybe no driver
+    with pytest.raises(KernelError, match="w6a8_probe: CUDA error [0-9]+, [a-zA-Z]"):
+        kernels.probe(99)
+    with pytest.raises(KernelError, match="w6a8_linear: CUDA error [0-9]+, [a-zA-Z]"):
+        kernels.linear(library.LinearArguments(device=99), 0)
 
 
 def test_a_library_is_compiled_once(fake: Path) -> None:
@@ -108,14 +113,38 @@ def test_architectures_have_their_names() -> None:
         build.architecture((7, 5))
 
 
-def test_why_there_are_no_kernels_is_returned() -> None:
-    found = library.kernels_of((7, 0))
-    assert isinstance(found, KernelError)
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((7, 0), "from 8.0"), ((9, 0), "cannot be opened")]
+)
+def test_why_there_are_no_kernels_is_returned(
+    fake: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    reason: str,
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    library.kernels_of.cache_clear()
+    found = library.kernels_of(0)
+    library.kernels_of.cache_clear()
+    assert isinstance(found, KernelError) and reason in str(found)
 
 
 def test_what_is_no_library_is_refused(fake: Path) -> None:
     with pytest.raises(KernelError, match="cannot be opened"):
         library.Kernels(build.build("90a"))
+
+
+def test_a_library_of_another_version_is_refused(tmp_path: Path) -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    functions = "".join(
+        f"int {name}(void) {{ return 999; }}\n" for name in library.FUNCTIONS
+    )
+    (tmp_path / "old.c").write_text(functions)
+    command = ["gcc", "-shared", "-fPIC", "-o", "old.so", "old.c"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    with pytest.raises(KernelError, match=r"old\.so has interface 999, not 1"):
+        library.Kernels(tmp_path / "old.so")
 
 
 @pytest.mark.parametrize(

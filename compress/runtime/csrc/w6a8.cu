@@ -58,6 +58,14 @@ const char *w6a8_error(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 
+int w6a8_probe(int device) {
+  cudaError_t error = cudaSetDevice(device);
+  cudaFuncAttributes found;
+  if (error == cudaSuccess)
+    error = cudaFuncGetAttributes(&found, linear_kernel<8, 128, kOfTokens>);
+  return error;
+}
+
 int w6a8_rows_of_block(int token_tile) {
   return token_tile <= 16 ? Shape<16, 128, kOfTokens>::kRows : Shape<64, 128, kOfTokens>::kRows;
 }

@@ -78,6 +78,7 @@ extern "C" {
 #endif
 int w6a8_abi(void);
 const char *w6a8_error(int code);
+int w6a8_probe(int device);  // whether driver and device take these kernels
 int w6a8_rows_of_block(int token_tile);
 int w6a8_quantize(const struct W6A8Quantize *arguments, void *stream);
 int w6a8_linear(const struct W6A8Linear *arguments, void *stream);

@@ -17,6 +17,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FUNCTIONS = (
     "w6a8_abi",
     "w6a8_error",
+    "w6a8_probe",
     "w6a8_rows_of_block",
     "w6a8_quantize",
     "w6a8_linear",
@@ -93,6 +94,14 @@ class Kernels:
         if found != ABI:
             raise KernelError(f"{path} has interface {found}, not {ABI}; delete it")
 
+    def probe(self, device: int) -> None:
+        """Raise unless the driver and the device take the kernels.
+
+        Raises:
+            KernelError: With the reason, such as a driver older than the compiler.
+        """
+        self._check("w6a8_probe", self._library.w6a8_probe(device))
+
     def quantize(self, arguments: QuantizeArguments, stream: int) -> None:
         """Start the quantization of inputs on a stream.
 
@@ -111,20 +120,26 @@ class Kernels:
 
     def _call(self, name: str, arguments: ctypes.Structure, stream: int) -> None:
         code = getattr(self._library, name)(ctypes.byref(arguments), stream)
+        self._check(name, code)
+
+    def _check(self, name: str, code: int) -> None:
         if code:
             text = self._library.w6a8_error(code).decode()
             raise KernelError(f"{name}: CUDA error {code}, {text}")
 
 
 @cache
-def kernels_of(capability: tuple[int, int]) -> Kernels | KernelError:
-    """Return the kernels for a kind of device, or why there are none.
+def kernels_of(device: int) -> Kernels | KernelError:
+    """Return the kernels for a CUDA device, or why there are none.
 
     Args:
-        capability: Major and minor number.
+        device: Its index.
     """
     try:
-        return Kernels(build(architecture(capability)))
+        capability = torch.cuda.get_device_capability(device)
+        kernels = Kernels(build(architecture(capability)))
+        kernels.probe(device)
+        return kernels
     except ImportError as error:
         return KernelError(f"kernels are compiled on Linux only: {error}")
     except KernelError as error:

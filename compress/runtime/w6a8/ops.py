@@ -126,7 +126,8 @@ def available(device: torch.device, dtype: torch.dtype) -> Kernels | KernelError
         return KernelError("this is torch for ROCm, the kernels need CUDA")
     if dtype not in DTYPES:
         return KernelError(f"inputs are {dtype}, not float32, float16 or bfloat16")
-    return kernels_of(torch.cuda.get_device_capability(device))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return kernels_of(index)
 
 
 @cache
