@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compress.core.artifact import TensorSource
 from compress.core.errors import CheckpointError
 from compress.core.families import family_of
+from compress.core.scheme import Scheme
 from compress.core.shapes import attention_of, memory_config
 from compress.model.coded_source import CodedSource, open_coded
 from compress.model.experts import stacked, unstacked
@@ -111,23 +112,24 @@ def _keep_codes_(
     model: PreTrainedModel, source: TensorSource, path: Path, device: Any
 ) -> dict[str, W6A8Linear]:
     """Put the layers that are served with their codes into ``model``, by name."""
-    kept, reasons = {}, Counter[str]()
-    schemes = source.schemes if isinstance(source, CodedSource) else {}
-    for name, scheme in schemes.items():
+    kept: dict[str, W6A8Linear] = {}
+    reasons: Counter[str] = Counter()
+    modules = dict(model.named_modules())
+    for name, scheme in _schemes(source).items():
+        assert isinstance(source, CodedSource)
         rows, columns = source.tensors()[f"{name}.weight"].shape
         reason = reason_against(scheme, (rows, columns))
-        original = dict(model.named_modules()).get(name)
+        original = modules.get(name)
         if reason is None and not isinstance(original, nn.Linear):
-            reason = "they are part of a larger module (stacked experts, embeddings)"
-        if reason is not None:
-            reasons[reason] += 1
+            reason = "they are part of a larger module, such as stacked experts"
+        if reason is not None or original is None:
+            reasons[str(reason)] += 1
             continue
-        assert isinstance(source, CodedSource)
-        codes, layer = source.codes(name), original
+        codes = source.codes(name)
         moved = replace(
             codes, codes=codes.codes.to(device), scale=codes.scale.to(device)
         )
-        kept[name] = W6A8Linear(moved, layer.bias if layer else None)
+        kept[name] = W6A8Linear(moved, original.bias)
         model.set_submodule(name, kept[name])
     for reason, count in reasons.items():
         _LOG.warning("%s: %d layers are decoded: %s", path, count, reason)
@@ -137,6 +139,10 @@ def _keep_codes_(
             "or quantize with a scheme such as w6a8-g128"
         )
     return kept
+
+
+def _schemes(source: TensorSource) -> Mapping[str, Scheme]:
+    return source.schemes if isinstance(source, CodedSource) else {}
 
 
 def _fill_(

@@ -120,7 +120,8 @@ inline void run_block(int threads) {
   }
   for (int left = threads; left > 0;) {
     left = 0;
-    for (int i = 0; i < threads; ++i) {
+    for (int k = 0; k < threads; ++k) {
+      const int i = at_once ? threads - 1 - k : k;  // two orders, of many
       if (fibres[i]->done) continue;
       current = i;
       threadIdx = {static_cast<unsigned>(i), 0, 0};

@@ -93,6 +93,16 @@ def test_quant_act_fills_up_with_zeros() -> None:
     assert codes.shape == (3, 256) and not codes[:, 160:].any()
 
 
+def test_inputs_of_another_width_or_place_are_refused() -> None:
+    layer = W6A8Linear(tensor("w6a8-g32", 8, 64), None)
+    with pytest.raises(
+        RuntimeError, match="inputs have 128 columns, the weight has 64"
+    ):
+        layer(inputs(2, 128))
+    with pytest.raises(RuntimeError, match="inputs are on meta, the layer is not"):
+        layer(inputs(2, 64).to("meta"))
+
+
 def test_a_gradient_is_refused() -> None:
     layer = W6A8Linear(tensor("w6a8-g32", 8, 64), None)
     x = inputs(1, 64).requires_grad_()
@@ -178,6 +188,25 @@ def test_stock_transformers_accelerated_gives_the_same_logits(tmp_path: Path) ->
     ours = compress.load(tmp_path, as_served=True)
     with torch.inference_mode():
         assert torch.equal(stock(IDS).logits, ours(IDS).logits)
+
+
+def test_biases_of_a_model_are_kept(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(num_hidden_layers=2, attention_bias=True, **sizes, **heads)
+    model = LlamaForCausalLM(config)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.k_proj.bias)
+    biases = {n: p.clone() for n, p in model.named_parameters() if n.endswith("bias")}
+    compress.quantize(model, "w6a8-g64", method="rtn").save(tmp_path / "saved")
+    served = compress.load(tmp_path / "saved", as_served=True)
+    assert isinstance(served.model.layers[0].self_attn.k_proj, W6A8Linear)
+    found = dict(served.named_parameters())
+    assert len(biases) == 8
+    assert all(torch.equal(found[name], bias) for name, bias in biases.items())
 
 
 def test_layers_with_exact_inputs_are_decoded(

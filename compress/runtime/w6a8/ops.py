@@ -77,6 +77,7 @@ def w6a8_linear(
     Returns:
         ``[..., rows]``.
     """
+    _check(x, columns, tiles, scales, bias)
     weight = TiledWeight(tiles, scales, (rows, columns), weight_group)
     flat = x.reshape(-1, columns)
     kernels = _kernels_for(flat)
@@ -101,7 +102,21 @@ def _(
     weight_group: int,
     input_group: int,
 ) -> Tensor:
+    _check(x, columns, tiles, scales, bias)
     return x.new_empty((*x.shape[:-1], rows))
+
+
+def _check(x: Tensor, columns: int, *others: Tensor | None) -> None:
+    """Raise unless a kernel may take the pointers of these tensors."""
+    if x.shape[-1] != columns:
+        raise KernelError(
+            f"inputs have {x.shape[-1]} columns, the weight has {columns}"
+        )
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise KernelError(
+                f"inputs are on {x.device}, the layer is on {other.device}; move one"
+            )
 
 
 def _kernels_for(x: Tensor) -> Kernels | None:
