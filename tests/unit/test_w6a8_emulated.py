@@ -117,7 +117,9 @@ def test_two_blocks_fit_a_multiprocessor(library: ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
-@pytest.mark.parametrize(("columns", "group"), [(160, 160), (97, 97), (100, 100), (160, 32)])
+@pytest.mark.parametrize(
+    ("columns", "group"), [(160, 160), (97, 97), (100, 100), (160, 32)]
+)
 def test_inputs_get_the_codes_of_the_reference(
     library: ctypes.CDLL, dtype: torch.dtype, columns: int, group: int
 ) -> None:
