@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
 _WARPS = 8
@@ -27,6 +28,7 @@ class Schedule:
     blocks: int
 
 
+@lru_cache(maxsize=4096)
 def schedule(tokens: int, down: int, across: int, processors: int) -> Schedule:
     """Return the cut that keeps all multiprocessors busy for the fewest steps.
 
