@@ -21,7 +21,7 @@ from compress.runtime.w6a8 import cuda
 from compress.runtime.w6a8.library import Kernels
 
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192))
-TOKENS = (1, 4, 8, 16, 32, 64, 128, 512)
+TOKENS = (1, 4, 8, 16, 32, 64, 128, 512, 2048)
 ROTATED_BYTES = 200e6
 REPLAYS, ROUNDS, COLD_CALLS = 20, 3, 50
 
