@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from compress.api_prune import prune
     from compress.core.errors import CompressError
     from compress.pipeline import evaluate, plan, run
+    from compress.runtime.accelerate import accelerate
     from compress.runtime.load import load
     from compress.sweeping import sweep
 
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CompressError",
     "__version__",
+    "accelerate",
     "evaluate",
     "load",
     "plan",
@@ -35,6 +37,7 @@ __all__ = [
 
 _HOME = {
     "CompressError": "compress.core.errors",
+    "accelerate": "compress.runtime.accelerate",
     "evaluate": "compress.pipeline",
     "load": "compress.runtime.load",
     "plan": "compress.pipeline",

@@ -43,6 +43,10 @@ class ExportError(CompressError):
     """A file could not be written or does not read back as it should."""
 
 
+class KernelError(CompressError):
+    """A GPU kernel could not be built, or the device refused to run it."""
+
+
 class MissingDependencyError(CompressError):
     """An optional library is needed; the message names the extra that installs it."""
 

@@ -72,7 +72,8 @@ def quantize_inputs(
         scale = _two_level(most, scheme, amax)
         inverse = torch.where(scale > 0, 1 / scale, 0.0)
     else:
-        level = largest_level(scheme)
+        # Two tensors: with a Python number torch multiplies by a rounded inverse.
+        level = torch.full_like(most, largest_level(scheme))
         usable = most >= _LEAST_NORMAL
         scale = torch.where(usable, most / level, 0.0)
         inverse = torch.where(usable, level / most, 0.0)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.core.artifact import TensorSource
 from compress.core.errors import CheckpointError
 from compress.core.families import family_of
+from compress.core.scheme import Scheme
 from compress.core.shapes import attention_of, memory_config
-from compress.model.coded_source import open_coded
+from compress.model.coded_source import CodedSource, open_coded
 from compress.model.experts import stacked, unstacked
 from compress.model.quantized_config import folder_config, quantization_of
 from compress.model.skeleton import as_transformers, rebuild_blocks_
 from compress.model.sources import SafetensorsSource
+from compress.runtime.accelerate import reason_against
+from compress.runtime.w6a8.linear import W6A8Linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,21 +36,28 @@ def load(
     *,
     dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
+    as_served: bool = False,
 ) -> PreTrainedModel:
-    """Return the model of a folder, dense and in evaluation mode.
+    """Return the model of a folder, dense or as it is served, in evaluation mode.
 
     Codes are decoded in float32 and then rounded once to ``dtype``, so with the default
     the weights are exactly what the codes say. No library of a format is
     used. Memory is that of the dense model in ``dtype`` and one more tensor.
 
+    As it is served, layers with 6-bit weights and int8 inputs (``w6a8``) keep their
+    codes and round their inputs, with GPU kernels where there are any; see
+    ``runtime/w6a8``. All others are decoded, and a warning says why.
+
     Args:
         folder: Our safetensors output, or any dense safetensors folder.
         dtype: Type of all weights; ``None`` takes the type that the config states.
         device: Where the weights go.
+        as_served: Keep the codes of ``w6a8`` layers.
 
     Raises:
-        CheckpointError: The folder is missing or damaged, holds pickled weights, or is
-            quantized in a way that is not read here.
+        CheckpointError: The folder is missing or damaged, holds pickled weights, is
+            quantized in a way that is not read here, or is to be served and has no
+            layer that can be.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -54,10 +67,15 @@ def load(
     packed = quantization_of(path) is not None
     source: TensorSource = open_coded(path) if packed else SafetensorsSource(path)
     model = _skeleton(path, dtype)
+    kept: dict[str, W6A8Linear] = {}
+    if as_served:
+        kept = _keep_codes_(model, source, path, device)
     family = family_of(str(model.config.model_type))
     source = stacked(unstacked(source, family), family)
-    _fill_(model, source, dtype=dtype or model.dtype, device=device)
+    _fill_(model, source, kept, dtype=dtype or model.dtype, device=device)
     model.to(device)
+    if kept:  # what is saved again has codes, and must say so
+        model.config.quantization_config = quantization_of(path)
     if (path / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
@@ -90,9 +108,47 @@ def _skeleton(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     return model
 
 
+def _keep_codes_(
+    model: PreTrainedModel, source: TensorSource, path: Path, device: Any
+) -> dict[str, W6A8Linear]:
+    """Put the layers that are served with their codes into ``model``, by name."""
+    kept: dict[str, W6A8Linear] = {}
+    reasons: Counter[str] = Counter()
+    modules = dict(model.named_modules())
+    for name, scheme in _schemes(source).items():
+        assert isinstance(source, CodedSource)
+        rows, columns = source.tensors()[f"{name}.weight"].shape
+        reason = reason_against(scheme, (rows, columns))
+        original = modules.get(name)
+        if reason is None and not isinstance(original, nn.Linear):
+            reason = "they are part of a larger module, such as stacked experts"
+        if reason is not None or original is None:
+            reasons[str(reason)] += 1
+            continue
+        codes = source.codes(name)
+        moved = replace(
+            codes, codes=codes.codes.to(device), scale=codes.scale.to(device)
+        )
+        kept[name] = W6A8Linear(moved, original.bias)
+        model.set_submodule(name, kept[name])
+    for reason, count in reasons.items():
+        _LOG.warning("%s: %d layers are decoded: %s", path, count, reason)
+    if not kept:
+        raise CheckpointError(
+            f"{path}: no layer has 6-bit weights and int8 inputs; leave out as_served, "
+            "or quantize with a scheme such as w6a8-g128"
+        )
+    return kept
+
+
+def _schemes(source: TensorSource) -> Mapping[str, Scheme]:
+    return source.schemes if isinstance(source, CodedSource) else {}
+
+
 def _fill_(
     model: PreTrainedModel,
     source: TensorSource,
+    kept: Collection[str],
     *,
     dtype: torch.dtype,
     device: str | torch.device,
@@ -101,6 +157,8 @@ def _fill_(
     expected = model.state_dict()
     state: dict[str, Tensor] = {}
     for name, info in source.tensors().items():
+        if name.removesuffix(".weight") in kept:
+            continue
         if name not in expected:
             _LOG.warning("%s is in the checkpoint but not in the model: not used", name)
             continue

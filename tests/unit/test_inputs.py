@@ -137,3 +137,17 @@ def test_groups_that_do_not_divide_are_named() -> None:
 def test_two_levels_need_calibration() -> None:
     with pytest.raises(SchemeError, match="none was measured"):
         quantize_inputs(inputs(1, 16), InputScheme("e2m1", 16, two_level=True))
+
+
+def test_the_inverse_is_a_division_of_its_own() -> None:
+    # 127 / amax and 127 * (1 / amax) differ in the last bit for one number in four.
+    generator = torch.Generator().manual_seed(1)
+    amax = torch.rand(4000, generator=generator) + 0.5
+    halves = torch.randint(0, 126, (4000,), generator=generator) + 0.5
+    values = halves * amax / 127  # near ties, where the last bit decides
+    levels, _ = quantize_inputs(torch.stack([amax, values], 1), InputScheme("int8"))
+    level = torch.full_like(amax, 127.0)
+    assert torch.equal(levels[:, 0, 1], (values * (level / amax)).round())
+    assert not torch.equal(
+        levels[:, 0, 1], (values * (amax.reciprocal() * 127)).round()
+    )

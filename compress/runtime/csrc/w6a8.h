@@ -1,0 +1,87 @@
+// The C interface of the W6A8 kernels, and the arithmetic that they share.
+//
+// Nothing here knows torch or Python. Functions return a cudaError_t as an int; all
+// pointers but `stream` are of the device that is named.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#define W6A8_BOTH __host__ __device__ __forceinline__
+#else
+#define W6A8_BOTH static inline
+#endif
+
+// Counted up when anything below changes; the Python side refuses another number.
+#define W6A8_ABI 1
+
+enum { W6A8_FLOAT32 = 0, W6A8_FLOAT16 = 1, W6A8_BFLOAT16 = 2 };
+enum { W6A8_TILE_ROWS = 16, W6A8_TILE_COLUMNS = 128, W6A8_TILE_BYTES = 1536 };
+
+// Sums start here: as a float it is 1.5 * 2^23, so that its last bit counts ones.
+#define W6A8_SUM_START 0x4B400000
+#define W6A8_SUM_START_AS_FLOAT 12582912.0f
+
+struct W6A8Quantize {
+  const void *inputs;  // [rows, columns] of type `dtype`
+  int8_t *codes;       // [rows, padded]; columns up to `padded` become zeros
+  float *scales;       // [rows, columns / group]
+  uint32_t *tickets;   // set to zero for the linear layer that follows, or null
+  int64_t rows;
+  int32_t columns, padded, group, dtype, ticket_count, device;
+};
+
+struct W6A8Linear {
+  const int8_t *inputs;       // [tokens, 128 * across]
+  const float *input_scales;  // [tokens, input_groups]
+  const uint8_t *tiles;       // [down, across, 1536]
+  const void *weight_scales;  // [weight_groups, 16 * down] of type `scale_dtype`
+  const void *bias;           // [rows] of type `output_dtype`, or null
+  void *outputs;              // [tokens, rows] of type `output_dtype`
+  float *partial;             // [splits, tokens, rows]; null with one split
+  uint32_t *tickets;          // zeros, one for each block of the result; likewise
+  int32_t *sums;              // [tokens, across * 128 / run, rows] or null; one input
+                              // group only
+  int64_t tokens;
+  int32_t rows, down, across;
+  int32_t run;                // columns after which a scale may change: 32, 64, 128
+  int32_t weight_groups, weight_scale_shift;  // 2^shift runs share a scale; 31: all
+  int32_t input_groups, input_scale_shift;    // one group: a scale for each token
+  int32_t scale_dtype, output_dtype;
+  int32_t token_tile;         // 8, 16, 32 or 64
+  int32_t splits;             // of the columns, for more blocks than rows give
+  int32_t device;
+};
+
+// Registers of a lane for one step of 32 columns; see runtime/w6a8/tiles.py.
+W6A8_BOTH void w6a8_unpack(uint32_t first, uint32_t second, uint32_t pairs,
+                           uint32_t (&a)[4]) {
+  const uint32_t high = 0xF0F0F0F0u, low = 0x0C0C0C0Cu;
+  a[0] = (first & high) | ((pairs << 2) & low);
+  a[1] = ((first << 4) & high) | (pairs & low);
+  a[2] = (second & high) | ((pairs >> 2) & low);
+  a[3] = ((second << 4) & high) | ((pairs >> 4) & low);
+}
+
+// Where 16 bytes of a token lie in a [tokens][128] tile, so that eight tokens' are in
+// eight different groups of banks.
+W6A8_BOTH int w6a8_swizzled(int token, int chunk) {
+  return token * W6A8_TILE_COLUMNS + ((chunk ^ (token & 7)) << 4);
+}
+
+// Which block of the result a warp's accumulator `i` of a lane belongs to.
+W6A8_BOTH int w6a8_result_row(int lane, int i) { return (lane >> 2) + ((i >> 1) << 3); }
+W6A8_BOTH int w6a8_result_token(int lane, int i) { return ((lane & 3) << 1) + (i & 1); }
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+int w6a8_abi(void);
+const char *w6a8_error(int code);
+int w6a8_probe(int device);  // whether driver and device take these kernels
+int w6a8_rows_of_block(int token_tile);
+int w6a8_quantize(const struct W6A8Quantize *arguments, void *stream);
+int w6a8_linear(const struct W6A8Linear *arguments, void *stream);
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,183 @@
+"""Calls of the kernels on tensors of a CUDA device.
+
+All memory comes from torch's allocator and nothing waits for the device, so calls can
+be captured in CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.runtime.w6a8.library import (
+    DTYPES,
+    Kernels,
+    LinearArguments,
+    QuantizeArguments,
+)
+from compress.runtime.w6a8.schedule import Schedule, schedule
+from compress.runtime.w6a8.tiles import COLUMNS, TiledWeight, run_of
+
+
+def quantize(
+    kernels: Kernels, inputs: Tensor, group: int | None, tickets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return codes and scales of inputs; codes are filled up to 128 columns with zeros.
+
+    Args:
+        kernels: Of the device.
+        inputs: ``[M, K]``, contiguous.
+        group: Columns that share a scale; ``None`` is the whole row.
+        tickets: int32 that becomes zeros, for a linear layer that follows.
+
+    Returns:
+        int8 ``[M, 128 ceil(K / 128)]`` and float32 ``[M, K / group]``.
+    """
+    rows, columns = inputs.shape
+    group = group or columns
+    padded = -(-columns // COLUMNS) * COLUMNS
+    codes = torch.empty(rows, padded, dtype=torch.int8, device=inputs.device)
+    scales = torch.empty(rows, columns // group, device=inputs.device)
+    if rows == 0:
+        return codes, scales
+    arguments = QuantizeArguments(
+        inputs=inputs.data_ptr(),
+        codes=codes.data_ptr(),
+        scales=scales.data_ptr(),
+        tickets=tickets.data_ptr() if tickets is not None else None,
+        rows=rows,
+        columns=columns,
+        padded=padded,
+        group=group,
+        dtype=DTYPES[inputs.dtype],
+        ticket_count=tickets.numel() if tickets is not None else 0,
+        device=inputs.get_device(),
+    )
+    with torch.cuda.device(inputs.device):
+        kernels.quantize(arguments, torch.cuda.current_stream().cuda_stream)
+    return codes, scales
+
+
+def linear(
+    kernels: Kernels,
+    inputs: Tensor,
+    weight: TiledWeight,
+    bias: Tensor | None,
+    *,
+    group: int | None,
+) -> Tensor:
+    """Return ``inputs @ weight.T + bias`` with inputs rounded to int8.
+
+    Args:
+        kernels: Of the device.
+        inputs: ``[M, K]``, contiguous, float32, float16 or bfloat16.
+        weight: The tiles.
+        bias: ``[N]`` of the inputs' type.
+        group: Columns of inputs that share a scale; ``None`` is the whole row.
+
+    Returns:
+        ``[M, N]`` of the inputs' type.
+    """
+    rows = weight.shape[0]
+    outputs = torch.empty(len(inputs), rows, dtype=inputs.dtype, device=inputs.device)
+    if len(inputs) == 0:
+        return outputs
+    down, across, _ = weight.tiles.shape
+    processors = torch.cuda.get_device_properties(inputs.device).multi_processor_count
+    cut = schedule(len(inputs), down, across, processors)
+    partial = tickets = None
+    if cut.splits > 1:
+        partial = torch.empty(cut.splits * len(inputs) * rows, device=inputs.device)
+        tickets = torch.empty(cut.blocks, dtype=torch.int32, device=inputs.device)
+    codes, scales = quantize(kernels, inputs, group, tickets)
+    arguments = linear_arguments(codes, scales, weight, outputs, cut, group)
+    arguments.bias = bias.data_ptr() if bias is not None else None
+    if partial is not None and tickets is not None:
+        arguments.partial, arguments.tickets = partial.data_ptr(), tickets.data_ptr()
+    with torch.cuda.device(inputs.device):
+        kernels.linear(arguments, torch.cuda.current_stream().cuda_stream)
+    return outputs
+
+
+def sums(kernels: Kernels, codes: Tensor, weight: TiledWeight, run: int) -> Tensor:
+    """Return the integers that the linear kernel adds up, for tests.
+
+    Args:
+        kernels: Of the device.
+        codes: int8 ``[M, 128 ceil(K / 128)]``, M of one or more.
+        weight: The tiles.
+        run: Columns of a sum: 32, 64 or 128; a divisor of the weight's group.
+
+    Returns:
+        int32 ``[M, 128 ceil(K / 128) / run, N]``.
+    """
+    down, across, _ = weight.tiles.shape
+    outputs = torch.empty(len(codes), weight.shape[0], device=codes.device)
+    scales = torch.ones(len(codes), 1, device=codes.device)
+    found = torch.full(
+        (len(codes), across * COLUMNS // run, weight.shape[0]),
+        torch.iinfo(torch.int32).min,
+        dtype=torch.int32,
+        device=codes.device,
+    )
+    processors = torch.cuda.get_device_properties(codes.device).multi_processor_count
+    cut = schedule(len(codes), down, across, processors)
+    cut = Schedule(cut.token_tile, 1, cut.blocks)
+    arguments = linear_arguments(codes, scales, weight, outputs, cut, None)
+    if weight.scales.shape[0] > 1:
+        arguments.weight_scale_shift += (arguments.run // run).bit_length() - 1
+    arguments.run, arguments.sums = run, found.data_ptr()
+    with torch.cuda.device(codes.device):
+        kernels.linear(arguments, torch.cuda.current_stream().cuda_stream)
+    return found
+
+
+def linear_arguments(
+    codes: Tensor,
+    scales: Tensor,
+    weight: TiledWeight,
+    outputs: Tensor,
+    cut: Schedule,
+    group: int | None,
+) -> LinearArguments:
+    """Return what the linear kernel is called with, but for bias and workspace.
+
+    Args:
+        codes: int8 ``[M, 128 ceil(K / 128)]``.
+        scales: float32 ``[M, Ga]``.
+        weight: The tiles.
+        outputs: ``[M, N]``.
+        cut: Into blocks.
+        group: Columns of ``scales``; ``None`` is the whole row.
+    """
+    down, across, _ = weight.tiles.shape
+    columns = weight.shape[1]
+    of_weight = weight.group if weight.group < columns else None
+    group = group if scales.shape[1] > 1 else None
+    run = run_of(of_weight, group)
+    return LinearArguments(
+        inputs=codes.data_ptr(),
+        input_scales=scales.data_ptr(),
+        tiles=weight.tiles.data_ptr(),
+        weight_scales=weight.scales.data_ptr(),
+        outputs=outputs.data_ptr(),
+        tokens=len(codes),
+        rows=weight.shape[0],
+        down=down,
+        across=across,
+        run=run,
+        weight_groups=weight.scales.shape[0],
+        weight_scale_shift=_shift(of_weight, run),
+        input_groups=scales.shape[1],
+        input_scale_shift=_shift(group, run),
+        scale_dtype=DTYPES[weight.scales.dtype],
+        output_dtype=DTYPES[outputs.dtype],
+        token_tile=cut.token_tile,
+        splits=cut.splits,
+        device=codes.get_device(),
+    )
+
+
+def _shift(group: int | None, run: int) -> int:
+    """Return the exponent of how many runs share a scale; 31 shifts any number away."""
+    return 31 if group is None else (group // run).bit_length() - 1

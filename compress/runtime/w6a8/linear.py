@@ -1,0 +1,119 @@
+"""A linear layer that holds 6-bit codes and rounds its inputs to int8.
+
+Codes are held as tiles (``tiles.py``); the state has the tensors of compressed-tensors
+files, made again from them exactly, so a saved model is one that other engines read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.core import compressed_tensors as ct
+from compress.core.errors import CheckpointError
+from compress.core.scheme import Scheme
+from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
+from compress.runtime.w6a8.ops import w6a8_linear
+from compress.runtime.w6a8.tiles import TiledWeight
+
+
+class W6A8Linear(nn.Module):
+    """A linear layer ``[out, in]`` of 6-bit weights and inputs of 8 bits.
+
+    Inference only. Casting the model to another type changes the bias alone.
+
+    Args:
+        tensor: Codes and scales; its scheme says what inputs are rounded to.
+        bias: ``[out]`` or ``None``.
+
+    Raises:
+        SchemeError: Of no kind that is computed with; see ``tiles.obstacle``.
+    """
+
+    tiles: Tensor
+    scale_bits: Tensor
+
+    def __init__(self, tensor: QuantizedTensor, bias: Tensor | None) -> None:
+        super().__init__()
+        assert tensor.scheme.inputs is not None
+        self.scheme: Scheme = tensor.scheme
+        self.out_features, self.in_features = tensor.shape
+        self._hold(tensor, tensor.codes.device)
+        self.bias: nn.Parameter | None = None
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return ``inputs @ weight.T + bias`` ``[..., out]`` in the inputs' type."""
+        of_inputs = self.scheme.inputs.group_size if self.scheme.inputs else None
+        result: Tensor = w6a8_linear(
+            inputs,
+            self.tiles,
+            self._scales(),
+            self.bias,
+            self.out_features,
+            self.in_features,
+            self.scheme.group_of(self.in_features),
+            of_inputs or self.in_features,
+        )
+        return result
+
+    def quantized(self) -> QuantizedTensor:
+        """Return codes and scales ``[out, in]``, exactly as they were given."""
+        shape = (self.out_features, self.in_features)
+        group = self.scheme.group_of(self.in_features)
+        tiled = TiledWeight(self.tiles, self._scales(), shape, group)
+        return tiled.quantized(self.scheme)
+
+    def extra_repr(self) -> str:
+        """Say what is held."""
+        return f"{self.out_features}x{self.in_features}, {self.scheme.name}"
+
+    def _hold(self, tensor: QuantizedTensor, device: torch.device) -> None:
+        tiled = TiledWeight.from_quantized(tensor)
+        self.register_buffer("tiles", tiled.tiles.to(device), persistent=False)
+        # As integers, which no cast of the model touches.
+        bits = tiled.scales.view(torch.int16).to(device)
+        self.register_buffer("scale_bits", bits, persistent=False)
+
+    def _scales(self) -> Tensor:
+        return self.scale_bits.view(TORCH_DTYPES[self.scheme.scale_dtype])
+
+    def _save_to_state_dict(
+        self, destination: Any, prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        stored = ct.layout_of(self.scheme).encode(self.quantized())
+        for suffix, tensor in stored.items():
+            destination[prefix + suffix] = tensor.to(self.tiles.device)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *others: Any,
+    ) -> None:
+        layout = ct.layout_of(self.scheme)
+        shape = (self.out_features, self.in_features)
+        names = [prefix + suffix for suffix in layout.tensors(self.scheme, shape)]
+        stored = {
+            name.removeprefix(prefix): state_dict.pop(name)
+            for name in names
+            if name in state_dict
+        }
+        if stored:
+            try:
+                tensor = layout.decode(stored, self.scheme, shape)
+            except CheckpointError as error:
+                raise CheckpointError(f"{prefix.rstrip('.')}: {error}") from error
+            self._hold(tensor, self.tiles.device)
+        else:
+            missing_keys.extend(names)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *others
+        )
