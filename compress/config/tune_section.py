@@ -158,10 +158,10 @@ class EdkmOptions(TuneOptions):
         default=None,
         gt=0,
         description="Relative change of a matrix's weights in a step, at its highest; "
-        "null takes 1e-2 in a short run and 3e-3 in a longer one.",
+        "null takes 3e-3 in a short run and 1e-3 in a longer one.",
     )
     softness: float = Field(
-        default=0.5,
+        default=0.05,
         gt=0,
         description="At the start: how wide the blur between neighbouring entries of a "
         "table is, relative to their distance.",
@@ -170,7 +170,10 @@ class EdkmOptions(TuneOptions):
         default=0.002, gt=0, description="The same right before codes are fixed."
     )
     iterations: int = Field(
-        default=3, ge=0, description="Rounds of soft k-means in a step."
+        default=1,
+        ge=0,
+        description="Rounds of soft k-means in a step; tables go on from where the "
+        "last step left them.",
     )
     table_share: float = Field(
         default=0.2,
@@ -192,7 +195,7 @@ class EdkmOptions(TuneOptions):
     @property
     def weight_rate(self) -> float:
         """Learning rate of master weights."""
-        return self.weight_learning_rate or (1e-2 if self.is_short else 3e-3)
+        return self.weight_learning_rate or (3e-3 if self.is_short else 1e-3)
 
 
 TUNINGS: Mapping[str, type[TuneOptions]] = {"pv": PVOptions, "edkm": EdkmOptions}

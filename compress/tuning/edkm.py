@@ -1,6 +1,6 @@
 """Differentiable k-means: weights learn through palettes that follow them.
 
-The run has two phases. In the first, master weights that start from the dense weights
+The run has two phases. In the first, master weights that start near the dense weights
 are trained, and the model computes with their soft values; tables are functions of the
 weights (:mod:`compress.tuning.dkm`):
 
@@ -19,9 +19,9 @@ calibrated palette, so the result is never worse than that on held-out text.
 Source: Cho et al. (2022), "DKM", arXiv 2108.12659; Cho et al. (2023), "eDKM", arXiv
 2309.00964. What differs: distillation, steps relative to the weights, a softness that
 falls, tables trained at the end. Limits: palettes with one table; k-means counts all
-weights alike; 20 bytes a weight while they are soft; on a GPU it waits for the number
-of distinct values once for each shape of a matrix and step, and gradients are sums in
-no fixed order, so two runs agree to rounding only.
+weights alike; some 22 bytes a weight while they are soft; on a GPU it waits for the
+number of distinct values once for each shape of a matrix and step, and gradients are
+sums in no fixed order, so two runs agree to rounding only.
 """
 
 from __future__ import annotations

@@ -78,3 +78,12 @@ def test_other_schemes_stop_a_run_before_it_starts(
     with pytest.raises(CompressError, match=f"{scheme} is none; use a scheme such"):
         compress.run(wrong)
     assert not (tmp_path / "work" / "blocks").exists()
+
+
+@pytest.mark.parametrize("name, method", [("pv_tuning", "pv"), ("dkm", "edkm")])
+def test_a_tuning_method_in_the_place_of_a_quantizer_is_explained(
+    tmp_path: Path, name: str, method: str
+) -> None:
+    wrong = config(tmp_path, quantize={"method": name, "scheme": "palette2"})
+    with pytest.raises(CompressError, match=f"write tune: {{method: {method}}}"):
+        compress.run(wrong)

@@ -16,6 +16,7 @@ from torch import Tensor
 from compress.tuning.dkm.assignment import entries, nearest
 
 _WITHIN = 0.8  # of the way to the border; rounding to bf16 must not cross it
+_SHIFTS = 5
 
 
 @torch.no_grad()
@@ -54,30 +55,41 @@ def snap(
 
 
 @torch.no_grad()
-def within_cells(weights: Tensor, tables: Tensor, wanted: Tensor) -> Tensor:
-    """Return weights moved to where their nearest entries are those wanted.
+def at_rest(
+    weights: Tensor,
+    tables: Tensor,
+    wanted: Tensor,
+    *,
+    importances: Tensor | None = None,
+) -> Tensor:
+    """Return weights moved to where k-means finds given codes, and leaves the tables.
 
-    Weights for which they are already stay. The others go as far as to the ball around
-    the wanted entry that lies within its cell: with a radius of half the distance to
-    the next entry, less a margin.
+    The weights of an entry are shifted until their mean is the entry. Those that lie in
+    another cell then go as far as to the ball around their entry that lies within its
+    cell: with a radius of half the distance to the next entry, less a margin.
 
     Args:
         weights: ``[G, n, g]``, float32.
         tables: ``[G, K, g]``.
         wanted: ``[G, n, g]``, each near the entry that is wanted.
+        importances: ``[G, n]``, not negative; equal if left out.
     """
+    each = torch.ones_like(weights[..., 0]) if importances is None else importances
     codes = nearest(wanted, tables)
     entry = entries(tables, codes)
     gaps = (tables.unsqueeze(2) - tables.unsqueeze(1)).square().sum(-1)
     itself = torch.eye(tables.shape[1], dtype=torch.bool, device=tables.device)
     next_entry = gaps.masked_fill(itself, torch.inf).amin(2).sqrt()  # [G, K]
     radius = (_WITHIN / 2) * next_entry.gather(1, codes).unsqueeze(-1)
-    off = weights - entry
-    length = torch.linalg.vector_norm(off, dim=-1, keepdim=True)
-    least = torch.finfo(length.dtype).tiny
-    moved = entry + off * (radius / length.clamp_min(least)).clamp_max(1)
-    stays = (nearest(weights, tables) == codes).unsqueeze(-1)
-    return torch.where(stays, weights, moved)
+    for _ in range(_SHIFTS):
+        means = _means(weights, tables, codes, each)
+        off = weights + entries(tables - means, codes) - entry
+        length = torch.linalg.vector_norm(off, dim=-1, keepdim=True)
+        least = torch.finfo(length.dtype).tiny
+        inside = entry + off * (radius / length.clamp_min(least)).clamp_max(1)
+        stays = (nearest(entry + off, tables) == codes).unsqueeze(-1)
+        weights = torch.where(stays, entry + off, inside)
+    return weights
 
 
 @torch.no_grad()
@@ -93,8 +105,11 @@ def member_means(
         tables: ``[G, K, g]``.
         importances: ``[G, n]``, not negative; equal if left out.
     """
-    codes = nearest(weights, tables)
     each = torch.ones_like(weights[..., 0]) if importances is None else importances
+    return _means(weights, tables, nearest(weights, tables), each)
+
+
+def _means(weights: Tensor, tables: Tensor, codes: Tensor, each: Tensor) -> Tensor:
     mass = torch.zeros_like(tables[..., 0]).scatter_add_(1, codes, each).unsqueeze(-1)
     places = codes.unsqueeze(-1).expand_as(weights)
     drawn = torch.zeros_like(tables)

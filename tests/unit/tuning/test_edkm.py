@@ -251,7 +251,7 @@ def test_checkpoints_of_blocks_and_several_passes_change_nothing(
 
 
 def test_the_start_is_kept_when_training_spoils_the_model(tmp_path: Path) -> None:
-    found = tuned(tmp_path, weight_learning_rate=3.0, learning_rate=3.0)
+    found = tuned(tmp_path, weight_learning_rate=0.5, learning_rate=0.5)
     assert found.record["best_step"] == 0
     assert found.record["kl_after"] == found.record["kl_before"]
     assert found.record["changed_codes"] == 0
