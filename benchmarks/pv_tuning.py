@@ -4,8 +4,8 @@
     python benchmarks/pv_tuning.py [--device cuda] [--minutes 2] [--part 0/5]
 
 Each scheme is calibrated once for a seed (GPTQ, k-means or AQLM on the bundled mix),
-and every regime of ``tune: {method: pv}`` starts from these codes, with the same budget
-of minutes, on the same text: windows of the mix and windows that the original writes.
+and every regime of ``tune: {method: pv}`` starts from these codes, and for palettes
+``method: edkm`` too, with the same budget of minutes, on the same text: windows of the mix and windows that the original writes.
 ``--text-only`` writes the latter once, before parts run side by side. Texts that are
 measured are no part of either. The model is ``permuted`` of ``offgrid.py``.
 
@@ -58,6 +58,7 @@ SCHEMES = {
     "aqlm-1x8g4": "aqlm",
 }
 REGIMES = ("p", "ste", "pv")
+EDKM = "edkm"
 SAMPLES, LENGTH = 64, 512
 
 
@@ -129,7 +130,7 @@ def parsed() -> argparse.Namespace:
 def rows_of(scheme: str, seed: int, options: Any) -> Iterator[Row]:
     """Yield the rows that start from one set of codes."""
     yield Row(scheme, CALIBRATED, seed, 0.0)
-    for regime in REGIMES:
+    for regime in (*REGIMES, *([EDKM] if SCHEMES[scheme] == "kmeans" else [])):
         yield Row(scheme, regime, seed, options.minutes)
 
 
@@ -144,9 +145,11 @@ def place_of(row: Row, options: Any) -> Path:
 
 def tuning_options(regime: str, seed: int, options: Any) -> TuneOptions:
     """Return what a row's ``tune.options`` would say."""
-    return TUNINGS["pv"].model_validate(
-        {
-            "regime": regime,
+    method = EDKM if regime == EDKM else "pv"
+    own = {} if regime == EDKM else {"regime": regime}
+    return TUNINGS[method].model_validate(
+        own
+        | {
             "minutes": options.minutes,
             "batch": options.batch,
             "generated": options.generated,
@@ -301,7 +304,7 @@ def device_name(device: str) -> str:
 def write_table(options: Any) -> Path:
     """Write all rows that are there, a line for each scheme, regime and budget."""
     kept = [json.loads(p.read_text()) for p in (options.work / "rows").glob("*.json")]
-    order = (CALIBRATED, *REGIMES)
+    order = (CALIBRATED, *REGIMES, EDKM)
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in sorted(kept, key=lambda row: row["seed"]):
         key = list(SCHEMES).index(row["scheme"]), order.index(row["regime"])
