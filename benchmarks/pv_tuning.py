@@ -5,9 +5,10 @@
 
 Each scheme is calibrated once for a seed (GPTQ, k-means or AQLM on the bundled mix),
 and every regime of ``tune: {method: pv}`` starts from these codes, and for palettes
-``method: edkm`` too, with the same budget of minutes, on the same text: windows of the mix and windows that the original writes.
-``--text-only`` writes the latter once, before parts run side by side. Texts that are
-measured are no part of either. The model is ``permuted`` of ``offgrid.py``.
+``method: edkm`` too, with the same budget of minutes, on the same text: windows of the
+mix and windows that the original writes. ``--text-only`` writes the latter once, before
+parts run side by side. Texts that are measured are no part of either. The model is
+``permuted`` of ``offgrid.py``.
 
 Rows that lie in ``--work`` are not made again, so that options select a part; the
 result holds all that are there.
