@@ -158,7 +158,8 @@ class EdkmOptions(TuneOptions):
         default=None,
         gt=0,
         description="Relative change of a matrix's weights in a step, at its highest; "
-        "null takes 3e-3 in a short run and 1e-3 in a longer one.",
+        "null takes 5e-4 in a short run and 2e-4 in a longer one. Steps of few tokens "
+        "need small ones.",
     )
     softness: float = Field(
         default=0.05,
@@ -195,7 +196,7 @@ class EdkmOptions(TuneOptions):
     @property
     def weight_rate(self) -> float:
         """Learning rate of master weights."""
-        return self.weight_learning_rate or (3e-3 if self.is_short else 1e-3)
+        return self.weight_learning_rate or (5e-4 if self.is_short else 2e-4)
 
 
 TUNINGS: Mapping[str, type[TuneOptions]] = {"pv": PVOptions, "edkm": EdkmOptions}

@@ -16,6 +16,11 @@ What is measured is always what would be stored: for the measurement codes are s
 and tables rounded, while the masters stay. The first measurement is that of the
 calibrated palette, so the result is never worse than that on held-out text.
 
+Rates, on SmolLM2-135M off its grid, palette3, steps of 512 tokens, held-out KL 0.868 at
+the start: at 3e-3 it was 1.33 after 6 steps and 1.14 after 12 (with masters that began
+nearer to the borders of their cells, too); at 5e-4, the default of short runs, 0.803
+after 6. Tiny models take 1e-2.
+
 Source: Cho et al. (2022), "DKM", arXiv 2108.12659; Cho et al. (2023), "eDKM", arXiv
 2309.00964. What differs: distillation, steps relative to the weights, a softness that
 falls, tables trained at the end. Limits: palettes with one table; k-means counts all

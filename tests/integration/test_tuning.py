@@ -21,6 +21,7 @@ OPTIONS = {
     "sequence_length": 16,
     "batch": 8,
     "evaluations": 3,
+    "weight_learning_rate": 1e-2,
 }
 
 

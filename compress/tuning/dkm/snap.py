@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress.tuning.dkm.assignment import entries, nearest
 
-_WITHIN = 0.8  # of the way to the border; rounding to bf16 must not cross it
+_WITHIN = 0.5  # of the way to the border; rounding to bf16 must not cross it
 _SHIFTS = 5
 
 

@@ -32,6 +32,7 @@ def options_of(**changes: Any) -> EdkmOptions:
         "batch": 8,
         "evaluations": 4,
         "dtype": "float32",
+        "weight_learning_rate": 1e-2,
     }
     return EdkmOptions(**(values | changes))
 
