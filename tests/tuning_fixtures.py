@@ -19,8 +19,10 @@ from compress.core.plan import LayerPlan, Plan
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 from compress.model.loading import ModelHandle, open_model
+from compress.recovery.models import WholeModel
 from compress.recovery.text import RecoveryText
 from compress.transform import CompressedSource
+from compress.tuning.tune import Tuned
 
 VOCABULARY = 128
 _STEPS = 60
@@ -130,6 +132,25 @@ def coded_student(
         teacher.source, Plan("tiny", layers), codes.__getitem__
     )
     return ModelHandle(model, source), codes
+
+
+def divergence_of(found: Tuned, folder: Path, scheme: str) -> float:
+    """Return the held-out KL of what tuning returned, by a model made from it."""
+    teacher = save_teacher(folder)
+    student, _ = coded_student(teacher, scheme)
+    model = WholeModel(student, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        for name, tensor in found.codes.items():
+            weight = model.module.get_submodule(name).get_parameter("weight")
+            weight.copy_(tensor.dequantize())
+        for name, dense in found.dense.items():
+            path, _, leaf = name.rpartition(".")
+            model.module.get_submodule(path).get_parameter(leaf).copy_(dense)
+        original = WholeModel(teacher, device="cpu", dtype=torch.float32)
+        ids = text_of().held_out
+        p = original.head.logits(original.states(ids)).log_softmax(-1)
+        q = model.head.logits(model.states(ids)).log_softmax(-1)
+        return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def text_of(windows: int = 256, held_out: int = 16) -> RecoveryText:

@@ -24,7 +24,7 @@ from exactness import Checks  # noqa: E402
 from timing import measure  # noqa: E402
 
 from compress.core.errors import KernelError  # noqa: E402
-from compress.runtime.w6a8 import build, library  # noqa: E402
+from compress.runtime.w6a8 import abi, build  # noqa: E402
 
 CLOCKS = "name,clocks.sm,clocks.mem,power.draw,clocks_event_reasons.active"
 
@@ -48,7 +48,7 @@ def main() -> int:
     start = time.monotonic()
     try:
         arch = build.architecture(torch.cuda.get_device_capability(device))
-        kernels = library.Kernels(build.build(arch))
+        kernels = abi.Kernels(build.build(arch))
         kernels.probe(device.index)
     except KernelError as error:
         print(error)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from compress.runtime.w6a8 import cuda, reference
-from compress.runtime.w6a8.library import Kernels
+from compress.runtime.w6a8.abi import Kernels
 from compress.runtime.w6a8.tiles import TiledWeight, pack_tiles, unpack_tiles
 
 TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 127, 128, 129, 1000)

@@ -18,7 +18,7 @@ from exactness import Checks
 from torch import Tensor
 
 from compress.runtime.w6a8 import cuda
-from compress.runtime.w6a8.library import Kernels
+from compress.runtime.w6a8.abi import Kernels
 
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192))
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 512, 2048)

@@ -6,6 +6,7 @@ With vectors all distances are taken, in any ``g x g`` metric.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -55,9 +56,10 @@ class Tables:
         return VectorSearch(self.entries, self.owner(rows))
 
 
-class Search:
+class Search(ABC):
     """Finds the entry of its table nearest to a vector of each row."""
 
+    @abstractmethod
     def __call__(self, wanted: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
         """Return codes int64 ``[R]`` and values ``[R, g]``.
 
@@ -65,7 +67,6 @@ class Search:
             wanted: float32 ``[R, g]``.
             metric: ``[g, g]``; ``|(wanted - entry) metric|`` is least.
         """
-        raise NotImplementedError
 
 
 class NumberSearch(Search):

@@ -22,6 +22,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from compress.config.training_options import TrainingOptions
 from compress.core.errors import CompressError, ConfigError
+from compress.provenance import device_peak_bytes
 from compress.recovery.checkpoints import Checkpoint, CheckpointFiles, Progress
 from compress.recovery.learner import Learner
 from compress.recovery.losses import IGNORED, linear_ce, linear_kl
@@ -162,6 +164,35 @@ class Training:
             self._evaluate(steps=progress.step - since)
         self.learner.restore(self._best)
         return progress
+
+    def record(self, *, given: int) -> dict[str, Any]:
+        """Return what the run took and gave back, as plain data for a report.
+
+        Args:
+            given: Windows that are no text of the teacher's own.
+        """
+        progress, options = self.progress, self._options
+        evaluations, (windows, length) = progress.evaluations, self._train.shape
+        best = evaluations[progress.best]
+        per_step = options.batch * options.accumulate * self._team.size * length
+        return {
+            "options": options.model_dump(mode="json"),
+            "steps": progress.step,
+            "seconds": progress.seconds,
+            "prepared_seconds": progress.prepared_seconds,
+            "tokens": progress.step * per_step,
+            "windows": {"given": given, "generated": windows - given},
+            "held_out_windows": len(self._held_out),
+            "kl_before": evaluations[0]["kl"],
+            "kl_after": best["kl"],
+            "best_step": best["step"],
+            "evaluations": evaluations,
+            "skipped_steps": progress.skipped,
+            "dtype": str(self.learner.model.dtype).removeprefix("torch."),
+            "device": str(self._device),
+            "processes": self._team.size,
+            "peak_memory_bytes": device_peak_bytes(str(self._device)),
+        }
 
     def _ended(self) -> bool:
         """Whether the budget is used, or nothing got better for long enough."""

@@ -22,7 +22,7 @@ from compress.config.recover_section import (
 from compress.core.errors import ConfigError
 from compress.model.devices import choose_dtype
 from compress.model.loading import ModelHandle
-from compress.provenance import device_peak_bytes, digest_of, weights_digest
+from compress.provenance import digest_of, weights_digest
 from compress.recovery.checkpoints import CheckpointFiles
 from compress.recovery.distill import Training
 from compress.recovery.folder import check_folder, check_weights, write_recovered
@@ -169,34 +169,17 @@ def _train(
             split=options.shard,
         ),
     )
-    progress = training.run()
+    training.run()
     trained.gather()
     if members.rank == 0:
         _write(job, trained, source, folder)
     members.wait()
     training.files.delete()
-    evaluations, given = progress.evaluations, len(job.text.train)
-    tokens = options.batch * options.accumulate * members.size * train.shape[1]
     return {
         "method": "soft_prompt" if isinstance(trained, SoftPrompt) else "distill",
-        "options": options.model_dump(mode="json"),
-        "steps": progress.step,
-        "seconds": progress.seconds,
-        "prepared_seconds": progress.prepared_seconds,
-        "tokens": progress.step * tokens,
-        "windows": {"given": given, "generated": len(train) - given},
-        "held_out_windows": len(job.text.held_out),
-        "kl_before": evaluations[0]["kl"],
-        "kl_after": evaluations[progress.best]["kl"],
-        "best_step": evaluations[progress.best]["step"],
-        "evaluations": evaluations,
-        "skipped_steps": progress.skipped,
+        **training.record(given=len(job.text.train)),
         "trained_values": sum(p.numel() for p in trained.parameters.values()),
         "ranks": job.ranks,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device,
-        "processes": members.size,
-        "peak_memory_bytes": device_peak_bytes(device),
     }
 
 

@@ -28,7 +28,7 @@ from compress.core.tensors import QuantizedTensor
 from compress.core.tunable import tuning_problem
 from compress.model.devices import choose_dtype
 from compress.model.loading import ModelHandle
-from compress.provenance import device_peak_bytes, digest_of, weights_digest
+from compress.provenance import digest_of, weights_digest
 from compress.recovery.checkpoints import CheckpointFiles
 from compress.recovery.distill import Training
 from compress.recovery.generate import training_windows
@@ -164,33 +164,15 @@ class _Job:
                 split=split is not None,
             ),
         )
-        progress = training.run()
+        training.run()
         found = tuner.result()
-        evaluations = progress.evaluations
-        per_step = options.batch * options.accumulate * self.team.size * train.shape[1]
-        given = len(self.text.train)
         record = {
             "method": _method(options),
-            "options": options.model_dump(mode="json"),
-            "steps": progress.step,
-            "seconds": progress.seconds,
-            "prepared_seconds": progress.prepared_seconds,
-            "tokens": progress.step * per_step,
-            "windows": {"given": given, "generated": len(train) - given},
-            "held_out_windows": len(self.text.held_out),
-            "kl_before": evaluations[0]["kl"],
-            "kl_after": evaluations[progress.best]["kl"],
-            "best_step": evaluations[progress.best]["step"],
-            "evaluations": evaluations,
-            "skipped_steps": progress.skipped,
+            **training.record(given=len(self.text.train)),
             "layers": len(found),
             "dense_weights": len(tuner.dense_weights),
             "trained_values": tuner.trained_values(self.team),
             "changed_codes": changed_share(self.codes, found),
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": self.device,
-            "processes": self.team.size,
-            "peak_memory_bytes": device_peak_bytes(self.device),
         }
         return Tuned(found, tuner.dense(), record, training.files)
 

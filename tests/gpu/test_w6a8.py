@@ -17,7 +17,7 @@ from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 from compress.export.safetensors import SafetensorsExporter, SafetensorsOptions
 from compress.runtime.w6a8 import ops
-from compress.runtime.w6a8.library import Kernels
+from compress.runtime.w6a8.abi import Kernels
 from compress.runtime.w6a8.linear import W6A8Linear
 
 pytestmark = [

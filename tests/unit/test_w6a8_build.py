@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from compress.core.errors import KernelError
-from compress.runtime.w6a8 import build, library
+from compress.runtime.w6a8 import abi, build
 from compress.runtime.w6a8.schedule import schedule
 
 FAKE = """#!/bin/sh
@@ -52,16 +52,16 @@ def test_the_real_compiler_makes_a_library_with_our_functions(
     kept = {file.name for file in (tmp_path / "kernels").iterdir()}
     assert kept == {path.name, path.with_suffix(".lock").name}
     opened = ctypes.CDLL(str(path))
-    assert all(hasattr(opened, name) for name in library.FUNCTIONS)
-    assert opened.w6a8_abi() == library.ABI
+    assert all(hasattr(opened, name) for name in abi.FUNCTIONS)
+    assert opened.w6a8_abi() == abi.ABI
     assert [16 * (2 if t <= 16 else 4) for t in (8, 16, 32, 64)] == [
         opened.w6a8_rows_of_block(t) for t in (8, 16, 32, 64)
     ]
-    kernels = library.Kernels(path)  # there is no device 99, and maybe no driver
+    kernels = abi.Kernels(path)  # there is no device 99, and maybe no driver
     with pytest.raises(KernelError, match="w6a8_probe: CUDA error [0-9]+, [a-zA-Z]"):
         kernels.probe(99)
     with pytest.raises(KernelError, match="w6a8_linear: CUDA error [0-9]+, [a-zA-Z]"):
-        kernels.linear(library.LinearArguments(device=99), 0)
+        kernels.linear(abi.LinearArguments(device=99), 0)
 
 
 def test_a_library_is_compiled_once(fake: Path) -> None:
@@ -123,28 +123,28 @@ def test_why_there_are_no_kernels_is_returned(
     reason: str,
 ) -> None:
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
-    library.kernels_of.cache_clear()
-    found = library.kernels_of(0)
-    library.kernels_of.cache_clear()
+    abi.kernels_of.cache_clear()
+    found = abi.kernels_of(0)
+    abi.kernels_of.cache_clear()
     assert isinstance(found, KernelError) and reason in str(found)
 
 
 def test_what_is_no_library_is_refused(fake: Path) -> None:
     with pytest.raises(KernelError, match="cannot be opened"):
-        library.Kernels(build.build("90a"))
+        abi.Kernels(build.build("90a"))
 
 
 def test_a_library_of_another_version_is_refused(tmp_path: Path) -> None:
     if shutil.which("gcc") is None:
         pytest.skip("needs gcc")
     functions = "".join(
-        f"int {name}(void) {{ return 999; }}\n" for name in library.FUNCTIONS
+        f"int {name}(void) {{ return 999; }}\n" for name in abi.FUNCTIONS
     )
     (tmp_path / "old.c").write_text(functions)
     command = ["gcc", "-shared", "-fPIC", "-o", "old.so", "old.c"]
     subprocess.run(command, cwd=tmp_path, check=True)
     with pytest.raises(KernelError, match=r"old\.so has interface 999, not 1"):
-        library.Kernels(tmp_path / "old.so")
+        abi.Kernels(tmp_path / "old.so")
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from torch import Tensor
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 from compress.runtime.w6a8 import reference
+from compress.runtime.w6a8.abi import DTYPES, LinearArguments, QuantizeArguments
 from compress.runtime.w6a8.build import SOURCES
 from compress.runtime.w6a8.cuda import linear_arguments
-from compress.runtime.w6a8.library import DTYPES, LinearArguments, QuantizeArguments
 from compress.runtime.w6a8.schedule import Schedule
 from compress.runtime.w6a8.tiles import TiledWeight
 

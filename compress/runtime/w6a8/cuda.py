@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.runtime.w6a8.library import (
+from compress.runtime.w6a8.abi import (
     DTYPES,
     Kernels,
     LinearArguments,

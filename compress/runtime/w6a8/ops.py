@@ -12,17 +12,17 @@ import logging
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from compress.core.errors import KernelError
 from compress.runtime.w6a8 import cuda, reference
-from compress.runtime.w6a8.library import DTYPES, Kernels, kernels_of
+from compress.runtime.w6a8.abi import DTYPES, Kernels, kernels_of
 from compress.runtime.w6a8.tiles import COLUMNS, TiledWeight, unpack_tiles
 
 _LOG = logging.getLogger(__name__)
 
 
-@torch.library.custom_op("compress::quant_act", mutates_args=())
+@library.custom_op("compress::quant_act", mutates_args=())
 def quant_act(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Return int8 codes and float32 scales of inputs, by the rule of ``core/inputs``.
 
@@ -51,7 +51,7 @@ def _(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return codes, x.new_empty((rows, columns // group), dtype=torch.float32)
 
 
-@torch.library.custom_op("compress::w6a8_linear", mutates_args=())
+@library.custom_op("compress::w6a8_linear", mutates_args=())
 def w6a8_linear(
     x: Tensor,
     tiles: Tensor,

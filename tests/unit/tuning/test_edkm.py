@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from streaming_fixtures import model_of
 from torch import Tensor
-from tuning_fixtures import coded_student, save_teacher, text_of
+from tuning_fixtures import coded_student, divergence_of, save_teacher, text_of
 
 from compress.config.tune_section import EdkmOptions
 from compress.core.scheme import Scheme
@@ -98,22 +98,8 @@ def test_held_out_divergence_falls(tmp_path: Path, scheme: str) -> None:
 def test_what_is_returned_is_what_was_measured(tmp_path: Path) -> None:
     found = tuned(tmp_path)
     assert found.record["best_step"] > 0
-    teacher = save_teacher(tmp_path)
-    student, _ = coded_student(teacher, "palette2")
-    model = WholeModel(student, device="cpu", dtype=torch.float32)
-    with torch.no_grad():
-        for name, tensor in found.codes.items():
-            weight = model.module.get_submodule(name).get_parameter("weight")
-            weight.copy_(tensor.dequantize())
-        for name, dense in found.dense.items():
-            path, _, leaf = name.rpartition(".")
-            model.module.get_submodule(path).get_parameter(leaf).copy_(dense)
-        original = WholeModel(teacher, device="cpu", dtype=torch.float32)
-        ids = text_of().held_out
-        p = original.head.logits(original.states(ids)).log_softmax(-1)
-        q = model.head.logits(model.states(ids)).log_softmax(-1)
-        kl = (p.exp() * (p - q)).sum(-1).mean()
-    assert float(kl) == pytest.approx(found.record["kl_after"], rel=1e-4)
+    kl = divergence_of(found, tmp_path, "palette2")
+    assert kl == pytest.approx(found.record["kl_after"], rel=1e-4)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

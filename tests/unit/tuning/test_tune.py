@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tuning_fixtures import coded_student, options_of, save_teacher, text_of
+from tuning_fixtures import (
+    coded_student,
+    divergence_of,
+    options_of,
+    save_teacher,
+    text_of,
+)
 
 from compress.core.errors import ConfigError
 from compress.recovery import checkpoints
@@ -62,22 +68,8 @@ def test_other_grids_are_tuned_too(tmp_path: Path, scheme: str) -> None:
 
 def test_what_is_returned_is_what_was_measured(tmp_path: Path) -> None:
     found = tuned(tmp_path, "aqlm-2x4g4", code_learning_rate=0.02)
-    teacher = save_teacher(tmp_path)
-    student, _ = coded_student(teacher, "aqlm-2x4g4")
-    model = WholeModel(student, device="cpu", dtype=torch.float32)
-    with torch.no_grad():
-        for name, tensor in found.codes.items():
-            weight = model.module.get_submodule(name).get_parameter("weight")
-            weight.copy_(tensor.dequantize())
-        for name, dense in found.dense.items():
-            path, _, leaf = name.rpartition(".")
-            model.module.get_submodule(path).get_parameter(leaf).copy_(dense)
-        original = WholeModel(teacher, device="cpu", dtype=torch.float32)
-        ids = text_of().held_out
-        p = original.head.logits(original.states(ids)).log_softmax(-1)
-        q = model.head.logits(model.states(ids)).log_softmax(-1)
-        kl = (p.exp() * (p - q)).sum(-1).mean()
-    assert float(kl) == pytest.approx(found.record["kl_after"], rel=1e-4)
+    kl = divergence_of(found, tmp_path, "aqlm-2x4g4")
+    assert kl == pytest.approx(found.record["kl_after"], rel=1e-4)
 
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
