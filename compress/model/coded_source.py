@@ -7,9 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.core.artifact import TensorSource
+from torch import Tensor
+
+from compress.core.artifact import TensorInfo, TensorSource
+from compress.core.errors import CheckpointError
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
+from compress.model.sources import SafetensorsSource
 
 
 class CodedSource(TensorSource):
@@ -24,10 +28,33 @@ class CodedSource(TensorSource):
 
     cache_scales: tuple[str, ...] = ()
 
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files = SafetensorsSource(folder)
+        self._schemes: dict[str, Scheme] = {}
+        self._tensors: dict[str, TensorInfo] = {}
+
     @property
-    @abstractmethod
     def schemes(self) -> Mapping[str, Scheme]:
         """Scheme of each coded layer, by module name, in the order of the files."""
+        return self._schemes
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Describe every tensor as :meth:`read` returns it."""
+        return self._tensors
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor on the CPU: decoded float32, or dense as stored.
+
+        Raises:
+            CheckpointError: No such tensor, or the file is damaged.
+        """
+        layer = name.removesuffix(".weight")
+        if name.endswith(".weight") and layer in self._schemes:
+            return self.codes(layer).dequantize()
+        if name not in self._tensors and name not in self.cache_scales:
+            raise CheckpointError(f"{self._folder}: tensor {name} is missing")
+        return self._files.read(name)
 
     @abstractmethod
     def codes(self, layer: str) -> QuantizedTensor:

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from compress.core import compressed_tensors as ct
 from compress.core.artifact import TensorInfo
 from compress.core.errors import CheckpointError
@@ -25,7 +23,6 @@ from compress.model.quantized_config import (
     group_of,
     quantization_of,
 )
-from compress.model.sources import SafetensorsSource
 
 __all__ = ["PackedSource", "packed_scheme", "quantization_of"]
 
@@ -49,12 +46,9 @@ class PackedSource(CodedSource):
             CheckpointError: The folder is damaged or quantized in another way.
         """
         groups = config_groups(folder)
-        self._folder = folder
-        self._files = SafetensorsSource(folder)
+        super().__init__(folder)
         stored = self._files.tensors()
-        self._schemes: dict[str, Scheme] = {}
         self._layouts: dict[str, ct.Layout] = {}
-        self._tensors: dict[str, TensorInfo] = {}
         self.cache_scales = tuple(
             name for name in stored if name.endswith(_dotted(ct.CACHE_SUFFIXES))
         )
@@ -72,28 +66,6 @@ class PackedSource(CodedSource):
             elif name not in self.cache_scales:
                 self._tensors[name] = info
         self._warn_of_static_inputs(groups)
-
-    @property
-    def schemes(self) -> Mapping[str, Scheme]:
-        """Scheme of each coded layer, by module name, in the order of the files."""
-        return self._schemes
-
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Describe every tensor as :meth:`read` returns it."""
-        return self._tensors
-
-    def read(self, name: str) -> Tensor:
-        """Return one tensor on the CPU: decoded float32, or dense as stored.
-
-        Raises:
-            CheckpointError: No such tensor, or the file is damaged.
-        """
-        layer = name.removesuffix(".weight")
-        if name.endswith(".weight") and layer in self._schemes:
-            return self.codes(layer).dequantize()
-        if name not in self._tensors and name not in self.cache_scales:
-            raise CheckpointError(f"{self._folder}: tensor {name} is missing")
-        return self._files.read(name)
 
     def codes(self, layer: str) -> QuantizedTensor:
         """Return codes, scales and zero points of a layer, exactly as stored.

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from compress.core import aqlm_format, palette_format
 from compress.core.artifact import TensorInfo
 from compress.core.errors import CheckpointError, SchemeError
@@ -19,7 +17,6 @@ from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 from compress.model.coded_source import CodedSource
 from compress.model.quantized_config import quantization_of
-from compress.model.sources import SafetensorsSource
 
 METHODS = (palette_format.QUANT_METHOD, aqlm_format.QUANT_METHOD)
 """The ``quant_method`` of folders that this module reads."""
@@ -40,15 +37,12 @@ class TableSource(CodedSource):
             raise CheckpointError(
                 f"{folder}: quant_method {self._method!r}; read are {list(METHODS)}"
             )
-        self._folder = folder
-        self._files = SafetensorsSource(folder)
+        super().__init__(folder)
         is_palette = self._method == palette_format.QUANT_METHOD
         suffixes = palette_format.SUFFIXES if is_palette else aqlm_format.SUFFIXES
         found = self._palette(config) if is_palette else self._additive(config)
         parts = {f"{layer}.{s}": layer for layer in found for s in suffixes}
-        self._schemes: dict[str, Scheme] = {}
         self._stored: dict[str, tuple[str, ...]] = {}
-        self._tensors: dict[str, TensorInfo] = {}
         for name, info in self._files.tensors().items():
             layer = parts.get(name)
             if layer is None:
@@ -61,28 +55,6 @@ class TableSource(CodedSource):
                     f"{folder}: config.json says that {layer} has codes, and the files "
                     "have none; the checkpoint is damaged"
                 )
-
-    @property
-    def schemes(self) -> Mapping[str, Scheme]:
-        """Scheme of each coded layer, by module name, in the order of the files."""
-        return self._schemes
-
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Describe every tensor as :meth:`read` returns it."""
-        return self._tensors
-
-    def read(self, name: str) -> Tensor:
-        """Return one tensor on the CPU: decoded float32, or dense as stored.
-
-        Raises:
-            CheckpointError: No such tensor, or the file is damaged.
-        """
-        layer = name.removesuffix(".weight")
-        if name.endswith(".weight") and layer in self._schemes:
-            return self.codes(layer).dequantize()
-        if name not in self._tensors:
-            raise CheckpointError(f"{self._folder}: tensor {name} is missing")
-        return self._files.read(name)
 
     def codes(self, layer: str) -> QuantizedTensor:
         """Return codes, tables and scales of a layer, exactly as stored.
