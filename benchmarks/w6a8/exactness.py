@@ -44,11 +44,13 @@ class Checks:
     Attributes:
         kernels: What is tested.
         device: Where.
+        on_hopper: Whether the kernel is tested that only Hopper has.
         outcome: Grows.
     """
 
     kernels: Kernels
     device: torch.device
+    on_hopper: bool = False
     outcome: Outcome = field(default_factory=Outcome)
 
     def run(self, names: list[str] | None = None) -> Outcome:
@@ -110,15 +112,15 @@ class Checks:
             for kind in ("random", "largest", "alternating"):
                 qa, qw = self.codes(tokens, rows, columns, kind)
                 self._sums(qa, qw, 128 if columns > 160 else 32, kind)
-        for run in (32, 64, 128):
-            for tokens in (8, 16, 32, 64):
+        for run in (32, 128) if self.on_hopper else (32, 64, 128):
+            for tokens in (8, 16, 32, 64, 128):
                 qa, qw = self.codes(tokens, 1000, 11008, "random")
                 self._sums(qa, qw, run, "random")
 
     def _sums(self, qa: Tensor, qw: Tensor, run: int, kind: str) -> None:
         weight = self.tiled(qw, None)
         filled = torch.nn.functional.pad(qa, (0, -qa.shape[1] % 128))
-        found = cuda.sums(self.kernels, filled, weight, run)
+        found = cuda.sums(self.kernels, filled, weight, run, on_hopper=self.on_hopper)
         wide = torch.nn.functional.pad(qw, (0, -qw.shape[1] % 128))
         expected = reference.run_sums(filled, wide, run)
         case = f"M={len(qa)} N={len(qw)} K={qa.shape[1]} run={run} {kind}"
@@ -134,7 +136,7 @@ class Checks:
         for dtype in DTYPES:
             for of_weight in (None, 32, 64, 128, 256):
                 for of_inputs in (None, 32, 64, 128):
-                    for tokens in (1, 12, 30, 70):
+                    for tokens in (1, 12, 30, 70, 300):
                         x = self.activations(tokens, 2048, dtype)
                         self._result(x, 1000, of_weight, of_inputs)
 
@@ -143,7 +145,7 @@ class Checks:
     ) -> None:
         weight, bias = self.weight(rows, x.shape[1], of_weight), self.noise(rows)
         bias = bias.to(x.dtype)
-        found = cuda.linear(self.kernels, x, weight, bias, group=of_inputs)
+        found = self.linear(x, weight, bias, group=of_inputs)
         exact, tolerance = self.expected(x, weight, bias, of_inputs)
         error = (found.float() - exact).abs()
         case = (
@@ -168,24 +170,33 @@ class Checks:
         ulp = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
         return exact, 1e-5 * magnitude + 2 * ulp * exact.abs() + 1e-30
 
+    def linear(
+        self, x: Tensor, weight: TiledWeight, bias: Tensor | None, *, group: int | None
+    ) -> Tensor:
+        """Call the kernel under test."""
+        return cuda.linear(
+            self.kernels, x, weight, bias, group=group, on_hopper=self.on_hopper
+        )
+
     def repeats(self) -> None:
         """A call twice, and a replayed graph, give the same bits."""
         for tokens, rows, columns in [
             (1, 4096, 4096),
             (9, 1000, 11008),
             (64, 4096, 4096),
+            (500, 1000, 11008),
         ]:
             x = self.activations(tokens, columns, torch.bfloat16)
             weight, case = self.weight(rows, columns, 128), f"M={tokens} N={rows}"
-            first = cuda.linear(self.kernels, x, weight, None, group=None)
+            first = self.linear(x, weight, None, group=None)
             for _ in range(20):
-                again = cuda.linear(self.kernels, x, weight, None, group=None)
+                again = self.linear(x, weight, None, group=None)
                 self.outcome.expect(
                     torch.equal(first, again), "a second call is bit-identical", case
                 )
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                replayed = cuda.linear(self.kernels, x, weight, None, group=None)
+                replayed = self.linear(x, weight, None, group=None)
             for _ in range(20):
                 replayed.fill_(7)
                 graph.replay()
@@ -194,7 +205,7 @@ class Checks:
                 )
             x.copy_(self.activations(tokens, columns, torch.bfloat16) * 2)
             graph.replay()
-            fresh = cuda.linear(self.kernels, x, weight, None, group=None)
+            fresh = self.linear(x, weight, None, group=None)
             self.outcome.expect(
                 torch.equal(fresh, replayed), "a replay reads new inputs", case
             )
@@ -203,10 +214,10 @@ class Checks:
         """A token alone and among 64 agree within tolerance."""
         x = self.activations(64, 4096, torch.bfloat16)
         weight = self.weight(4096, 4096, 128)
-        together = cuda.linear(self.kernels, x, weight, None, group=None)
+        together = self.linear(x, weight, None, group=None)
         for token in (0, 31, 63):
             one = x[token : token + 1].contiguous()
-            alone = cuda.linear(self.kernels, one, weight, None, group=None)
+            alone = self.linear(one, weight, None, group=None)
             _, tolerance = self.expected(one, weight, None, None)
             error = (alone.float() - together[token : token + 1].float()).abs()
             self.outcome.expect(
@@ -218,9 +229,7 @@ class Checks:
         for group in (None, 128):
             x = self.activations(5, 1024, torch.bfloat16)
             x[1, 700], x[3, 5], x[4] = torch.nan, -torch.inf, 0
-            y = cuda.linear(
-                self.kernels, x, self.weight(300, 1024, 128), None, group=group
-            )
+            y = self.linear(x, self.weight(300, 1024, 128), None, group=group)
             right = y[[1, 3]].isnan().all() and y[[0, 2]].isfinite().all()
             self.outcome.expect(
                 right and not y[4].any(), "bad inputs spoil their token", str(group)
@@ -229,26 +238,26 @@ class Checks:
     def large(self) -> None:
         """More than 2^31 bytes of tiles, and elements of the result."""
         rows, columns = 202752, 14336
-        shape = (rows // 16, columns // 128, 1536)
+        shape = (rows // 64, columns // 128, 4, 1536)
         tiles = torch.empty(shape, dtype=torch.uint8, device=self.device)
         tiles.random_(0, 256)
         scales = torch.rand(columns // 128, rows, device=self.device).half()
         weight = TiledWeight(tiles, scales, (rows, columns), 128)
         x = self.activations(2, columns, torch.bfloat16)
-        found = cuda.linear(self.kernels, x, weight, None, group=None)
+        found = self.linear(x, weight, None, group=None)
         self._last_rows(x, found, weight, "tiles beyond 2^31 bytes")
         del tiles, weight, scales
         rows, tokens = 32000, 70000
         weight = self.weight(rows, 128, 128)
         x = self.activations(tokens, 128, torch.bfloat16)
-        found = cuda.linear(self.kernels, x, weight, None, group=None)
+        found = self.linear(x, weight, None, group=None)
         self._last_rows(x[-3:], found[-3:], weight, "results beyond 2^31 elements")
 
     def _last_rows(
         self, x: Tensor, found: Tensor, weight: TiledWeight, claim: str
     ) -> None:
         last = TiledWeight(
-            weight.tiles[-4:], weight.scales[:, -64:], (64, x.shape[1]), 128
+            weight.tiles[-1:], weight.scales[:, -64:], (64, x.shape[1]), 128
         )
         exact, tolerance = self.expected(x, last, None, None)
         error = (found[:, -64:].float() - exact).abs()
@@ -281,7 +290,7 @@ class Checks:
         """Return codes with random scales."""
         rows, columns = codes.shape
         groups = columns // (group or columns)
-        scales = torch.zeros(groups, -(-rows // 16) * 16, device=self.device)
+        scales = torch.zeros(groups, -(-rows // 64) * 64, device=self.device)
         scales[:, :rows] = torch.rand(groups, rows, device=self.device) * 0.01 + 1e-3
         return TiledWeight(
             pack_tiles(codes), scales.half(), (rows, columns), group or columns

@@ -49,9 +49,13 @@ def contenders(
     make = Checks(kernels, device)
     x = make.noise(tokens, columns).bfloat16()
 
-    def w6a8() -> Callable[[], Tensor]:
-        weight = make.weight(rows, columns, 128)
-        return lambda: cuda.linear(kernels, x, weight, None, group=None)
+    def w6a8(
+        group: int | None = 128, on_hopper: bool | None = None
+    ) -> Callable[[], Tensor]:
+        weight = make.weight(rows, columns, group)
+        return lambda: cuda.linear(
+            kernels, x, weight, None, group=None, on_hopper=on_hopper
+        )
 
     def inputs_alone() -> Callable[[], Tensor]:
         return lambda: cuda.quantize(kernels, x, None)[0]
@@ -82,6 +86,8 @@ def contenders(
         Contender("int8 mm, no quantizing", count + 4 * rows, int8),
         Contender("fp8 mm, no quantizing", count + 4 * rows, fp8),
         Contender("w6a8 with quantizing", coded, w6a8),
+        Contender("w6a8 with quantizing, portable", coded, lambda: w6a8(128, False)),
+        Contender("w6a8 with quantizing, one scale", coded, lambda: w6a8(None)),
         Contender("quantizing alone", 2 * tokens * columns, inputs_alone),
     ]
 

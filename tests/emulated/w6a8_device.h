@@ -163,8 +163,10 @@ inline uint32_t atomicAdd(uint32_t *at, uint32_t value) {
 }
 inline float __ldcg(const float *at) { return *at; }
 
-inline uint64_t cache_policy(bool) { return 0; }
-inline void copy_16(void *to, const void *from, uint64_t) {
+inline void let_next_begin() {}
+inline void wait_for_kernel_before() {}
+
+inline void copy_16(void *to, const void *from) {
   emulated::copy(to, from, 16, true);
 }
 inline void copy_16_or_zero(void *to, const void *from, bool valid) {

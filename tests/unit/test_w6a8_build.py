@@ -13,7 +13,7 @@ import pytest
 
 from compress.core.errors import KernelError
 from compress.runtime.w6a8 import abi, build
-from compress.runtime.w6a8.schedule import schedule
+from compress.runtime.w6a8.schedule import HOPPER_BLOCKS, hopper_schedule, schedule
 
 FAKE = """#!/bin/sh
 if [ "$1" = --version ]; then echo "fake nvcc VERSION"; exit 0; fi
@@ -143,7 +143,7 @@ def test_a_library_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "old.c").write_text(functions)
     command = ["gcc", "-shared", "-fPIC", "-o", "old.so", "old.c"]
     subprocess.run(command, cwd=tmp_path, check=True)
-    with pytest.raises(KernelError, match=r"old\.so has interface 999, not 1"):
+    with pytest.raises(KernelError, match=r"old\.so has interface 999, not 2"):
         abi.Kernels(tmp_path / "old.so")
 
 
@@ -173,3 +173,37 @@ def test_no_part_of_the_columns_is_empty(tokens: int, columns: int) -> None:
     cut = schedule(tokens, 3, across, 132)
     steps = -(-across // (4 if cut.token_tile <= 16 else 2))
     assert 1 <= cut.splits <= steps
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "tile", "panels", "splits"),
+    [
+        (1, 4096, 4096, 16, 1, 1),  # a part that joins costs more than idle places
+        (1, 4096, 11008, 16, 1, 2),
+        (32, 8192, 8192, 32, 1, 1),
+        (64, 8192, 8192, 64, 1, 1),
+        (128, 8192, 8192, 128, 2, 2),
+        (4096, 22016, 4096, 128, 3, 1),
+    ],
+)
+def test_hoppers_cut(
+    tokens: int, rows: int, columns: int, tile: int, panels: int, splits: int
+) -> None:
+    cut = hopper_schedule(tokens, rows // 16, columns // 128, 132, "groups")
+    assert (cut.token_tile, cut.panels, cut.splits) == (tile, panels, splits)
+    assert (cut.workspace > 0) == (splits > 1)
+
+
+@pytest.mark.parametrize("scales", ["one", "groups", "any"])
+@pytest.mark.parametrize("tokens", [1, 17, 100, 5000])
+@pytest.mark.parametrize("across", [1, 3, 224])
+def test_hoppers_cut_is_one_that_the_kernel_has(
+    scales: str, tokens: int, across: int
+) -> None:
+    cut = hopper_schedule(tokens, 12, across, 132, scales)
+    assert 1 <= cut.splits <= across
+    assert any(
+        (block.tokens, block.panels) == (cut.token_tile, cut.panels)
+        for block in HOPPER_BLOCKS
+        if scales in block.scales
+    )

@@ -76,12 +76,12 @@ def run_linear(
     rows = weight.shape[0]
     codes = padded(codes)
     outputs = torch.full((len(codes), rows), 777.0).to(dtype)
-    blocks = -(-weight.tiles.shape[0] // (2 if tile <= 16 else 4)) * 8
+    blocks = -(-weight.down // (2 if tile <= 16 else 4)) * 8
     partial = torch.full((splits * len(codes) * rows,), torch.nan)
     tickets = torch.zeros(blocks, dtype=torch.int32)
     group = weight.shape[1] // scales.shape[1]
     arguments = linear_arguments(
-        codes, scales, weight, outputs, Schedule(tile, splits, blocks), group
+        codes, scales, weight, outputs, Schedule(tile, splits, blocks, len(partial)), group
     )
     arguments.partial, arguments.tickets = partial.data_ptr(), tickets.data_ptr()
     arguments.bias = bias.data_ptr() if bias is not None else None

@@ -59,12 +59,12 @@ def fragment_words(tile: bytes, lane: int) -> list[list[int]]:
 
 
 def test_a_tile_unpacks_to_the_fragments_of_the_tensor_cores() -> None:
-    q = codes(32, 256)
+    q = codes(128, 256)
     tiles = pack_tiles(q)
-    assert tiles.shape == (2, 2, 1536)
-    for down in range(2):
+    assert tiles.shape == (2, 2, 4, 1536)
+    for down in range(8):
         for across in range(2):
-            tile = bytes(tiles[down, across].tolist())
+            tile = bytes(tiles[down // 4, across, down % 4].tolist())
             for lane in range(32):
                 r, c = divmod(lane, 4)
                 for j, registers in enumerate(fragment_words(tile, lane)):
@@ -91,16 +91,16 @@ def test_any_shape_comes_back(rows: int, columns: int, seed: int) -> None:
     tiles = pack_tiles(q)
     assert torch.equal(unpack_tiles(tiles, (rows, columns)), q)
     down, across = tiles.shape[:2]
-    whole = unpack_tiles(tiles, (16 * down, 128 * across))
+    whole = unpack_tiles(tiles, (64 * down, 128 * across))
     assert not whole[rows:].any() and not whole[:, columns:].any()
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**32))
 def test_any_bytes_are_codes(down: int, across: int, seed: int) -> None:
-    data = random.Random(seed).randbytes(down * across * 1536)
+    data = random.Random(seed).randbytes(down * across * 4 * 1536)
     tiles = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    tiles = tiles.view(down, across, 1536)
-    q = unpack_tiles(tiles, (16 * down, 128 * across))
+    tiles = tiles.view(down, across, 4, 1536)
+    q = unpack_tiles(tiles, (64 * down, 128 * across))
     assert q.min() >= -32 and q.max() <= 31
     assert torch.equal(pack_tiles(q), tiles)
 

@@ -37,15 +37,20 @@ cudaError_t launch(const W6A8Linear &a, cudaStream_t stream) {
 template <class T>
 cudaError_t launch(const W6A8Quantize &a, cudaStream_t stream) {
   constexpr int kWarps = kQuantizeThreads / 32;
-  if (a.group == a.columns) {
-    quantize_rows<T><<<static_cast<unsigned>(a.rows), kQuantizeThreads,
-                       kWarps * sizeof(uint32_t), stream>>>(a);
-  } else {
-    const int64_t groups = a.rows * (a.columns / a.group);
-    quantize_groups<T><<<static_cast<unsigned>((groups + kWarps - 1) / kWarps),
-                         kQuantizeThreads, 0, stream>>>(a);
-  }
-  return cudaGetLastError();
+  const bool of_rows = a.group == a.columns;
+  const int64_t groups = a.rows * (a.columns / a.group);
+  const int64_t blocks = of_rows ? a.rows : (groups + kWarps - 1) / kWarps;
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kQuantizeThreads);
+  config.dynamicSmemBytes = of_rows ? kWarps * sizeof(uint32_t) : 0;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = a.overlaps ? 1 : 0;
+  return cudaLaunchKernelEx(&config, of_rows ? quantize_rows<T> : quantize_groups<T>, a);
 }
 
 }  // namespace

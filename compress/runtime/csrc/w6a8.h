@@ -13,10 +13,11 @@
 #endif
 
 // Counted up when anything below changes; the Python side refuses another number.
-#define W6A8_ABI 1
+#define W6A8_ABI 2
 
 enum { W6A8_FLOAT32 = 0, W6A8_FLOAT16 = 1, W6A8_BFLOAT16 = 2 };
 enum { W6A8_TILE_ROWS = 16, W6A8_TILE_COLUMNS = 128, W6A8_TILE_BYTES = 1536 };
+enum { W6A8_PANEL = 4 };  // tiles below each other that lie together
 
 // Sums start here: as a float it is 1.5 * 2^23, so that its last bit counts ones.
 #define W6A8_SUM_START 0x4B400000
@@ -29,16 +30,17 @@ struct W6A8Quantize {
   uint32_t *tickets;   // set to zero for the linear layer that follows, or null
   int64_t rows;
   int32_t columns, padded, group, dtype, ticket_count, device;
+  int32_t overlaps;    // begin beside the kernel before; Hopper and later
 };
 
 struct W6A8Linear {
   const int8_t *inputs;       // [tokens, 128 * across]
   const float *input_scales;  // [tokens, input_groups]
-  const uint8_t *tiles;       // [down, across, 1536]
+  const uint8_t *tiles;       // [down / 4, across, 4, 1536]
   const void *weight_scales;  // [weight_groups, 16 * down] of type `scale_dtype`
   const void *bias;           // [rows] of type `output_dtype`, or null
   void *outputs;              // [tokens, rows] of type `output_dtype`
-  float *partial;             // [splits, tokens, rows]; null with one split
+  float *partial;             // what splits leave for each other; null with one split
   uint32_t *tickets;          // zeros, one for each block of the result; likewise
   int32_t *sums;              // [tokens, across * 128 / run, rows] or null; one input
                               // group only
@@ -48,8 +50,9 @@ struct W6A8Linear {
   int32_t weight_groups, weight_scale_shift;  // 2^shift runs share a scale; 31: all
   int32_t input_groups, input_scale_shift;    // one group: a scale for each token
   int32_t scale_dtype, output_dtype;
-  int32_t token_tile;         // 8, 16, 32 or 64
+  int32_t token_tile;         // 8, 16, 32 or 64; on Hopper 16 to 256
   int32_t splits;             // of the columns, for more blocks than rows give
+  int32_t panels, at_once;    // of 64 rows in a block; blocks at once; on Hopper only
   int32_t device;
 };
 
@@ -82,6 +85,7 @@ int w6a8_probe(int device);  // whether driver and device take these kernels
 int w6a8_rows_of_block(int token_tile);
 int w6a8_quantize(const struct W6A8Quantize *arguments, void *stream);
 int w6a8_linear(const struct W6A8Linear *arguments, void *stream);
+int w6a8_linear_hopper(const struct W6A8Linear *arguments, void *stream);
 #ifdef __cplusplus
 }
 #endif

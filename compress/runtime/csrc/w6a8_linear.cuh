@@ -57,7 +57,6 @@ struct Block {
   const int thread, lane, across, row_tile;
   const int64_t first_token;
   const uint8_t *first_tile;  // of this lane, in column 0
-  const uint64_t policy;
 
   __device__ __forceinline__ explicit Block(const W6A8Linear &arguments)
       : a(arguments),
@@ -68,8 +67,9 @@ struct Block {
         row_tile(blockIdx.y * S::kDown + (threadIdx.x >> 5) % S::kDown),
         first_token(static_cast<int64_t>(blockIdx.x) * kTokens),
         first_tile(a.tiles + 16 * lane +
-                   static_cast<int64_t>(row_tile) * a.across * W6A8_TILE_BYTES),
-        policy(cache_policy(gridDim.x == 1)) {}
+                   (static_cast<int64_t>(row_tile / W6A8_PANEL) * a.across * W6A8_PANEL +
+                    row_tile % W6A8_PANEL) *
+                       W6A8_TILE_BYTES) {}
 
   __device__ __forceinline__ unsigned char *weights(int stage) const {
     return memory + stage * S::kStageBytes + (thread >> 5) * W6A8_TILE_BYTES;
@@ -92,10 +92,11 @@ struct Block {
   __device__ __forceinline__ void fetch(int step, int stage) const {
     const int column = step * S::kAcross + across;
     if (has_tile(step)) {
-      const uint8_t *tile = first_tile + static_cast<int64_t>(column) * W6A8_TILE_BYTES;
+      const uint8_t *tile =
+          first_tile + static_cast<int64_t>(column) * W6A8_PANEL * W6A8_TILE_BYTES;
       unsigned char *to = weights(stage) + 16 * lane;
 #pragma unroll
-      for (int i = 0; i < 3; ++i) copy_16(to + 512 * i, tile + 512 * i, policy);
+      for (int i = 0; i < 3; ++i) copy_16(to + 512 * i, tile + 512 * i);
       if (lane < 2 * S::kRuns) {  // 16 scales are twice 16 bytes
         const int group =
             min((column * S::kRuns + lane / 2) >> a.weight_scale_shift,
@@ -103,7 +104,7 @@ struct Block {
         const int64_t at = static_cast<int64_t>(group) * a.down * W6A8_TILE_ROWS +
                            row_tile * W6A8_TILE_ROWS + lane % 2 * 8;
         copy_16(scales(stage) + lane * 8,
-                static_cast<const uint16_t *>(a.weight_scales) + at, policy);
+                static_cast<const uint16_t *>(a.weight_scales) + at);
       }
     }
     // Eight threads a token, 32 tokens at a time, over the parts one after the other.

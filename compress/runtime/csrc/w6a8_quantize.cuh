@@ -110,6 +110,8 @@ __device__ __forceinline__ void write_codes(const typename T::Stored *x, int cou
 template <class T>
 __global__ void __launch_bounds__(kQuantizeThreads)
     quantize_rows(const W6A8Quantize a) {
+  let_next_begin();
+  wait_for_kernel_before();
   const int thread = threadIdx.x, warp = thread >> 5;
   if (blockIdx.x == 0)
     for (int i = thread; i < a.ticket_count; i += kQuantizeThreads) a.tickets[i] = 0;
@@ -131,6 +133,8 @@ __global__ void __launch_bounds__(kQuantizeThreads)
 template <class T>
 __global__ void __launch_bounds__(kQuantizeThreads)
     quantize_groups(const W6A8Quantize a) {
+  let_next_begin();
+  wait_for_kernel_before();
   const int thread = threadIdx.x, lane = thread & 31;
   if (blockIdx.x == 0)
     for (int i = thread; i < a.ticket_count; i += kQuantizeThreads) a.tickets[i] = 0;

@@ -12,7 +12,7 @@ import torch
 from compress.core.errors import KernelError
 from compress.runtime.w6a8.build import architecture, build
 
-ABI = 1
+ABI = 2
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FUNCTIONS = (
     "w6a8_abi",
@@ -21,6 +21,7 @@ FUNCTIONS = (
     "w6a8_rows_of_block",
     "w6a8_quantize",
     "w6a8_linear",
+    "w6a8_linear_hopper",
 )
 
 
@@ -39,6 +40,7 @@ class QuantizeArguments(ctypes.Structure):
         ("dtype", c_int32),
         ("ticket_count", c_int32),
         ("device", c_int32),
+        ("overlaps", c_int32),
     ]
 
 
@@ -68,6 +70,8 @@ class LinearArguments(ctypes.Structure):
         ("output_dtype", c_int32),
         ("token_tile", c_int32),
         ("splits", c_int32),
+        ("panels", c_int32),
+        ("at_once", c_int32),
         ("device", c_int32),
     ]
 
@@ -88,7 +92,7 @@ class Kernels:
         except OSError as error:
             raise KernelError(f"{path} cannot be opened: {error}") from error
         self._library.w6a8_error.restype = ctypes.c_char_p
-        for name in ("w6a8_quantize", "w6a8_linear"):
+        for name in ("w6a8_quantize", "w6a8_linear", "w6a8_linear_hopper"):
             getattr(self._library, name).argtypes = [c_void_p, c_void_p]
         found = self._library.w6a8_abi()
         if found != ABI:
@@ -110,13 +114,21 @@ class Kernels:
         """
         self._call("w6a8_quantize", arguments, stream)
 
-    def linear(self, arguments: LinearArguments, stream: int) -> None:
+    def linear(
+        self, arguments: LinearArguments, stream: int, *, on_hopper: bool = False
+    ) -> None:
         """Start a linear layer on a stream.
+
+        Args:
+            arguments: Of the call.
+            stream: As an address.
+            on_hopper: Use the kernel that only Hopper has.
 
         Raises:
             KernelError: The device refused.
         """
-        self._call("w6a8_linear", arguments, stream)
+        name = "w6a8_linear_hopper" if on_hopper else "w6a8_linear"
+        self._call(name, arguments, stream)
 
     def _call(self, name: str, arguments: ctypes.Structure, stream: int) -> None:
         code = getattr(self._library, name)(ctypes.byref(arguments), stream)

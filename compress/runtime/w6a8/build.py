@@ -21,7 +21,14 @@ from compress.core.errors import KernelError
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 _LOG = logging.getLogger(__name__)
-_OPTIONS = ("-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC", "-cudart=static")
+_OPTIONS = (
+    "-O3",
+    "-std=c++17",
+    "-shared",
+    "-Xcompiler=-fPIC",
+    "-cudart=static",
+    "-t=0",
+)
 _USUAL = Path("/usr/local/cuda/bin/nvcc")
 _LEAST = (8, 0)  # cp.async and m16n8k32
 
@@ -110,7 +117,7 @@ def _compile(compiler: Path, arch: str, path: Path) -> None:
         _run(
             [
                 *(str(compiler), *_OPTIONS, target, f"-I{SOURCES}"),
-                *("-o", str(made), str(SOURCES / "w6a8.cu")),
+                *("-o", str(made), *map(str, sorted(SOURCES.glob("*.cu")))),
             ]
         )
         os.replace(made, path)

@@ -6,6 +6,8 @@ be captured in CUDA graphs.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from compress.runtime.w6a8.abi import (
     LinearArguments,
     QuantizeArguments,
 )
-from compress.runtime.w6a8.schedule import Schedule, schedule
+from compress.runtime.w6a8.schedule import Schedule, hopper_schedule, schedule
 from compress.runtime.w6a8.tiles import COLUMNS, TiledWeight, run_of
 
 
@@ -52,6 +54,7 @@ def quantize(
         dtype=DTYPES[inputs.dtype],
         ticket_count=tickets.numel() if tickets is not None else 0,
         device=inputs.get_device(),
+        overlaps=int(torch.cuda.get_device_properties(inputs.device).major >= 9),
     )
     with torch.cuda.device(inputs.device):
         kernels.quantize(arguments, torch.cuda.current_stream().cuda_stream)
@@ -65,6 +68,7 @@ def linear(
     bias: Tensor | None,
     *,
     group: int | None,
+    on_hopper: bool | None = None,
 ) -> Tensor:
     """Return ``inputs @ weight.T + bias`` with inputs rounded to int8.
 
@@ -74,6 +78,8 @@ def linear(
         weight: The tiles.
         bias: ``[N]`` of the inputs' type.
         group: Columns of inputs that share a scale; ``None`` is the whole row.
+        on_hopper: Whether to use the kernel that only Hopper has; ``None`` asks the
+            device.
 
     Returns:
         ``[M, N]`` of the inputs' type.
@@ -82,12 +88,11 @@ def linear(
     outputs = torch.empty(len(inputs), rows, dtype=inputs.dtype, device=inputs.device)
     if len(inputs) == 0:
         return outputs
-    down, across, _ = weight.tiles.shape
-    processors = torch.cuda.get_device_properties(inputs.device).multi_processor_count
-    cut = schedule(len(inputs), down, across, processors)
+    group = group if group is not None and group < inputs.shape[1] else None
+    cut = cut_of(inputs, weight, group, on_hopper)
     partial = tickets = None
     if cut.splits > 1:
-        partial = torch.empty(cut.splits * len(inputs) * rows, device=inputs.device)
+        partial = torch.empty(cut.workspace, device=inputs.device)
         tickets = torch.empty(cut.blocks, dtype=torch.int32, device=inputs.device)
     codes, scales = quantize(kernels, inputs, group, tickets)
     arguments = linear_arguments(codes, scales, weight, outputs, cut, group)
@@ -95,40 +100,77 @@ def linear(
     if partial is not None and tickets is not None:
         arguments.partial, arguments.tickets = partial.data_ptr(), tickets.data_ptr()
     with torch.cuda.device(inputs.device):
-        kernels.linear(arguments, torch.cuda.current_stream().cuda_stream)
+        stream = torch.cuda.current_stream().cuda_stream
+        kernels.linear(arguments, stream, on_hopper=cut.on_hopper)
     return outputs
 
 
-def sums(kernels: Kernels, codes: Tensor, weight: TiledWeight, run: int) -> Tensor:
+def cut_of(
+    inputs: Tensor,
+    weight: TiledWeight,
+    group: int | None,
+    on_hopper: bool | None,
+    *,
+    shows_sums: bool = False,
+) -> Schedule:
+    """Return how a call is cut into blocks, and which kernel it uses.
+
+    Args:
+        inputs: ``[M, K]`` or their codes.
+        weight: The tiles.
+        group: Columns of inputs that share a scale; ``None`` is the whole row.
+        on_hopper: See :func:`linear`.
+        shows_sums: See :func:`sums`.
+    """
+    device = torch.cuda.get_device_properties(inputs.device)
+    sizes = len(inputs), weight.down, weight.across, device.multi_processor_count
+    if not (device.major == 9 if on_hopper is None else on_hopper):
+        return schedule(*sizes)
+    if shows_sums or group is not None:
+        return hopper_schedule(*sizes, "any")
+    if weight.scales.shape[0] == 1:
+        return hopper_schedule(*sizes, "one")
+    return hopper_schedule(*sizes, "groups" if weight.group >= COLUMNS else "any")
+
+
+def sums(
+    kernels: Kernels,
+    codes: Tensor,
+    weight: TiledWeight,
+    run: int,
+    *,
+    on_hopper: bool | None = None,
+) -> Tensor:
     """Return the integers that the linear kernel adds up, for tests.
 
     Args:
         kernels: Of the device.
         codes: int8 ``[M, 128 ceil(K / 128)]``, M of one or more.
         weight: The tiles.
-        run: Columns of a sum: 32, 64 or 128; a divisor of the weight's group.
+        run: Columns of a sum: 32, 64 (not on Hopper) or 128; a divisor of the weight's
+            group.
+        on_hopper: See :func:`linear`.
 
     Returns:
         int32 ``[M, 128 ceil(K / 128) / run, N]``.
     """
-    down, across, _ = weight.tiles.shape
     outputs = torch.empty(len(codes), weight.shape[0], device=codes.device)
     scales = torch.ones(len(codes), 1, device=codes.device)
     found = torch.full(
-        (len(codes), across * COLUMNS // run, weight.shape[0]),
+        (len(codes), weight.across * COLUMNS // run, weight.shape[0]),
         torch.iinfo(torch.int32).min,
         dtype=torch.int32,
         device=codes.device,
     )
-    processors = torch.cuda.get_device_properties(codes.device).multi_processor_count
-    cut = schedule(len(codes), down, across, processors)
-    cut = Schedule(cut.token_tile, 1, cut.blocks)
+    cut = cut_of(codes, weight, None, on_hopper, shows_sums=True)
+    cut = replace(cut, splits=1)
     arguments = linear_arguments(codes, scales, weight, outputs, cut, None)
     if weight.scales.shape[0] > 1:
         arguments.weight_scale_shift += (arguments.run // run).bit_length() - 1
     arguments.run, arguments.sums = run, found.data_ptr()
     with torch.cuda.device(codes.device):
-        kernels.linear(arguments, torch.cuda.current_stream().cuda_stream)
+        stream = torch.cuda.current_stream().cuda_stream
+        kernels.linear(arguments, stream, on_hopper=cut.on_hopper)
     return found
 
 
@@ -150,11 +192,12 @@ def linear_arguments(
         cut: Into blocks.
         group: Columns of ``scales``; ``None`` is the whole row.
     """
-    down, across, _ = weight.tiles.shape
     columns = weight.shape[1]
     of_weight = weight.group if weight.group < columns else None
     group = group if scales.shape[1] > 1 else None
     run = run_of(of_weight, group)
+    if cut.on_hopper and run == 64:
+        run = 32  # no kernel for 64
     return LinearArguments(
         inputs=codes.data_ptr(),
         input_scales=scales.data_ptr(),
@@ -163,8 +206,8 @@ def linear_arguments(
         outputs=outputs.data_ptr(),
         tokens=len(codes),
         rows=weight.shape[0],
-        down=down,
-        across=across,
+        down=weight.down,
+        across=weight.across,
         run=run,
         weight_groups=weight.scales.shape[0],
         weight_scale_shift=_shift(of_weight, run),
@@ -174,6 +217,8 @@ def linear_arguments(
         output_dtype=DTYPES[outputs.dtype],
         token_tile=cut.token_tile,
         splits=cut.splits,
+        panels=cut.panels,
+        at_once=cut.at_once,
         device=codes.get_device(),
     )
 

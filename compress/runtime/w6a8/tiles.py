@@ -16,7 +16,10 @@ next two:
 Chunk ``i`` (``L0..3``, ``L4..7``, ``H0..3``) of lane ``l`` is at byte ``512 i + 16 l``.
 No shift crosses a byte, so all of it is arithmetic of bytes.
 
-Rows are filled up to 16 and columns to 128 with zeros. Scales are ``[G, N]``, the
+Four tiles below each other are a panel, and lie together: 64 rows by 128 columns, which
+Hopper's tensor cores take at once and its copy engine in one piece.
+
+Rows are filled up to 64 and columns to 128 with zeros. Scales are ``[G, N]``, the
 numbers on disk; kernels apply the factor 1/4, which a scale in float16 might not bear.
 """
 
@@ -32,6 +35,7 @@ from compress.core.scheme import Scheme, Zero
 from compress.core.tensors import QuantizedTensor
 
 ROWS = 16
+PANEL_ROWS = 64
 COLUMNS = 128
 TILE_BYTES = ROWS * COLUMNS * 6 // 8
 SCALE_DTYPES = (torch.float16, torch.bfloat16)
@@ -42,8 +46,8 @@ class TiledWeight:
     """A matrix of 6-bit codes as tiles.
 
     Attributes:
-        tiles: uint8 ``[ceil(N / 16), ceil(K / 128), 1536]``.
-        scales: float16 or bfloat16 ``[G, 16 ceil(N / 16)]``.
+        tiles: uint8 ``[ceil(N / 64), ceil(K / 128), 4, 1536]``.
+        scales: float16 or bfloat16 ``[G, 64 ceil(N / 64)]``.
         shape: ``(N, K)``.
         group: Columns that share a scale; ``K`` if rows have one scale.
     """
@@ -52,6 +56,16 @@ class TiledWeight:
     scales: Tensor
     shape: tuple[int, int]
     group: int
+
+    @property
+    def down(self) -> int:
+        """Tiles below each other, a multiple of four."""
+        return self.tiles.shape[0] * self.tiles.shape[2]
+
+    @property
+    def across(self) -> int:
+        """Tiles beside each other."""
+        return self.tiles.shape[1]
 
     @classmethod
     def from_quantized(cls, tensor: QuantizedTensor) -> TiledWeight:
@@ -66,7 +80,7 @@ class TiledWeight:
         rows, columns = tensor.shape
         scales = torch.zeros(
             tensor.scale.shape[1],
-            -(-rows // ROWS) * ROWS,
+            -(-rows // PANEL_ROWS) * PANEL_ROWS,
             dtype=tensor.scale.dtype,
             device=tensor.scale.device,
         )
@@ -125,10 +139,11 @@ def pack_tiles(codes: Tensor) -> Tensor:
         codes: int8 ``[N, K]`` in ``[-32, 31]``.
 
     Returns:
-        uint8 ``[ceil(N / 16), ceil(K / 128), 1536]``.
+        uint8 ``[ceil(N / 64), ceil(K / 128), 4, 1536]``.
     """
     rows, columns = codes.shape
-    down, across = -(-rows // ROWS), -(-columns // COLUMNS)
+    panels, across = -(-rows // PANEL_ROWS), -(-columns // COLUMNS)
+    down = panels * (PANEL_ROWS // ROWS)
     padded = torch.zeros(
         down * ROWS, across * COLUMNS, dtype=torch.int8, device=codes.device
     )
@@ -142,21 +157,23 @@ def pack_tiles(codes: Tensor) -> Tensor:
     # To [down, across, chunk, r, c, word, byte].
     first = nibbles.view(down, 8, across, 2, 4, 4, 4).permute(0, 2, 3, 1, 5, 4, 6)
     last = pairs.permute(0, 2, 1, 4, 3, 5).unsqueeze(2)
-    return torch.cat([first, last], 2).reshape(down, across, TILE_BYTES)
+    tiles = torch.cat([first, last], 2).reshape(panels, -1, across, TILE_BYTES)
+    return tiles.transpose(1, 2).contiguous()
 
 
 def unpack_tiles(tiles: Tensor, shape: tuple[int, int]) -> Tensor:
     """Return the codes that :func:`pack_tiles` packed.
 
     Args:
-        tiles: uint8 ``[ceil(N / 16), ceil(K / 128), 1536]``.
+        tiles: uint8 ``[ceil(N / 64), ceil(K / 128), 4, 1536]``.
         shape: ``(N, K)``.
 
     Returns:
         int8 ``[N, K]``.
     """
-    down, across, _ = tiles.shape
-    chunks = tiles.view(down, across, 3, 8, 4, 4, 4)
+    across = tiles.shape[1]
+    chunks = tiles.transpose(1, 2).reshape(-1, across, 3, 8, 4, 4, 4)
+    down = len(chunks)
     # Back to [down, r, across, j, half, c, byte] and [down, r, across, j, c, byte].
     nibbles = chunks[:, :, :2].permute(0, 3, 1, 2, 5, 4, 6)
     nibbles = nibbles.reshape(down, 8, across, 4, 2, 4, 4)
