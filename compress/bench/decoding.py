@@ -34,7 +34,12 @@ class FixedCache(Cache):
         self._stored: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *_: Any,
+        **__: Any,
     ) -> tuple[Tensor, Tensor]:
         """Write keys and values ``[B, heads, T, size]``; return those of all places."""
         if layer_idx not in self._stored:

@@ -72,9 +72,7 @@ def usage_of(trace: Trace) -> Usage:
     )
 
 
-def mean_of(
-    samples: Sequence[Sample], values: Sequence[float | None]
-) -> float | None:
+def mean_of(samples: Sequence[Sample], values: Sequence[float | None]) -> float | None:
     """Return the integral of readings over their time, over that time.
 
     Args:

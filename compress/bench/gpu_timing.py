@@ -1,7 +1,8 @@
 """Times of single calls on a GPU, in two ways that answer different questions.
 
-*Chain*: a CUDA graph makes the call with one copy of the weight after the other, together
-larger than any cache, so each finds its weight in memory; this is what decoding does.
+*Chain*: a CUDA graph makes the call with one copy of the weight after the other,
+together larger than any cache, so each finds its weight in memory; this is what
+decoding does.
 *Cold*: one call after the cache was overwritten, between two events, with all the fixed
 cost of a call: published tables often have this.
 """

@@ -232,9 +232,7 @@ def _token_rows(
                 for w in weights[way.name]
             ]
             chains[way.name] = Chain(calls)
-            cold[way.name] = cold_seconds(
-                calls[0], flushed, calls=settings.cold_calls
-            )
+            cold[way.name] = cold_seconds(calls[0], flushed, calls=settings.cold_calls)
         except (RuntimeError, ValueError, KernelError) as error:
             failed[way.name] = _first_line(error)  # a library refuses, or memory ends
             chains.pop(way.name, None)

@@ -67,9 +67,7 @@ class ModelSettings:
         """Return settings that suit a device; a CPU gets smaller ones."""
         if device.startswith("cuda"):
             if quick:
-                return cls(
-                    *(folder, None, device, (1, 8), 2048, 128, 32, 3, 1, 3.0, 2)
-                )
+                return cls(*(folder, None, device, (1, 8), 2048, 128, 32, 3, 1, 3.0, 2))
             return cls(folder, None, device)
         if quick:
             return cls(folder, None, device, (1,), 32, 16, 4, 2, 1, 0.5, 1)

@@ -42,8 +42,8 @@ def kernel_table(data: Data) -> Table:
         (*headers, "x bf16", "cold us"),
         "lrlrrrrrrr",
         tuple(rows),
-        f"Time of a call in a graph over rotating weights (chain), and of one cold call. "
-        f"Measured limits: {bandwidth} TB/s, {known}. w6a8 rows were computed by "
+        "Time of a call in a graph over rotating weights (chain), and of one cold "
+        f"call. Measured limits: {bandwidth} TB/s, {known}. w6a8 rows were computed by "
         f"{data['engine']}.",
     )
 

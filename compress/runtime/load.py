@@ -53,8 +53,8 @@ def load(
 
     As it is served, layers with 6-bit weights keep their codes; those with int8 inputs
     (``w6a8``) round them, with GPU kernels where there are any, and those with exact
-    inputs (``int6``) decode their weight in each pass; see ``runtime/w6a8``. Experts are
-    layers of their own then. All other layers are decoded, and a warning says why.
+    inputs (``int6``) decode their weight in each pass; see ``runtime/w6a8``. Experts
+    are layers of their own then. All other layers are decoded, and a warning says why.
 
     Args:
         folder: Our safetensors output, or any dense safetensors folder.

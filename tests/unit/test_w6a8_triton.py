@@ -9,6 +9,10 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,7 +195,8 @@ def test_codes_of_activations_are_those_of_the_pair(
 
 
 def check_near(
-    found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]
+    found: tuple[torch.Tensor, torch.Tensor],
+    expected: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     """Sums in another order move a number by its last bit, and so a code by one."""
     columns = expected[0].shape[1]
@@ -249,3 +254,23 @@ def test_both_reasons_are_said_once_where_nothing_runs(
         "W6A8 layers are computed in plain torch, which is slow: no nvcc; in Triton: "
         "Triton is not installed"
     ]
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_gpus_that_are_not_there(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    script = Path(__file__).parents[1] / "emulated" / "triton_compile.py"
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, str(script), "80", "90"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 20
+    for name, architecture, shared, products in lines:
+        assert int(shared) <= 99 * 1024  # what every GPU from Ampere on has
+        assert (int(products) > 0) == (name == "linear_kernel"), architecture

@@ -1,13 +1,13 @@
 """Operations that make codes of inputs together with what comes before them.
 
-``compress::rms_norm_quant`` is a norm and ``quant_act``; ``compress::silu_mul_quant`` is
-``silu(gate) * up`` and ``quant_act``. In plain torch they are that pair, bit for bit:
-each step is rounded to the type of the model, as the model's own module rounds it. On a
-CUDA device Triton does a row in one go; its sums of squares are added in another order,
-so a code may differ by one step where a norm lies on the border of two numbers.
+``compress::rms_norm_quant`` is a norm and ``quant_act``; ``compress::silu_mul_quant``
+is ``silu(gate) * up`` and ``quant_act``. In plain torch they are that pair, bit for
+bit: each step is rounded to the type of the model, as the model's own module rounds it.
+On a CUDA device Triton does a row in one go; its sums of squares are added in another
+order, so a code may differ by one step where a norm lies on the border of two numbers.
 
-    rms_norm(x) = w * cast(x / sqrt(mean(x^2) + eps))           Llama, Mistral, Qwen, Phi
-    rms_norm(x) = cast(x / sqrt(mean(x^2) + eps) * (1 + w))     Gemma
+    rms_norm(x) = w * cast(x / sqrt(mean(x^2) + eps))          Llama, Mistral, Qwen, Phi
+    rms_norm(x) = cast(x / sqrt(mean(x^2) + eps) * (1 + w))    Gemma
 """
 
 from __future__ import annotations

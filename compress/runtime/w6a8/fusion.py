@@ -3,10 +3,10 @@
 A decoder block computes ``attention(norm(x))`` and ``mlp(norm(x))``. Attention asks its
 input for nothing but its leading dimensions, and for its products with q, k and v. So
 the norm's place is given to a module that returns these products already, side by side
-(:class:`NormedLinear`), and q, k and v become cuts of it (:class:`Rows`). No module keeps
-anything between calls, no code of transformers is changed; ``torch.compile`` and CUDA
-graphs see a plain chain of operations. The MLP's place is given to :class:`GatedDown`,
-which starts from gate and up.
+(:class:`NormedLinear`), and q, k and v become cuts of it (:class:`Rows`). No module
+keeps anything between calls, no code of transformers is changed; ``torch.compile`` and
+CUDA graphs see a plain chain of operations. The MLP's place is given to
+:class:`GatedDown`, which starts from gate and up.
 
 The state has the names and tensors that it had: each :class:`Rows` writes its codes as
 the layer it stands for.
@@ -52,7 +52,9 @@ class StackedLinear(W6A8Linear):
 
     def parts(self) -> list[Rows]:
         """Return what takes the places of the layers."""
-        return [Rows(self, a, b) for a, b in zip(self.cuts, self.cuts[1:], strict=False)]
+        return [
+            Rows(self, a, b) for a, b in zip(self.cuts, self.cuts[1:], strict=False)
+        ]
 
     def set_rows_(self, start: int, tensor: QuantizedTensor) -> None:
         """Put other codes and scales in the place of some rows."""
@@ -137,7 +139,9 @@ class Rows(nn.Module):
         suffixes = list(layout.tensors(scheme, shape))
         if self.bias is not None:
             suffixes.append("bias")
-        stored = {s: state_dict[prefix + s] for s in suffixes if prefix + s in state_dict}
+        stored = {
+            s: state_dict[prefix + s] for s in suffixes if prefix + s in state_dict
+        }
         missing_keys.extend(prefix + s for s in suffixes if s not in stored)
         bias = stored.pop("bias", None)
         if bias is not None and self.bias is not None:
@@ -253,14 +257,12 @@ def agree(layers: Sequence[nn.Module]) -> bool:
     found = [layer for layer in layers if isinstance(layer, W6A8Linear)]
     if not found or len(found) < len(layers) or found[0].input_group is None:
         return False
-    kinds = {
-        (x.scheme, x.in_features, x.bias is None, x.tiles.device) for x in found
-    }
+    kinds = {(x.scheme, x.in_features, x.bias is None, x.tiles.device) for x in found}
     return len(kinds) == 1
 
 
 def epsilon(norm: Any) -> float | None:
-    """Return what an RMS norm adds to the mean of squares; ``None`` of other modules."""
+    """Return what an RMS norm adds to the mean of squares; ``None`` of others."""
     if not type(norm).__name__.endswith("RMSNorm") or norm.weight is None:
         return None
     value = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))

@@ -147,7 +147,7 @@ class TritonKernels:
                 ROWS=of_rows,
                 TOKENS=of_tokens,
                 num_warps=4 if of_tokens <= 64 else 8,
-                num_stages=3,
+                num_stages=3 if of_tokens <= 64 else 2,  # 99 KB of shared memory
                 **_STRICT,
             )
         if not partial:

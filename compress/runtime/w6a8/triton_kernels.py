@@ -1,10 +1,10 @@
 """W6A8 kernels in Triton, for CUDA devices without a compiler beside them.
 
-They read the same tiles as the compiled kernels (``tiles.py``), so a layer need not know
-which of the two computes it. A tensor of bytes ``4 q`` is put together from the planes
-by addresses alone: each byte of the nibble plane is read for two rows, each byte of the
-pair plane for four codes; the caches serve the repeats. Rows of the weight are the first
-operand of the tensor cores, so few tokens waste little.
+They read the same tiles as the compiled kernels (``tiles.py``), so a layer need not
+know which of the two computes it. A tensor of bytes ``4 q`` is put together from the
+planes by addresses alone: each byte of the nibble plane is read for two rows, each byte
+of the pair plane for four codes; the caches serve the repeats. Rows of the weight are
+the first operand of the tensor cores, so few tokens waste little.
 
 Differs from the plan to keep a second, plainer layout for Triton: one copy of the
 weights serves both, at the price of reading bytes instead of words.
