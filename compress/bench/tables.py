@@ -138,11 +138,9 @@ def efficiency_table(data: Data) -> Table:
                 )
             )
     sources = sorted({way["counters"] for way in data["ways"]})
-    mcr = times(number_at(data, "mcr"))
-    factors = (
-        f"MCR {mcr} = size {times(number_at(data, 'mcr_size_factor'))} and performance "
-        f"{times(number_at(data, 'mcr_performance_factor'))}."
-    )
+    names = ("mcr", "mcr_size_factor", "mcr_performance_factor")
+    mcr, of_size, rest = (fixed(number_at(data, name), 3) for name in names)
+    factors = f"MCR {mcr}: size {of_size} times performance {rest}."
     missing = "MCR was not measured: give --original."
     return Table(
         "Efficiency",
@@ -200,7 +198,7 @@ def _eager(found: Data) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def series_of(rows: Sequence[Data], shape: tuple[int, int]) -> dict[str, list[Any]]:

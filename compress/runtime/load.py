@@ -160,6 +160,16 @@ def _schemes(source: TensorSource) -> Mapping[str, Scheme]:
     return source.schemes if isinstance(source, CodedSource) else {}
 
 
+def _expected(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint may fill; the state would encode all codes anew."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found[f"{path}.{name}"] = buffer
+    return found
+
+
 def _fill_(
     model: PreTrainedModel,
     source: TensorSource,
@@ -169,7 +179,7 @@ def _fill_(
     device: str | torch.device,
 ) -> None:
     """Put the checkpoint's tensors into ``model``; every parameter must be covered."""
-    expected = model.state_dict()
+    expected = _expected(model)
     state: dict[str, Tensor] = {}
     for name, info in source.tensors().items():
         if name.removesuffix(".weight") in kept:
