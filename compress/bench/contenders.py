@@ -108,7 +108,8 @@ def _int8(rows: int, columns: int) -> list[Contender]:
     def whole(weight: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
         codes, scale = quant_act(x, columns)
         sums = torch._int_mm(codes[:, :columns], weight[0])
-        return (sums * scale * weight[1]).bfloat16()
+        found: Tensor = (sums * scale * weight[1]).bfloat16()
+        return found
 
     size = rows * columns + 4 * rows
     return [

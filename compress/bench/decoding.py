@@ -19,7 +19,7 @@ _WARM_UP = 3
 _ROUND = 64  # lengths that attention's kernels like
 
 
-class FixedCache(Cache):
+class FixedCache(Cache):  # type: ignore[misc]
     """Keys and values of fixed size; whoever runs the model says where to write.
 
     Attributes:
@@ -125,7 +125,7 @@ class Generator:
             work()
 
     def _captured(self, work: Any) -> torch.cuda.CUDAGraph:
-        side = torch.cuda.Stream(self._device)
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):

@@ -242,8 +242,8 @@ def _token_rows(
             seconds[name].append(chain.seconds())
     rows = []
     for way in ways:
-        row = {"rows": shape[0], "columns": shape[1], "tokens": len(x)}
-        row = {**row, "name": way.name, "weight_bytes": way.weight_bytes}
+        row: dict[str, Any] = {"rows": shape[0], "columns": shape[1]}
+        row |= {"tokens": len(x), "name": way.name, "weight_bytes": way.weight_bytes}
         if way.name in failed:
             rows.append({**row, "error": failed[way.name]})
             continue

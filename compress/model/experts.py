@@ -93,7 +93,7 @@ class ActiveExperts(SplitExperts):
     ) -> Tensor:
         """Return what :class:`SplitExperts` returns, bit for bit."""
         output = torch.zeros_like(hidden_states)
-        for number in top_k_index.unique().tolist():
+        for number in torch.unique(top_k_index).tolist():
             tokens, place = torch.where(top_k_index == number)
             values = self[number](hidden_states[tokens])
             values = values * top_k_weights[tokens, place, None]

@@ -42,7 +42,7 @@ class StackedLinear(W6A8Linear):
     """
 
     def __init__(self, layers: Sequence[W6A8Linear]) -> None:
-        biases = [layer.bias for layer in layers if layer.bias is not None]
+        biases: list[Tensor] = [x.bias for x in layers if x.bias is not None]
         super().__init__(
             joined([layer.quantized() for layer in layers]),
             torch.cat(biases) if biases else None,

@@ -25,7 +25,7 @@ _INTEGERS = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds, ties to ev
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _bytes_of(tiles, rows, columns, mask, across):  # type: ignore[no-untyped-def]
+def _bytes_of(tiles, rows, columns, mask, across):
     """Return int8 ``4 q`` of ``rows [N, 1]`` and ``columns [1, K]``."""
     tile = (rows // 16).to(tl.int64) * across + columns // 128
     half = rows // 8 % 2  # rows r and r + 8 share bytes
@@ -146,7 +146,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _codes_of(values, most, bad):  # type: ignore[no-untyped-def]
+def _codes_of(values, most, bad):
     """Return integers in float32, and scales, by the rule of ``core/inputs.py``.
 
     ``most`` and ``bad`` must have the shape that ``values`` are multiplied by.
