@@ -24,8 +24,8 @@ _LEAST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 _INTEGERS = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds, ties to even
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _bytes_of(tiles, rows, columns, mask, across):
+@triton.jit
+def _bytes_of(tiles, rows, columns, mask, across):  # type: ignore[no-untyped-def]
     """Return int8 ``4 q`` of ``rows [N, 1]`` and ``columns [1, K]``."""
     tile = (rows // 16).to(tl.int64) * across + columns // 128
     half = rows // 8 % 2  # rows r and r + 8 share bytes
@@ -145,8 +145,8 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _codes_of(values, most, bad):
+@triton.jit
+def _codes_of(values, most, bad):  # type: ignore[no-untyped-def]
     """Return integers in float32, and scales, by the rule of ``core/inputs.py``.
 
     ``most`` and ``bad`` must have the shape that ``values`` are multiplied by.
