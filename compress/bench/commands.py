@@ -37,7 +37,11 @@ def kernels(
 @app.command()
 def model(
     folder: Annotated[
-        Path, typer.Argument(help="A checkpoint, ours or dense.", show_default=False)
+        Path,
+        typer.Argument(
+            help="A checkpoint, ours or dense; or random:llama-2-7b and the like.",
+            show_default=False,
+        ),
     ],
     original: Annotated[
         Path | None,

@@ -6,6 +6,7 @@ machine does not have is ``None``, never zero.
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+_LOG = logging.getLogger(__name__)
 PERIOD_SECONDS = 0.1
 _RAPL = Path("/sys/class/powercap")
 
@@ -80,6 +82,7 @@ class NvmlCounters(Counters):
 
     Raises:
         ImportError: ``pynvml`` (package ``nvidia-ml-py``) is not installed.
+        OSError: The library does not know the device.
     """
 
     source = "NVML"
@@ -88,9 +91,12 @@ class NvmlCounters(Counters):
         import pynvml  # type: ignore[import-not-found,unused-ignore]
 
         self._nvml: Any = pynvml
-        pynvml.nvmlInit()
         name = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        self._handle = pynvml.nvmlDeviceGetHandleByUUID(name)
+        try:
+            pynvml.nvmlInit()
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(name)
+        except pynvml.NVMLError as error:
+            raise OSError(f"NVML: {error}") from error
 
     def sample(self) -> Sample:
         """Return a reading; what the driver refuses is ``None``."""
@@ -172,15 +178,30 @@ class CpuCounters(Counters):
         return sum(int(path.read_text()) for path in packages) / 1e6
 
 
+class NoCounters(Counters):
+    """A device that tells nothing."""
+
+    source = "none"
+
+    def sample(self) -> Sample:
+        """Return the time alone."""
+        return Sample(time.monotonic())
+
+
 def counters_for(device: torch.device) -> Counters:
-    """Return the counters of a device: NVML's, else ``nvidia-smi``, else the CPU's."""
+    """Return the counters of a device: the first that works, and say what did not.
+
+    A GPU is read by NVML, else by ``nvidia-smi``; a CPU by the system.
+    """
     if device.type != "cuda":
         return CpuCounters()
     index = torch.cuda.current_device() if device.index is None else device.index
-    try:
-        return NvmlCounters(index)
-    except ImportError:
-        return SmiCounters(index)
+    for kind in (NvmlCounters, SmiCounters):
+        try:
+            return kind(index)
+        except (ImportError, OSError) as error:
+            _LOG.info("counters of %s are not read: %s", kind.source, error)
+    return NoCounters()
 
 
 class Sampler:

@@ -31,7 +31,8 @@ class ModelSettings:
     """What is measured.
 
     Attributes:
-        folder: A checkpoint; one with 6-bit layers is also run as it is served.
+        folder: A checkpoint; one with 6-bit layers is also run as it is served. Or a
+            known shape with random weights, ``random:llama-2-7b``.
         original: The model it was made from; ``None`` runs the decoded one.
         device: Of torch.
         batches: Sequences at a time.
@@ -130,7 +131,15 @@ def check_settings(settings: ModelSettings) -> None:
     """
     import torch
 
-    for folder in (settings.folder, settings.original):
+    from compress.bench.random_models import is_random, shape_named
+
+    checked = [settings.folder, settings.original]
+    if is_random(str(settings.folder)):
+        shape_named(str(settings.folder))
+        if settings.original is not None:
+            raise ConfigError("a random model has no original; leave out --original")
+        checked = []
+    for folder in checked:
         if folder is not None and not (folder / "config.json").is_file():
             raise CheckpointError(
                 f"{folder}: no config.json there; give a folder that transformers or "

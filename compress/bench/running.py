@@ -14,6 +14,7 @@ from compress.bench.counters import Counters, Sampler, counters_for
 from compress.bench.decoding import Generator
 from compress.bench.efficiency import flops_utilization, joules_per_token, usage_of
 from compress.bench.model import DENSE, ModelSettings
+from compress.bench.random_models import is_random, random_model
 from compress.runtime.load import load
 from compress.runtime.w6a8.linear import W6A8Linear
 
@@ -97,6 +98,9 @@ def spread(values: list[float]) -> dict[str, float]:
 def _load(settings: ModelSettings, way: str, device: torch.device) -> Any:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     folder: Path = settings.folder
+    if is_random(str(folder)):
+        served = way != DENSE
+        return random_model(str(folder), dtype=dtype, device=device, served=served)
     if way == DENSE:
         folder = settings.original or folder
         return load(folder, dtype=dtype, device=device)
@@ -107,6 +111,8 @@ def _label(settings: ModelSettings, way: str, model: Any) -> str:
     name = str(model.dtype).removeprefix("torch.")
     if way == DENSE:
         of = "original" if settings.original else "decoded weights"
+        if is_random(str(settings.folder)):
+            of = "random weights"
         return f"{name}, {of}"
     schemes = {m.scheme.name for m in model.modules() if isinstance(m, W6A8Linear)}
     return f"{', '.join(sorted(schemes))} in {name}"

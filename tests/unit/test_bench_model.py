@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from export_fixtures import linears, make_artifact
 from model_fixtures import random_model
 from typer.testing import CliRunner
 
-from compress.bench import running
+from compress.bench import random_models, running
 from compress.bench.decoding import Generator
 from compress.bench.model import ModelSettings, bench_model
 from compress.bench.page import as_page, as_text, write
@@ -123,6 +125,56 @@ def test_memory_that_does_not_suffice_is_a_row(
     assert row == {"batch": 3, "error": "CUDA out of memory. Tried to allocate"}
     assert "out of memory" in as_text(found)
     assert found["served_over_dense"]["it_tok_s"] == {}
+
+
+def test_a_known_shape_needs_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {
+        **{"vocab_size": 64, "hidden_size": 128, "intermediate_size": 192},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        "tie_word_embeddings": True,
+    }
+    monkeypatch.setitem(random_models.SHAPES, "tiny", tiny)
+    monkeypatch.setattr(running, "_LEAST_SECONDS", 0.0)
+    found = bench_model(settings(Path("random:tiny"), batches=(1,)), apart=False)
+    dense, served = found["ways"]
+    assert dense["label"] == "float32, random weights"
+    assert served["label"] == "w6a8-g128, w6a8-g64 in float32"
+    assert (
+        dense["params"]
+        == served["params"]
+        == 64 * 128 + 5 * 128 + 2 * (128 * (128 + 64 + 64 + 128) + 3 * 128 * 192)
+    )
+    assert found["errors"] == {}
+
+
+def test_random_models_are_finite_and_of_one_scale() -> None:
+    name, device = "random:smollm2-135m", torch.device("cpu")
+    ids = torch.arange(8)[None]
+    norms = []
+    for served in (False, True):
+        model = random_models.random_model(
+            name, dtype=torch.float32, device=device, served=served
+        )
+        with torch.inference_mode():
+            states = model.model(ids).last_hidden_state
+            norms.append(model.lm_head(states).norm().item())
+    assert all(math.isfinite(norm) and norm > 0 for norm in norms)
+    assert 0.5 < norms[0] / norms[1] < 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"folder": Path("random:gpt-9")}, "no known shape; there are random:llama"),
+        ({"original": Path("somewhere")}, "a random model has no original"),
+    ],
+)
+def test_random_models_that_cannot_be_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    asked = replace(settings(Path("random:llama-2-7b")), **changes)
+    with pytest.raises(ConfigError, match=message):
+        bench_model(asked)
 
 
 @pytest.mark.slow
