@@ -50,6 +50,10 @@ def model(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")
     ] = None,
+    way: Annotated[
+        list[str] | None,
+        typer.Option(help="dense, int8 (torch's own W8A8) or served; repeatable."),
+    ] = None,
     batch: Annotated[
         list[int] | None, typer.Option(help="Sequences at a time; repeatable.")
     ] = None,
@@ -75,6 +79,7 @@ def model(
     settings = ModelSettings.for_device(folder, device or _device(), quick=quick)
     given = {
         "original": original,
+        "ways": tuple(way) if way else None,
         "batches": tuple(batch) if batch else None,
         "prefill_tokens": prefill,
         "context_tokens": context,

@@ -1,7 +1,8 @@
 """``compress bench model``: tokens a second, memory and energy of a folder's model.
 
-Two ways to run it, each in a process of its own: dense, with decoded weights (or the
-original, if it is given), and as it is served, with codes. Random prompts of fixed
+Ways to run it, each in a process of its own: dense, with decoded weights (or the
+original, if it is given); those rounded to 8 bits, by torch's own integer product; and
+as it is served, with codes. Random prompts of fixed
 length, a fixed number of generated tokens, greedy and without stopping, so that both do
 the same work; on a GPU each step is one CUDA graph. Medians and quartiles of whole
 requests after some that do not count.
@@ -13,7 +14,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,23 @@ from compress.core.errors import CheckpointError, ConfigError
 from compress.provenance import hardware, versions
 
 _LOG = logging.getLogger(__name__)
-DENSE, SERVED = "dense", "served"
+DENSE, INT8, SERVED = "dense", "int8", "served"
+WAYS = (DENSE, INT8, SERVED)
+
+
+_CPU: dict[str, Any] = {
+    **{"ways": (DENSE, SERVED), "batches": (1, 4), "prefill_tokens": 256},
+    **{"context_tokens": 64, "new_tokens": 16, "runs": 3, "warm_up": 1},
+    **{"idle_seconds": 3.0, "windows": 2},
+}
+_QUICK_CPU: dict[str, Any] = {
+    **{"batches": (1,), "prefill_tokens": 32, "context_tokens": 16, "new_tokens": 4},
+    **{"runs": 2, "idle_seconds": 0.5, "windows": 1},
+}
+_QUICK_GPU: dict[str, Any] = {
+    **{"batches": (1, 8), "new_tokens": 32, "runs": 3, "warm_up": 1},
+    **{"idle_seconds": 3.0, "windows": 2},
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +52,7 @@ class ModelSettings:
             known shape with random weights, ``random:llama-2-7b``.
         original: The model it was made from; ``None`` runs the decoded one.
         device: Of torch.
+        ways: How to run it, of :data:`WAYS`.
         batches: Sequences at a time.
         prefill_tokens: Length of the prompt whose reading is timed alone.
         context_tokens: Length of the prompts that are continued.
@@ -50,6 +68,7 @@ class ModelSettings:
     folder: Path
     original: Path | None = None
     device: str = "cpu"
+    ways: Sequence[str] = WAYS
     batches: Sequence[int] = (1, 8, 32)
     prefill_tokens: int = 2048
     context_tokens: int = 128
@@ -67,12 +86,10 @@ class ModelSettings:
     ) -> ModelSettings:
         """Return settings that suit a device; a CPU gets smaller ones."""
         if device.startswith("cuda"):
-            if quick:
-                return cls(*(folder, None, device, (1, 8), 2048, 128, 32, 3, 1, 3.0, 2))
-            return cls(folder, None, device)
-        if quick:
-            return cls(folder, None, device, (1,), 32, 16, 4, 2, 1, 0.5, 1)
-        return cls(folder, None, device, (1, 4), 256, 64, 16, 3, 1, 3.0, 2)
+            whole = cls(folder, device=device)
+            return replace(whole, **_QUICK_GPU) if quick else whole
+        small = cls(folder, device=device, **_CPU)
+        return replace(small, **_QUICK_CPU) if quick else small
 
 
 def bench_model(
@@ -81,7 +98,7 @@ def bench_model(
     apart: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Return figures of a model, dense and as it is served.
+    """Return figures of a model, run in one way after the other.
 
     Args:
         settings: What is measured.
@@ -95,7 +112,7 @@ def bench_model(
     check_settings(settings)
     ways: list[dict[str, Any]] = []
     errors: dict[str, str] = {}
-    for way in (DENSE, SERVED):
+    for way in settings.ways:
         say(f"measuring {way} on {settings.device}")
         try:
             ways.append(_apart(settings, way) if apart else _here(settings, way))
@@ -110,7 +127,7 @@ def bench_model(
         "kind": "model",
         "model": str(settings.folder),
         "original": None if settings.original is None else str(settings.original),
-        "artefact_bytes": artefact_bytes(settings.folder),
+        "artefact_bytes": artefact_bytes(settings.folder) or None,
         "dense_bytes": artefact_bytes(dense) if settings.original else None,
         "ways": ways,
         "errors": errors,
@@ -150,6 +167,9 @@ def check_settings(settings: ModelSettings) -> None:
             f"device {settings.device}: torch {torch.__version__} sees no CUDA device; "
             "use --device cpu"
         )
+    unknown = [way for way in settings.ways if way not in WAYS]
+    if unknown or not settings.ways:
+        raise ConfigError(f"ways are {', '.join(WAYS)}, not {', '.join(unknown)}")
     numbers = {
         "batches": min(settings.batches, default=0),
         "prefill_tokens": settings.prefill_tokens,
@@ -205,9 +225,9 @@ def _ratios(
     settings: ModelSettings,
     quality: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return MCR, and how the served way compares with the dense one."""
+    """Return MCR, and how the other ways compare with the dense one."""
     by_name = {way["way"]: way for way in ways}
-    dense, served = by_name.get(DENSE), by_name.get(SERVED)
+    dense = by_name.pop(DENSE, None)
     size = None
     if settings.original is not None:
         size = artefact_bytes(settings.original), artefact_bytes(settings.folder)
@@ -222,22 +242,23 @@ def _ratios(
             performance[1] / performance[0] if performance else None
         ),
     }
-    if dense is None or served is None:
-        return found
+    if dense is not None:
+        compared = {name: _over_dense(way, dense) for name, way in by_name.items()}
+        found["over_dense"] = compared
+    return found
+
+
+def _over_dense(way: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
     pairs = [
         (a, b)
         for a in dense["requests"]
-        for b in served["requests"]
+        for b in way["requests"]
         if a["batch"] == b["batch"] and "error" not in a and "error" not in b
     ]
-    return found | {
-        "served_over_dense": {
-            "weights_bytes": served["weights_bytes"] / dense["weights_bytes"],
-            "prefill_tok_s": _over(served["prefill"], dense["prefill"], "tok_s"),
-            "it_tok_s": {
-                str(a["batch"]): b["it_tok_s"] / a["it_tok_s"] for a, b in pairs
-            },
-        }
+    return {
+        "weights_bytes": way["weights_bytes"] / dense["weights_bytes"],
+        "prefill_tok_s": _over(way["prefill"], dense["prefill"], "tok_s"),
+        "it_tok_s": {str(a["batch"]): b["it_tok_s"] / a["it_tok_s"] for a, b in pairs},
     }
 
 

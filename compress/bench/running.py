@@ -13,7 +13,8 @@ from torch import nn
 from compress.bench.counters import Counters, Sampler, counters_for
 from compress.bench.decoding import Generator
 from compress.bench.efficiency import flops_utilization, joules_per_token, usage_of
-from compress.bench.model import DENSE, ModelSettings
+from compress.bench.int8_linear import Int8Linear, with_int8_
+from compress.bench.model import DENSE, INT8, SERVED, ModelSettings
 from compress.bench.random_models import is_random, random_model
 from compress.runtime.load import load
 from compress.runtime.w6a8.linear import W6A8Linear
@@ -26,7 +27,7 @@ def measure(settings: ModelSettings, way: str) -> dict[str, Any]:
 
     Args:
         settings: What is measured.
-        way: ``dense`` or ``served``.
+        way: ``dense``, ``int8`` or ``served``.
 
     Raises:
         CheckpointError: The folder cannot be loaded in this way.
@@ -73,7 +74,7 @@ def parameter_count(model: nn.Module) -> int:
     coded = sum(
         module.in_features * module.out_features
         for module in model.modules()
-        if isinstance(module, W6A8Linear)
+        if isinstance(module, (W6A8Linear, Int8Linear))
     )
     return coded + sum(parameter.numel() for parameter in model.parameters())
 
@@ -83,7 +84,7 @@ def multiplied_count(model: nn.Module) -> int:
     return sum(
         module.in_features * module.out_features
         for module in model.modules()
-        if isinstance(module, (W6A8Linear, nn.Linear))
+        if isinstance(module, (W6A8Linear, Int8Linear, nn.Linear))
     )
 
 
@@ -98,17 +99,20 @@ def spread(values: list[float]) -> dict[str, float]:
 def _load(settings: ModelSettings, way: str, device: torch.device) -> Any:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     folder: Path = settings.folder
+    served = way == SERVED
+    model: Any
     if is_random(str(folder)):
-        served = way != DENSE
-        return random_model(str(folder), dtype=dtype, device=device, served=served)
-    if way == DENSE:
-        folder = settings.original or folder
-        return load(folder, dtype=dtype, device=device)
-    return load(folder, dtype=dtype, device=device, as_served=True)
+        model = random_model(str(folder), dtype=dtype, device=device, served=served)
+    else:
+        folder = folder if served else settings.original or folder
+        model = load(folder, dtype=dtype, device=device, as_served=served)
+    return with_int8_(model) if way == INT8 else model
 
 
 def _label(settings: ModelSettings, way: str, model: Any) -> str:
     name = str(model.dtype).removeprefix("torch.")
+    if way == INT8:
+        return f"W8A8 by torch._int_mm in {name}"
     if way == DENSE:
         of = "original" if settings.original else "decoded weights"
         if is_random(str(settings.folder)):

@@ -165,6 +165,6 @@ def test_the_benchmarks_run(folder: Path) -> None:
     sizes: Any = dict(batches=(1, 2), prefill_tokens=32, context_tokens=8)
     asked = ModelSettings(folder, device="cuda", **sizes, **numbers)
     outcome = bench_model(asked, apart=False)
-    assert [way["way"] for way in outcome["ways"]] == ["dense", "served"]
+    assert [way["way"] for way in outcome["ways"]] == ["dense", "int8", "served"]
     for way in outcome["ways"]:
         assert all(found["cuda_graph"] for found in way["requests"]), way

@@ -15,12 +15,14 @@ from export_fixtures import linears, make_artifact
 from model_fixtures import random_model
 from typer.testing import CliRunner
 
-from compress.bench import random_models, running
+from compress.bench import int8_linear, random_models, running
 from compress.bench.decoding import Generator
 from compress.bench.model import ModelSettings, bench_model
 from compress.bench.page import as_page, as_text, write
 from compress.cli import app
 from compress.core.errors import CheckpointError, ConfigError
+from compress.core.inputs import fake_quantize_inputs
+from compress.core.scheme import InputScheme
 from compress.export.safetensors import SafetensorsExporter, SafetensorsOptions
 from compress.runtime.load import load
 
@@ -37,7 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(folder: Path, **changes: Any) -> ModelSettings:
     numbers: dict[str, Any] = {
-        **{"batches": (1, 3), "prefill_tokens": 12, "context_tokens": 5},
+        **{"ways": ("dense", "served"), "batches": (1, 3)},
+        **{"prefill_tokens": 12, "context_tokens": 5},
         **{"new_tokens": 3, "runs": 2, "warm_up": 1, "idle_seconds": 0.0},
     }
     return ModelSettings(folder, **(numbers | changes))
@@ -124,7 +127,7 @@ def test_memory_that_does_not_suffice_is_a_row(
     row = found["ways"][0]["requests"][1]
     assert row == {"batch": 3, "error": "CUDA out of memory. Tried to allocate"}
     assert "out of memory" in as_text(found)
-    assert found["served_over_dense"]["it_tok_s"] == {}
+    assert found["over_dense"]["served"]["it_tok_s"] == {}
 
 
 def test_a_known_shape_needs_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +148,25 @@ def test_a_known_shape_needs_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         == 64 * 128 + 5 * 128 + 2 * (128 * (128 + 64 + 64 + 128) + 3 * 128 * 192)
     )
     assert found["errors"] == {}
+
+
+def test_int8_layers_take_the_places_of_all_but_the_head(folder: Path) -> None:
+    dense, coded = load(folder), int8_linear.with_int8_(load(folder))
+    assert running.parameter_count(coded) == running.parameter_count(dense)
+    assert running.multiplied_count(coded) == running.multiplied_count(dense)
+    replaced = [m for m in coded.modules() if isinstance(m, int8_linear.Int8Linear)]
+    assert len(replaced) == 14 and type(coded.lm_head) is torch.nn.Linear
+
+
+def test_an_int8_layer_is_the_product_of_rounded_numbers() -> None:
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(160, 24), torch.randn(2, 3, 160)
+    rule = InputScheme("int8", None)
+    weight = fake_quantize_inputs(linear.weight.detach(), rule)  # a scale a row
+    expected = fake_quantize_inputs(x, rule) @ weight.t() + linear.bias
+    found = int8_linear.Int8Linear(linear)(x)
+    assert found.shape == (2, 3, 24)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_random_models_are_finite_and_of_one_scale() -> None:
@@ -207,6 +229,7 @@ def test_an_original_gives_the_compression_rate(outcome: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"ways": ("dense", "int4")}, "ways are dense, int8, served, not int4"),
         ({"runs": 0}, "runs must be one or more, not 0"),
         ({"batches": (0,)}, "batches must be one or more, not 0"),
         ({"device": "cuda"}, "sees no CUDA device; use --device cpu"),
