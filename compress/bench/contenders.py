@@ -46,26 +46,25 @@ class Contender:
     call: Callable[[Any, Any], Tensor]
 
 
-def contenders(rows: int, columns: int) -> list[Contender]:
-    """Return what is compared on this GPU; the first is the base of ratios.
+def contenders(rows: int, columns: int, device: torch.device) -> list[Contender]:
+    """Return what is compared; the first is the base of ratios.
 
     Args:
         rows: Of the weight.
         columns: Likewise.
+        device: Where weights are made.
     """
-    found = [_bf16(rows, columns), *_int8(rows, columns), *_fp8(rows, columns)]
+    shape = rows, columns
+    found = [_bf16(shape, device), *_int8(shape, device), *_fp8(shape, device)]
     for group in (GROUP, columns):
-        found += _ours(rows, columns, group)
-    device = torch.device("cuda", torch.cuda.current_device())
-    compiled = engines.available(device, torch.bfloat16)
-    if isinstance(compiled, Kernels):
-        found += _triton(rows, columns, device)
+        found += _ours(shape, group, device)
+    if isinstance(engines.available(device, torch.bfloat16), Kernels):
+        found += _triton(shape, device)
     return found
 
 
-def engine_in_words() -> str:
-    """Return what computes our rows on this GPU, and why if it is not compiled code."""
-    device = torch.device("cuda", torch.cuda.current_device())
+def engine_in_words(device: torch.device) -> str:
+    """Return what computes our rows, and why if it is not compiled code."""
     compiled = engines.available(device, torch.bfloat16)
     if isinstance(compiled, Kernels):
         return "compiled kernels"
@@ -74,33 +73,36 @@ def engine_in_words() -> str:
     return f"Triton ({compiled})"
 
 
-def random_tiles(rows: int, columns: int, group: int) -> TiledWeight:
-    """Return a random weight as tiles on the GPU; any byte is a code."""
+def random_tiles(
+    shape: tuple[int, int], group: int, device: torch.device
+) -> TiledWeight:
+    """Return a random weight as tiles; any byte is a code."""
+    rows, columns = shape
     down, across = -(-rows // ROWS), -(-columns // COLUMNS)
-    shape = (down, across, TILE_BYTES)
-    tiles = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
-    scales = 0.01 * torch.rand(columns // group, down * ROWS, device="cuda")
+    size = (down, across, TILE_BYTES)
+    tiles = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
+    scales = 0.01 * torch.rand(columns // group, down * ROWS, device=device)
     return TiledWeight(tiles, scales.bfloat16(), (rows, columns), group)
 
 
-def _bf16(rows: int, columns: int) -> Contender:
+def _bf16(shape: tuple[int, int], device: torch.device) -> Contender:
     return Contender(
         _BASE,
-        2 * rows * columns,
+        2 * shape[0] * shape[1],
         "bf16",
-        lambda: torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16),
+        lambda: torch.randn(shape, device=device, dtype=torch.bfloat16),
         lambda x: x,
         lambda weight, x: F.linear(x, weight),
     )
 
 
-def _int8(rows: int, columns: int) -> list[Contender]:
+def _int8(shape: tuple[int, int], device: torch.device) -> list[Contender]:
     """torch._int_mm, which wants more than 16 rows: fewer are filled up."""
+    rows, columns = shape
 
     def weight() -> tuple[Tensor, Tensor]:
-        shape = (rows, columns)
-        codes = torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda")
-        return codes.t(), torch.rand(rows, device="cuda")
+        codes = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+        return codes.t(), torch.rand(rows, device=device)
 
     def filled(x: Tensor) -> Tensor:
         return F.pad(x, (0, 0, 0, max(0, 32 - len(x))))
@@ -125,15 +127,16 @@ def _int8(rows: int, columns: int) -> list[Contender]:
     ]
 
 
-def _fp8(rows: int, columns: int) -> list[Contender]:
+def _fp8(shape: tuple[int, int], device: torch.device) -> list[Contender]:
     """torch._scaled_mm with a scale for each row, inputs rounded by torch itself."""
+    rows, columns = shape
 
     def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
         scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / _E4M3_MOST
         return (x / scale).to(torch.float8_e4m3fn), scale
 
     def weight() -> tuple[Tensor, Tensor]:
-        codes, scale = rounded(torch.randn(rows, columns, device="cuda"))
+        codes, scale = rounded(torch.randn(shape, device=device))
         return codes.t(), scale.t().contiguous()
 
     def filled(x: Tensor) -> Tensor:
@@ -165,7 +168,8 @@ def _fp8(rows: int, columns: int) -> list[Contender]:
     ]
 
 
-def _ours(rows: int, columns: int, group: int) -> list[Contender]:
+def _ours(shape: tuple[int, int], group: int, device: torch.device) -> list[Contender]:
+    rows, columns = shape
     name = "w6a8" if group == columns else f"w6a8-g{group}"
 
     def whole(weight: TiledWeight, x: Tensor) -> Tensor:
@@ -187,7 +191,7 @@ def _ours(rows: int, columns: int, group: int) -> list[Contender]:
             name,
             size,
             "int8",
-            lambda: random_tiles(rows, columns, group),
+            lambda: random_tiles(shape, group, device),
             lambda x: x,
             whole,
         ),
@@ -195,15 +199,16 @@ def _ours(rows: int, columns: int, group: int) -> list[Contender]:
             f"{name} product alone",
             size,
             "int8",
-            lambda: random_tiles(rows, columns, group),
+            lambda: random_tiles(shape, group, device),
             lambda x: quant_act(x, columns),
             product,
         ),
     ]
 
 
-def _triton(rows: int, columns: int, device: torch.device) -> list[Contender]:
+def _triton(shape: tuple[int, int], device: torch.device) -> list[Contender]:
     """Return our way in Triton, where compiled kernels are what models use."""
+    rows, columns = shape
     kernels = engines.triton_kernels(device.index)
     if isinstance(kernels, KernelError):
         return []
@@ -217,7 +222,7 @@ def _triton(rows: int, columns: int, device: torch.device) -> list[Contender]:
             f"w6a8-g{GROUP}, Triton",
             rows * columns * 6 // 8 + 2 * rows * (columns // GROUP),
             "int8",
-            lambda: random_tiles(rows, columns, GROUP),
+            lambda: random_tiles(shape, GROUP, device),
             lambda x: x,
             whole,
         )

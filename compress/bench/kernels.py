@@ -111,18 +111,19 @@ def bench_kernels(
         KernelError: There is no CUDA device.
     """
     check_device()
+    device = torch.device("cuda", torch.cuda.current_device())
     torch.manual_seed(settings.seed)
     before = clocks()
     limits = measured_limits()
     flushed = flush_buffer()
     rows: list[dict[str, Any]] = []
     for shape in settings.shapes:
-        rows += _shape_rows(shape, settings, limits, flushed)
+        rows += shape_rows(shape, settings, limits, flushed)
         say(f"{shape[0]} x {shape[1]} is done")
     return {
         "kind": "kernels",
         "device": torch.cuda.get_device_name(),
-        "engine": engine_in_words(),
+        "engine": engine_in_words(device),
         "limits": asdict(limits),
         "clocks": [before, clocks()],
         "protocol": {**asdict(settings), "dtype": "bfloat16", "timing": "chain"},
@@ -185,13 +186,21 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _shape_rows(
+def shape_rows(
     shape: tuple[int, int],
     settings: KernelSettings,
     limits: Limits,
     flushed: torch.Tensor,
 ) -> list[dict[str, Any]]:
-    ways = contenders(*shape)
+    """Return the rows of one shape, for all ways and numbers of tokens.
+
+    Args:
+        shape: Of the weight.
+        settings: What is measured.
+        limits: Of the device.
+        flushed: Memory larger than its cache.
+    """
+    ways = contenders(*shape, flushed.device)
     weights: dict[str, Any] = {}
     errors: dict[str, str] = {}
     for way in ways:
@@ -202,10 +211,11 @@ def _shape_rows(
             errors[way.name] = _first_line(error)
     rows: list[dict[str, Any]] = []
     for tokens in settings.tokens:
-        x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(tokens, shape[1], device=flushed.device).bfloat16()
         rows += _token_rows(x, shape, ways, weights, errors, settings, limits, flushed)
-    weights.clear()
-    torch.cuda.empty_cache()
+    weights.clear()  # before the next shape's are made
+    if flushed.is_cuda:
+        torch.cuda.empty_cache()
     return with_ratios(rows)
 
 

@@ -10,12 +10,13 @@ import torch
 from typer.testing import CliRunner
 
 from compress.bench import kernels
-from compress.bench.contenders import Contender
+from compress.bench.contenders import Contender, contenders
 from compress.bench.kernels import KernelSettings, Limits, figures, with_ratios
 from compress.bench.page import as_page, as_text
 from compress.bench.tables import ratio_to_bf16, series_of
 from compress.cli import app
 from compress.core.errors import KernelError
+from compress.runtime.w6a8.tiles import unpack_tiles
 
 LIMITS = Limits(1e12, {"bf16": 1e14, "int8": 2e14})
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without")
@@ -91,6 +92,58 @@ def test_tables_and_page_show_times_and_refusals() -> None:
     assert "needs compute capability 8.9" in text
     assert "100 x 80" in text and "2.00" in text
     assert page.count("<svg") >= 2 and "nvidia-smi: 1980 MHz" in page
+
+
+class Stopwatch:
+    """Stands in for a chain: makes each call once and takes no time."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        self.results = [call() for call in calls]
+
+    def seconds(self) -> float:
+        return 1e-6
+
+
+def test_all_ways_take_turns_and_refusals_are_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "Chain", Stopwatch)
+    monkeypatch.setattr(kernels, "copies_of", lambda *_, **__: 2)
+    monkeypatch.setattr(kernels, "cold_seconds", lambda call, *_, **__: 2e-6)
+    settings = KernelSettings(((48, 256),), (1, 40), rounds=2)
+    rows = kernels.shape_rows((48, 256), settings, LIMITS, torch.empty(1))
+    names = [found["name"] for found in rows if found["tokens"] == 40]
+    assert names == [
+        *("bf16", "int8", "int8 product alone", "fp8", "fp8 product alone"),
+        *("w6a8-g128", "w6a8-g128 product alone", "w6a8", "w6a8 product alone"),
+    ]
+    for found in rows:
+        if found["name"].startswith("fp8") and "error" in found:
+            continue  # not on every CPU
+        assert found["times_bf16"] == 1 and found["rounds"] == [1e-6, 1e-6]
+        assert found["copies"] == 2 and found["cold_seconds"] == 2e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_ways_compute_the_layer_that_they_say(tokens: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(tokens, 256).bfloat16()
+    ways = {way.name: way for way in contenders(48, 256, torch.device("cpu"))}
+
+    def run(name: str, weight: Any) -> torch.Tensor:
+        return ways[name].call(weight, ways[name].inputs(x))
+
+    codes, scale = weight = ways["int8"].weight()
+    exact = x.float() @ (codes.float() * scale)
+    found = run("int8", weight)[:tokens].float()
+    assert (found - exact).norm() < 0.02 * exact.norm()
+    for name in ("w6a8-g128", "w6a8"):
+        tiles = ways[name].weight()
+        values = unpack_tiles(tiles.tiles, tiles.shape).float()
+        values *= tiles.scales[:, :48].t().float().repeat_interleave(tiles.group, 1)
+        exact, found = x.float() @ values.t(), run(name, tiles)
+        assert (found.float() - exact).norm() < 0.02 * exact.norm()
+        assert torch.equal(run(f"{name} product alone", tiles), found)
 
 
 @on_cpu
