@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.core.errors import KernelError
+from compress.core.scheme import Scheme
+from compress.core.tensors import QuantizedTensor
 from compress.runtime.w6a8 import engines
 from compress.runtime.w6a8.abi import Kernels
 from compress.runtime.w6a8.ops import quant_act, w6a8_linear, w6a8_matmul
-from compress.runtime.w6a8.tiles import COLUMNS, ROWS, TILE_BYTES, TiledWeight
+from compress.runtime.w6a8.tiles import TiledWeight
 
 GROUP = 128
 _E4M3_MOST = 448.0
@@ -78,11 +80,16 @@ def random_tiles(
 ) -> TiledWeight:
     """Return a random weight as tiles; any byte is a code."""
     rows, columns = shape
-    down, across = -(-rows // ROWS), -(-columns // COLUMNS)
-    size = (down, across, TILE_BYTES)
-    tiles = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
-    scales = 0.01 * torch.rand(columns // group, down * ROWS, device=device)
-    return TiledWeight(tiles, scales.bfloat16(), (rows, columns), group)
+    # Shapes of the tiles, without memory for codes.
+    codes = torch.empty(shape, dtype=torch.int8, device="meta")
+    scale = torch.empty(rows, columns // group, dtype=torch.bfloat16, device="meta")
+    scheme = Scheme.parse(f"w6a8-g{group}").with_scales("bfloat16")
+    given = QuantizedTensor(codes, scale, None, scheme)
+    empty = TiledWeight.from_quantized(given)
+    sizes = empty.tiles.shape, empty.scales.shape
+    tiles = torch.randint(0, 256, sizes[0], dtype=torch.uint8, device=device)
+    scales = 0.01 * torch.rand(sizes[1], device=device)
+    return TiledWeight(tiles, scales.bfloat16(), shape, group)
 
 
 def _bf16(shape: tuple[int, int], device: torch.device) -> Contender:

@@ -39,7 +39,9 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         (
             kernels.linear_kernel,
             LINEAR,
-            dict(HAS_BIAS=bias, FLUSH=flush, RUN=run, ROWS=rows, TOKENS=tokens),
+            dict(
+                HAS_BIAS=bias, FLUSH=flush, RUN=run, PANEL=64, ROWS=rows, TOKENS=tokens
+            ),
             warps,
         )
         for rows, tokens, warps in ((32, 16, 4), (64, 64, 4), (128, 128, 8))
@@ -48,7 +50,7 @@ CASES: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
     (kernels.quantize_kernel, ROUNDED, dict(WIDTH=4096, GROUP=128), 4),
     (kernels.silu_mul_kernel, ROUNDED, dict(WIDTH=16384, GROUP=0), 16),
     (kernels.rms_norm_kernel, NORM, dict(PLUS_ONE=True, WIDTH=4096, GROUP=0), 4),
-    (kernels.decode_kernel, DECODE, dict(ROWS=16, COLUMNS=128), 4),
+    (kernels.decode_kernel, DECODE, dict(PANEL=64, ROWS=16, COLUMNS=128), 4),
 ]
 
 

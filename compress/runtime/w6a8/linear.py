@@ -19,7 +19,7 @@ from compress.core.errors import CheckpointError
 from compress.core.scheme import Scheme
 from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
 from compress.runtime.w6a8.ops import w6_decode, w6a8_linear, w6a8_matmul
-from compress.runtime.w6a8.tiles import ROWS, TiledWeight
+from compress.runtime.w6a8.tiles import TiledWeight
 
 
 class W6A8Linear(nn.Module):
@@ -94,15 +94,16 @@ class W6A8Linear(nn.Module):
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
         """Return codes and scales of some rows, exactly as they were given."""
-        first = start // ROWS
+        panel = self.scale_bits.shape[1] // len(self.tiles)  # rows that lie together
+        first = start // panel
         tiled = TiledWeight(
-            self.tiles[first : -(-stop // ROWS)],
-            self._scales()[:, first * ROWS :],
-            (stop - first * ROWS, self.in_features),
+            self.tiles[first : -(-stop // panel)],
+            self._scales()[:, first * panel :],
+            (stop - first * panel, self.in_features),
             self.scheme.group_of(self.in_features),
         )
         found = tiled.quantized(self.scheme)
-        skipped = start - first * ROWS
+        skipped = start - first * panel
         return QuantizedTensor(
             found.codes[skipped:], found.scale[skipped:], None, self.scheme
         )

@@ -112,8 +112,8 @@ class TritonKernels:
         tokens, (rows, columns) = len(codes), weight.shape
         if tokens == 0:
             return codes.new_empty((0, rows), dtype=dtype)
-        down, across, _ = weight.tiles.shape
-        of_rows, of_tokens, splits = shape_of(tokens, down, across, codes.device)
+        padded_rows, across = weight.scales.shape[1], weight.tiles.shape[1]
+        of_rows, of_tokens, splits = shape_of(tokens, padded_rows, across, codes.device)
         input_group = columns // input_scales.shape[1]
         flush = columns > _EXACT_COLUMNS or min(input_group, weight.group) < columns
         groups = [g if g < columns else None for g in (input_group, weight.group)]
@@ -123,7 +123,11 @@ class TritonKernels:
             dtype=torch.float32 if partial else dtype,
             device=codes.device,
         )
-        grid = (triton.cdiv(down * 16, of_rows), triton.cdiv(tokens, of_tokens), splits)
+        grid = (
+            triton.cdiv(padded_rows, of_rows),
+            triton.cdiv(tokens, of_tokens),
+            splits,
+        )
         with _on(codes.device):
             triton_kernels.linear_kernel[grid](
                 codes,
@@ -134,7 +138,7 @@ class TritonKernels:
                 outputs,
                 tokens,
                 rows,
-                weight.scales.shape[1],
+                padded_rows,
                 across,
                 triton.cdiv(across, splits),
                 input_scales.shape[1],
@@ -144,6 +148,7 @@ class TritonKernels:
                 HAS_BIAS=bias is not None and not partial,
                 FLUSH=flush,
                 RUN=run_of(*groups),
+                PANEL=padded_rows // len(weight.tiles),
                 ROWS=of_rows,
                 TOKENS=of_tokens,
                 num_warps=4 if of_tokens <= 64 else 8,
@@ -158,7 +163,7 @@ class TritonKernels:
     def decode(self, weight: TiledWeight, *, dtype: torch.dtype) -> Tensor:
         """Return the values ``[N, K]`` of a weight."""
         rows, columns = weight.shape
-        _, across, _ = weight.tiles.shape
+        padded_rows, across = weight.scales.shape[1], weight.tiles.shape[1]
         outputs = weight.tiles.new_empty(weight.shape, dtype=dtype)
         grid = (triton.cdiv(rows, 16), across)
         with _on(outputs.device):
@@ -167,10 +172,11 @@ class TritonKernels:
                 weight.scales,
                 outputs,
                 rows,
-                weight.scales.shape[1],
+                padded_rows,
                 columns,
                 across,
                 weight.group,
+                PANEL=padded_rows // len(weight.tiles),
                 ROWS=16,
                 COLUMNS=COLUMNS,
                 num_warps=4,
@@ -219,19 +225,19 @@ class TritonKernels:
 
 
 def shape_of(
-    tokens: int, down: int, across: int, device: torch.device
+    tokens: int, padded_rows: int, across: int, device: torch.device
 ) -> tuple[int, int, int]:
     """Return rows and tokens of a block, and in how many parts columns are split.
 
     Args:
         tokens: One or more.
-        down: Tiles of 16 rows.
+        padded_rows: Of the weight, filled up.
         across: Tiles of 128 columns.
         device: Where it runs.
     """
     of_tokens = next((tile for tile in (16, 32, 64) if tokens <= tile), 128)
     of_rows = 32 if of_tokens <= 16 else 64 if of_tokens <= 64 else 128
-    blocks = triton.cdiv(down * 16, of_rows) * triton.cdiv(tokens, of_tokens)
+    blocks = triton.cdiv(padded_rows, of_rows) * triton.cdiv(tokens, of_tokens)
     processors = 1
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -24,10 +24,14 @@ _LEAST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 _INTEGERS = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds, ties to even
 
 
-@triton.jit
-def _bytes_of(tiles, rows, columns, mask, across):  # type: ignore[no-untyped-def]
-    """Return int8 ``4 q`` of ``rows [N, 1]`` and ``columns [1, K]``."""
-    tile = (rows // 16).to(tl.int64) * across + columns // 128
+@triton.jit  # type: ignore[untyped-decorator]
+def _bytes_of(tiles, rows, columns, mask, across, PANEL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return int8 ``4 q`` of ``rows [N, 1]`` and ``columns [1, K]``.
+
+    Tiles of the same columns lie together for ``PANEL`` rows.
+    """
+    panel = (rows // PANEL).to(tl.int64) * across + columns // 128
+    tile = panel * (PANEL // 16) + rows % PANEL // 16
     half = rows // 8 % 2  # rows r and r + 8 share bytes
     step = columns // 32 % 4
     later = columns // 16 % 2  # columns 16 on share bytes of the pair plane
@@ -46,7 +50,7 @@ def _bytes_of(tiles, rows, columns, mask, across):  # type: ignore[no-untyped-de
 def linear_kernel(  # type: ignore[no-untyped-def]
     codes,  # int8 [M, 128 across]
     input_scales,  # float32 [M, G]
-    tiles,  # uint8 [down, across, 1536]
+    tiles,  # uint8, see tiles.py
     scales,  # float16 or bfloat16 [G', padded_rows]
     bias,  # [N], or anything if HAS_BIAS is false
     outputs,  # [M, N], or float32 [splits, M, N] if there are several
@@ -62,6 +66,7 @@ def linear_kernel(  # type: ignore[no-untyped-def]
     HAS_BIAS: tl.constexpr,
     FLUSH: tl.constexpr,  # scales change along the columns
     RUN: tl.constexpr,  # columns of a product: 32, 64 or 128
+    PANEL: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -78,7 +83,7 @@ def linear_kernel(  # type: ignore[no-untyped-def]
     for start in range(first * 128, last * 128, RUN):
         column = start + tl.arange(0, RUN)
         weight = _bytes_of(
-            tiles, row[:, None], column[None, :], has_row[:, None], across
+            tiles, row[:, None], column[None, :], has_row[:, None], across, PANEL
         )
         inputs = tl.load(
             codes + from_token[None, :] * (across * 128) + column[:, None],
@@ -127,6 +132,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     columns,
     across,
     group,
+    PANEL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -134,7 +140,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = (row < rows) & (column < columns)
-    fourfold = _bytes_of(tiles, row, column, mask, across).to(tl.float32)
+    fourfold = _bytes_of(tiles, row, column, mask, across, PANEL).to(tl.float32)
     place = (column // group).to(tl.int64) * padded_rows + row
     scale = tl.load(scales + place, mask=mask, other=0.0).to(tl.float32)
     values = fourfold * 0.25 * scale
