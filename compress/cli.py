@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from compress.bench.commands import app as bench_app
 from compress.core.errors import CompressError
 from compress.log import set_up_logging
 
@@ -78,6 +79,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(bench_app)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file.", show_default=False)]
 Sets = Annotated[

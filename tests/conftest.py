@@ -14,6 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 # Before any test module copies the environment for the processes that it starts.
 _CACHE = tempfile.TemporaryDirectory(prefix="compress-tests-")
 os.environ["COMPRESS_CACHE"] = _CACHE.name
+if not Path("/dev/nvidia0").exists():
+    # Before anything imports Triton, which looks only then.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A busy machine is not a slow strategy: examples still count, seconds do not.
 settings.register_profile(

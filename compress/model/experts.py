@@ -81,6 +81,26 @@ class SplitExperts(nn.ModuleList):
         return output
 
 
+class ActiveExperts(SplitExperts):
+    """Split experts of which only those with tokens are called.
+
+    For inference: which ones these are must be known on the host, so each pass waits
+    for the device once, and cannot be captured in a CUDA graph.
+    """
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        """Return what :class:`SplitExperts` returns, bit for bit."""
+        output = torch.zeros_like(hidden_states)
+        for number in torch.unique(top_k_index).tolist():
+            tokens, place = torch.where(top_k_index == number)
+            values = self[number](hidden_states[tokens])
+            values = values * top_k_weights[tokens, place, None]
+            output.index_add_(0, tokens, values.to(output.dtype))
+        return output
+
+
 class _Expert(nn.Module):
     """One gated MLP, its layers named as in the checkpoint."""
 
@@ -92,12 +112,12 @@ class _Expert(nn.Module):
             self.add_module(name, nn.Linear(hidden, inner, bias=False, device=device))
         down = nn.Linear(inner, hidden, bias=False, device=device)
         self.add_module(names.down, down)
-        self._names, self._activation = names, activation
+        self._names, self.activation = names, activation
 
     def forward(self, inputs: Tensor) -> Tensor:
         names = self._names
         gate = self.get_submodule(names.gate)(inputs)
-        inner = self._activation(gate) * self.get_submodule(names.up)(inputs)
+        inner = self.activation(gate) * self.get_submodule(names.up)(inputs)
         down: Tensor = self.get_submodule(names.down)(inner)
         return down
 
@@ -108,16 +128,19 @@ class _Expert(nn.Module):
             nn.functional.linear(inputs, self.get_submodule(n).get_parameter("weight"))
             for n in (names.gate, names.up)
         )
-        values: Tensor = self._activation(gate) * up
+        values: Tensor = self.activation(gate) * up
         return values
 
 
-def split_experts_(model: nn.Module, family: Family) -> None:
+def split_experts_(
+    model: nn.Module, family: Family, *, kind: type[SplitExperts] = SplitExperts
+) -> None:
     """Replace stacked experts by :class:`SplitExperts`, and take the stored names.
 
     Args:
         model: A transformers model of ``family``, usually without weights.
         family: Does nothing if it has no experts.
+        kind: What they become.
     """
     names = family.experts
     if names is None:
@@ -126,7 +149,7 @@ def split_experts_(model: nn.Module, family: Family) -> None:
         mlp: Any = block.get_submodule(MODULE)
         if not hasattr(mlp, "experts"):
             continue  # an ordinary MLP between the mixtures
-        mlp.experts = SplitExperts(mlp.experts, names)
+        mlp.experts = kind(mlp.experts, names)
         if names.mlp != MODULE:
             # The block's forward goes on calling self.mlp, which is no child any more.
             del block._modules[MODULE]

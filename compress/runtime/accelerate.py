@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from compress.core import compressed_tensors as ct
 from compress.core.errors import CheckpointError, CompressError
+from compress.core.families import family_of
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
+from compress.runtime.w6a8.fuse_model import fuse_
 from compress.runtime.w6a8.linear import W6A8Linear
 from compress.runtime.w6a8.tiles import SCALE_DTYPES, obstacle
 
@@ -20,8 +22,8 @@ _LOG = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def accelerate(model: _Model) -> _Model:
-    """Put fast layers in the places of those with 6-bit weights and int8 inputs.
+def accelerate(model: _Model, *, fused: bool = True) -> _Model:
+    """Put layers that keep their codes in the places of those with 6-bit weights.
 
     For models that transformers has just loaded from a compressed-tensors folder: the
     library decodes all weights in the first forward pass, and then there are no codes.
@@ -29,6 +31,8 @@ def accelerate(model: _Model) -> _Model:
 
     Args:
         model: Changed in place.
+        fused: Compute norms, q/k/v, gate/up and SiLU of such layers together; see
+            ``runtime/w6a8/fusion``. Families are those of ``core/families``.
 
     Returns:
         The same model.
@@ -57,21 +61,19 @@ def accelerate(model: _Model) -> _Model:
             "the model has no layer that can be replaced: "
             + ("; ".join(reasons) or "none is quantized by compressed-tensors")
         )
-    _LOG.info("%d layers run with 6-bit weights and 8-bit inputs", replaced)
+    saved = _fuse_(model) if fused else 0
+    _LOG.info("%d layers keep their codes, %d calls are saved", replaced, saved)
     return model
 
 
-def reason_against(scheme: Scheme, shape: tuple[int, int]) -> str | None:
-    """Return why a layer does not become a :class:`W6A8Linear`; ``None`` if it does.
-
-    Args:
-        scheme: Of weights and inputs.
-        shape: Rows and columns.
-    """
-    problem = obstacle(scheme, shape)
-    if problem is None and scheme.inputs is None:
-        return f"the inputs of {scheme.name} are not rounded"
-    return problem
+def _fuse_(model: nn.Module) -> int:
+    config = getattr(model, "config", None)
+    try:
+        family = family_of(str(getattr(config, "model_type", None)))
+    except CheckpointError as error:
+        _LOG.warning("layers are computed one by one: %s", error)
+        return 0
+    return fuse_(model, family)
 
 
 def _reason_against(module: nn.Module) -> str | None:
@@ -88,7 +90,7 @@ def _reason_against(module: nn.Module) -> str | None:
         scheme = _scheme(module)
     except CompressError as error:
         return str(error)
-    return reason_against(scheme, (module.out_features, module.in_features))
+    return obstacle(scheme, (module.out_features, module.in_features))
 
 
 def _scheme(module: nn.Module) -> Scheme:

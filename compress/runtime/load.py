@@ -18,12 +18,18 @@ from compress.core.families import family_of
 from compress.core.scheme import Scheme
 from compress.core.shapes import attention_of, memory_config
 from compress.model.coded_source import CodedSource, open_coded
-from compress.model.experts import stacked, unstacked
+from compress.model.experts import (
+    ActiveExperts,
+    split_experts_,
+    stacked,
+    unstacked,
+)
 from compress.model.quantized_config import folder_config, quantization_of
 from compress.model.skeleton import as_transformers, rebuild_blocks_
 from compress.model.sources import SafetensorsSource
-from compress.runtime.accelerate import reason_against
+from compress.runtime.w6a8.fuse_model import fuse_
 from compress.runtime.w6a8.linear import W6A8Linear
+from compress.runtime.w6a8.tiles import obstacle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +43,7 @@ def load(
     dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
     as_served: bool = False,
+    fused: bool = True,
 ) -> PreTrainedModel:
     """Return the model of a folder, dense or as it is served, in evaluation mode.
 
@@ -44,15 +51,18 @@ def load(
     the weights are exactly what the codes say. No library of a format is
     used. Memory is that of the dense model in ``dtype`` and one more tensor.
 
-    As it is served, layers with 6-bit weights and int8 inputs (``w6a8``) keep their
-    codes and round their inputs, with GPU kernels where there are any; see
-    ``runtime/w6a8``. All others are decoded, and a warning says why.
+    As it is served, layers with 6-bit weights keep their codes; those with int8 inputs
+    (``w6a8``) round them, with GPU kernels where there are any, and those with exact
+    inputs (``int6``) decode their weight in each pass; see ``runtime/w6a8``. Experts
+    are layers of their own then. All other layers are decoded, and a warning says why.
 
     Args:
         folder: Our safetensors output, or any dense safetensors folder.
         dtype: Type of all weights; ``None`` takes the type that the config states.
         device: Where the weights go.
-        as_served: Keep the codes of ``w6a8`` layers.
+        as_served: Keep the codes of layers with 6-bit weights.
+        fused: Compute norms, q/k/v, gate/up and SiLU of such layers together; see
+            ``runtime/w6a8/fusion``.
 
     Raises:
         CheckpointError: The folder is missing or damaged, holds pickled weights, is
@@ -68,12 +78,17 @@ def load(
     source: TensorSource = open_coded(path) if packed else SafetensorsSource(path)
     model = _skeleton(path, dtype)
     kept: dict[str, W6A8Linear] = {}
-    if as_served:
-        kept = _keep_codes_(model, source, path, device)
     family = family_of(str(model.config.model_type))
-    source = stacked(unstacked(source, family), family)
+    if as_served:
+        split_experts_(model, family, kind=ActiveExperts)
+        kept = _keep_codes_(model, source, path, device)
+    source = unstacked(source, family)
+    if not as_served:
+        source = stacked(source, family)
     _fill_(model, source, kept, dtype=dtype or model.dtype, device=device)
     model.to(device)
+    if kept and fused:
+        fuse_(model, family)
     if kept:  # what is saved again has codes, and must say so
         model.config.quantization_config = quantization_of(path)
     if (path / "generation_config.json").is_file():
@@ -118,10 +133,10 @@ def _keep_codes_(
     for name, scheme in _schemes(source).items():
         assert isinstance(source, CodedSource)
         rows, columns = source.tensors()[f"{name}.weight"].shape
-        reason = reason_against(scheme, (rows, columns))
+        reason = obstacle(scheme, (rows, columns))
         original = modules.get(name)
         if reason is None and not isinstance(original, nn.Linear):
-            reason = "they are part of a larger module, such as stacked experts"
+            reason = f"they are a {type(original).__name__}, not a linear layer"
         if reason is not None or original is None:
             reasons[str(reason)] += 1
             continue
@@ -135,14 +150,24 @@ def _keep_codes_(
         _LOG.warning("%s: %d layers are decoded: %s", path, count, reason)
     if not kept:
         raise CheckpointError(
-            f"{path}: no layer has 6-bit weights and int8 inputs; leave out as_served, "
-            "or quantize with a scheme such as w6a8-g128"
+            f"{path}: no layer has 6-bit weights around zero; leave out as_served, or "
+            "quantize with a scheme such as w6a8-g128"
         )
     return kept
 
 
 def _schemes(source: TensorSource) -> Mapping[str, Scheme]:
     return source.schemes if isinstance(source, CodedSource) else {}
+
+
+def _expected(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint may fill; the state would encode all codes anew."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found[f"{path}.{name}"] = buffer
+    return found
 
 
 def _fill_(
@@ -154,7 +179,7 @@ def _fill_(
     device: str | torch.device,
 ) -> None:
     """Put the checkpoint's tensors into ``model``; every parameter must be covered."""
-    expected = model.state_dict()
+    expected = _expected(model)
     state: dict[str, Tensor] = {}
     for name, info in source.tensors().items():
         if name.removesuffix(".weight") in kept:

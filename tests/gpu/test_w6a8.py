@@ -16,7 +16,7 @@ import compress
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 from compress.export.safetensors import SafetensorsExporter, SafetensorsOptions
-from compress.runtime.w6a8 import ops
+from compress.runtime.w6a8 import engines
 from compress.runtime.w6a8.abi import Kernels
 from compress.runtime.w6a8.linear import W6A8Linear
 
@@ -28,7 +28,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def kernels() -> None:
-    found = ops.available(torch.device("cuda"), torch.bfloat16)
+    found = engines.available(torch.device("cuda"), torch.bfloat16)
     if not isinstance(found, Kernels):
         pytest.skip(str(found))
 
@@ -54,7 +54,7 @@ def test_a_layer_is_that_of_the_cpu(
 ) -> None:
     module, x = layer(scheme, 1000, 1024), inputs(2, tokens, 1024)
     expected = module(x)
-    ops._say.cache_clear()
+    engines.say_slow.cache_clear()
     with caplog.at_level(logging.WARNING):
         found = module.to("cuda")(x.to("cuda")).cpu()
     assert caplog.records == []  # the kernels ran

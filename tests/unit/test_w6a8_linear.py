@@ -16,7 +16,7 @@ from compress.core.errors import CheckpointError, KernelError
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 from compress.export.safetensors import SafetensorsExporter, SafetensorsOptions
-from compress.runtime.w6a8 import ops, reference
+from compress.runtime.w6a8 import engines, ops, reference
 from compress.runtime.w6a8.linear import W6A8Linear
 from compress.runtime.w6a8.tiles import TiledWeight
 
@@ -137,7 +137,7 @@ def test_a_cast_leaves_codes_and_scales_alone() -> None:
 def test_the_reason_for_the_slow_path_is_said_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    ops._say.cache_clear()
+    engines.say_slow.cache_clear()
     layer = W6A8Linear(tensor("w6a8-g32", 8, 64), None)
     with caplog.at_level(logging.WARNING):
         layer(inputs(1, 64)), layer(inputs(2, 64))
@@ -148,14 +148,14 @@ def test_the_reason_for_the_slow_path_is_said_once(
 
 
 def test_inputs_of_other_types_have_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = ops.available(torch.device("cuda"), torch.float64)
+    found = engines.available(torch.device("cuda"), torch.float64)
     assert isinstance(found, KernelError) and "torch.float64" in str(found)
 
 
 @pytest.mark.parametrize("scheme", ["w6a8-g64", "w6a8-g64-group"])
 def test_a_folder_is_loaded_as_served(scheme: str, tmp_path: Path) -> None:
     write(tmp_path, scheme)
-    model = compress.load(tmp_path, as_served=True)
+    model = compress.load(tmp_path, as_served=True, fused=False)
     layers = [m for m in model.modules() if isinstance(m, W6A8Linear)]
     assert len(layers) == 14
     # The same as rounding the inputs of the dense model.
@@ -181,7 +181,7 @@ def test_stock_transformers_accelerated_gives_the_same_logits(tmp_path: Path) ->
 
     write(tmp_path, "w6a8-g64")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert compress.accelerate(stock) is stock
+    assert compress.accelerate(stock, fused=False) is stock
     assert sum(isinstance(m, W6A8Linear) for m in stock.modules()) == 14
     ours = compress.load(tmp_path, as_served=True)
     with torch.inference_mode():
@@ -200,14 +200,15 @@ def test_biases_of_a_model_are_kept(tmp_path: Path) -> None:
         torch.nn.init.normal_(layer.self_attn.k_proj.bias)
     biases = {n: p.clone() for n, p in model.named_parameters() if n.endswith("bias")}
     compress.quantize(model, "w6a8-g64", method="rtn").save(tmp_path / "saved")
-    served = compress.load(tmp_path / "saved", dtype=None, as_served=True)
-    assert isinstance(served.model.layers[0].self_attn.k_proj, W6A8Linear)
-    found = dict(served.named_parameters())
     assert len(biases) == 8
-    assert all(torch.equal(found[name], bias) for name, bias in biases.items())
+    for fused in (False, True):
+        folder = tmp_path / "saved"
+        served = compress.load(folder, dtype=None, as_served=True, fused=fused)
+        found = served.state_dict()
+        assert all(torch.equal(found[name], bias) for name, bias in biases.items())
 
 
-def test_layers_with_exact_inputs_are_decoded(
+def test_layers_that_stay_exact_are_decoded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -215,13 +216,13 @@ def test_layers_with_exact_inputs_are_decoded(
     def scheme_of(layer: str) -> str | None:
         if ".layers." not in layer:
             return None
-        return "int6-g64" if "layers.0.mlp.down_proj" in layer else "w6a8-g64"
+        return "int4-g64" if "layers.0.mlp.down_proj" in layer else "w6a8-g64"
 
     artifact = make_artifact(scheme_of, dtype="bfloat16", hidden=128)
     SafetensorsExporter(SafetensorsOptions()).write(artifact, tmp_path)
     with caplog.at_level(logging.WARNING):
         ours = compress.load(tmp_path, as_served=True)
-    assert "1 layers are decoded: the inputs of int6-g64 are not rounded" in caplog.text
+    assert "1 layers are decoded: int4-g64 is not 6-bit" in caplog.text
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     compress.accelerate(stock)
     exact = ours.model.layers[0].mlp.down_proj
@@ -254,7 +255,7 @@ def test_other_layers_are_decoded_with_a_reason(
     write(tmp_path, "int4-g32")
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(CheckpointError, match="no layer has 6-bit weights"),
+        pytest.raises(CheckpointError, match="no layer has 6-bit weights around zero"),
     ):
         compress.load(tmp_path, as_served=True)
     assert "14 layers are decoded: int4-g32 is not 6-bit" in caplog.text

@@ -1,7 +1,10 @@
-"""A linear layer that holds 6-bit codes and rounds its inputs to int8.
+"""A linear layer that holds 6-bit codes and rounds its inputs to int8, or not at all.
 
 Codes are held as tiles (``tiles.py``); the state has the tensors of compressed-tensors
 files, made again from them exactly, so a saved model is one that other engines read.
+Inputs are rounded as the scheme says: a scale a token, a scale for each group of
+columns, or not at all. In the last case the weight is decoded in each pass, which
+saves memory and not time.
 """
 
 from __future__ import annotations
@@ -15,12 +18,12 @@ from compress.core import compressed_tensors as ct
 from compress.core.errors import CheckpointError
 from compress.core.scheme import Scheme
 from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
-from compress.runtime.w6a8.ops import w6a8_linear
+from compress.runtime.w6a8.ops import w6_decode, w6a8_linear, w6a8_matmul
 from compress.runtime.w6a8.tiles import TiledWeight
 
 
 class W6A8Linear(nn.Module):
-    """A linear layer ``[out, in]`` of 6-bit weights and inputs of 8 bits.
+    """A linear layer ``[out, in]`` of 6-bit weights and inputs of 8 or of all bits.
 
     Inference only. Casting the model to another type changes the bias alone.
 
@@ -37,7 +40,6 @@ class W6A8Linear(nn.Module):
 
     def __init__(self, tensor: QuantizedTensor, bias: Tensor | None) -> None:
         super().__init__()
-        assert tensor.scheme.inputs is not None
         self.scheme: Scheme = tensor.scheme
         self.out_features, self.in_features = tensor.shape
         self._hold(tensor, tensor.codes.device)
@@ -45,18 +47,41 @@ class W6A8Linear(nn.Module):
         if bias is not None:
             self.bias = nn.Parameter(bias.detach(), requires_grad=False)
 
+    @property
+    def input_group(self) -> int | None:
+        """Columns of inputs that share a scale; ``None`` if inputs are not rounded."""
+        inputs = self.scheme.inputs
+        return None if inputs is None else inputs.group_size or self.in_features
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Return ``inputs @ weight.T + bias`` ``[..., out]`` in the inputs' type."""
-        of_inputs = self.scheme.inputs.group_size if self.scheme.inputs else None
+        group = self.scheme.group_of(self.in_features)
+        shape = self.out_features, self.in_features
+        if self.input_group is None:
+            weight = w6_decode(self.tiles, self._scales(), *shape, group, inputs.dtype)
+            bias = None if self.bias is None else self.bias.to(inputs.dtype)
+            return nn.functional.linear(inputs, weight, bias)
         result: Tensor = w6a8_linear(
-            inputs,
-            self.tiles,
-            self._scales(),
-            self.bias,
-            self.out_features,
-            self.in_features,
-            self.scheme.group_of(self.in_features),
-            of_inputs or self.in_features,
+            *(inputs, self.tiles, self._scales(), self.bias),
+            *(*shape, group, self.input_group),
+        )
+        return result
+
+    def of_codes(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what :meth:`forward` returns of inputs that are rounded already.
+
+        Args:
+            codes: int8 ``[M, 128 ceil(in / 128)]``.
+            scale: float32 ``[M, in / input_group]``.
+            dtype: Of the result.
+
+        Returns:
+            ``[M, out]``.
+        """
+        result: Tensor = w6a8_matmul(
+            *(codes, scale, self.tiles, self._scales(), self.bias),
+            *(self.out_features, self.in_features),
+            *(self.scheme.group_of(self.in_features), dtype),
         )
         return result
 
@@ -66,6 +91,22 @@ class W6A8Linear(nn.Module):
         group = self.scheme.group_of(self.in_features)
         tiled = TiledWeight(self.tiles, self._scales(), shape, group)
         return tiled.quantized(self.scheme)
+
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """Return codes and scales of some rows, exactly as they were given."""
+        panel = self.scale_bits.shape[1] // len(self.tiles)  # rows that lie together
+        first = start // panel
+        tiled = TiledWeight(
+            self.tiles[first : -(-stop // panel)],
+            self._scales()[:, first * panel :],
+            (stop - first * panel, self.in_features),
+            self.scheme.group_of(self.in_features),
+        )
+        found = tiled.quantized(self.scheme)
+        skipped = start - first * panel
+        return QuantizedTensor(
+            found.codes[skipped:], found.scale[skipped:], None, self.scheme
+        )
 
     def extra_repr(self) -> str:
         """Say what is held."""

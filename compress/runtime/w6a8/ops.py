@@ -1,25 +1,22 @@
-"""The operations ``compress::quant_act`` and ``compress::w6a8_linear`` of torch.
+"""The operations of torch that compute W6A8 layers, ``torch.ops.compress.*``.
 
-On a CUDA device they call the kernels. Elsewhere, and where the kernels cannot run,
-they compute the same thing in plain torch, and the reason is logged once. They allocate
-torch's own memory only and never wait for the device, so they can be traced and
-captured; they have no gradient, and torch says so when one is wanted.
+On a CUDA device they call kernels, compiled ones or Triton's. Elsewhere, and where no
+kernel can run, they compute the same thing in plain torch, and the reason is logged
+once (``engines.py``). They allocate torch's own memory only and never wait for the
+device, so they can be traced and captured; they have no gradient, and torch says so
+when one is wanted.
 """
 
 from __future__ import annotations
-
-import logging
-from functools import cache
 
 import torch
 from torch import Tensor, library
 
 from compress.core.errors import KernelError
-from compress.runtime.w6a8 import cuda, reference
-from compress.runtime.w6a8.abi import DTYPES, Kernels, kernels_of
+from compress.runtime.w6a8 import cuda, cuda_codes, reference
+from compress.runtime.w6a8.abi import Kernels
+from compress.runtime.w6a8.engines import engine_for, triton_engine
 from compress.runtime.w6a8.tiles import COLUMNS, TiledWeight, unpack_tiles
-
-_LOG = logging.getLogger(__name__)
 
 
 @library.custom_op("compress::quant_act", mutates_args=())
@@ -34,9 +31,11 @@ def quant_act(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
         int8 ``[M, 128 ceil(K / 128)]``, filled up with zeros, and ``[M, K / group]``.
     """
     rows = x.reshape(-1, x.shape[-1])
-    kernels = _kernels_for(rows)
-    if kernels is not None:
-        return cuda.quantize(kernels, rows.contiguous(), group)
+    engine = engine_for(rows.device, rows.dtype)
+    if isinstance(engine, Kernels):
+        return cuda.quantize(engine, rows.contiguous(), group)
+    if engine is not None:
+        return engine.quantize(rows.contiguous(), group)
     codes, scales = reference.quantize_activations(rows, group)
     filled = torch.nn.functional.pad(codes, (0, -codes.shape[1] % COLUMNS))
     return filled, scales
@@ -80,10 +79,13 @@ def w6a8_linear(
     _check(x, columns, tiles, scales, bias)
     weight = TiledWeight(tiles, scales, (rows, columns), weight_group)
     flat = x.reshape(-1, columns)
-    kernels = _kernels_for(flat)
-    if kernels is not None:
-        own = None if bias is None else bias.to(x.dtype).contiguous()
-        y = cuda.linear(kernels, flat.contiguous(), weight, own, group=input_group)
+    engine = engine_for(flat.device, flat.dtype)
+    own = None if bias is None else bias.to(x.dtype).contiguous()
+    if isinstance(engine, Kernels):
+        y = cuda.linear(engine, flat.contiguous(), weight, own, group=input_group)
+    elif engine is not None:
+        inputs = engine.quantize(flat.contiguous(), input_group)
+        y = engine.linear(inputs, weight, own, dtype=x.dtype)
     else:
         codes = unpack_tiles(tiles, weight.shape), scales[:, :rows].t()
         inputs = reference.quantize_activations(flat, input_group)
@@ -106,6 +108,106 @@ def _(
     return x.new_empty((*x.shape[:-1], rows))
 
 
+@library.custom_op("compress::w6a8_matmul", mutates_args=())
+def w6a8_matmul(
+    codes: Tensor,
+    input_scales: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+    weight_group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return what ``w6a8_linear`` returns, of inputs that are rounded already.
+
+    Args:
+        codes: int8 ``[M, 128 ceil(columns / 128)]``, filled up with zeros.
+        input_scales: float32 ``[M, columns / input group]``.
+        tiles: uint8; see ``tiles.TiledWeight``, as for the next.
+        scales: float16 or bfloat16.
+        bias: float ``[rows]``.
+        rows: Of the weight.
+        columns: Likewise.
+        weight_group: Columns of the weight that share a scale.
+        dtype: Of the result.
+
+    Returns:
+        ``[M, rows]``.
+    """
+    _check(codes[:, :columns], columns, input_scales, tiles, scales, bias)
+    weight = TiledWeight(tiles, scales, (rows, columns), weight_group)
+    engine = engine_for(codes.device, dtype)
+    if engine is None:
+        inputs = codes[:, :columns], input_scales
+        stored = unpack_tiles(tiles, weight.shape), scales[:, :rows].t()
+        return reference.linear(inputs, stored, bias, dtype=dtype)
+    own = None if bias is None else bias.to(dtype).contiguous()
+    inputs = codes.contiguous(), input_scales.contiguous()
+    if isinstance(engine, Kernels):
+        return cuda_codes.linear(engine, inputs, weight, own, dtype=dtype)
+    return engine.linear(inputs, weight, own, dtype=dtype)
+
+
+@w6a8_matmul.register_fake
+def _(
+    codes: Tensor,
+    input_scales: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+    weight_group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty((codes.shape[0], rows), dtype=dtype)
+
+
+@library.custom_op("compress::w6_decode", mutates_args=())
+def w6_decode(
+    tiles: Tensor,
+    scales: Tensor,
+    rows: int,
+    columns: int,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the weight that codes stand for, computed in float32 and rounded once.
+
+    Args:
+        tiles: uint8; see ``tiles.TiledWeight``, as for the next.
+        scales: float16 or bfloat16.
+        rows: Of the weight.
+        columns: Likewise.
+        group: Columns that share a scale.
+        dtype: Of the result.
+
+    Returns:
+        ``[rows, columns]``.
+    """
+    weight = TiledWeight(tiles, scales, (rows, columns), group)
+    engine = triton_engine(tiles.device, dtype)  # no compiled kernel does this
+    if engine is not None:
+        return engine.decode(weight, dtype=dtype)
+    codes = unpack_tiles(tiles, weight.shape).float()
+    scale = scales[:, :rows].t().float().repeat_interleave(group, 1)
+    return (codes * scale).to(dtype)
+
+
+@w6_decode.register_fake
+def _(
+    tiles: Tensor,
+    scales: Tensor,
+    rows: int,
+    columns: int,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return tiles.new_empty((rows, columns), dtype=dtype)
+
+
 def _check(x: Tensor, columns: int, *others: Tensor | None) -> None:
     """Raise unless a kernel may take the pointers of these tensors."""
     if x.shape[-1] != columns:
@@ -117,34 +219,3 @@ def _check(x: Tensor, columns: int, *others: Tensor | None) -> None:
             raise KernelError(
                 f"inputs are on {x.device}, the layer is on {other.device}; move one"
             )
-
-
-def _kernels_for(x: Tensor) -> Kernels | None:
-    """Return the kernels that take ``x``; if none do, say why, once."""
-    found = available(x.device, x.dtype)
-    if isinstance(found, Kernels):
-        return found
-    _say(str(found))
-    return None
-
-
-def available(device: torch.device, dtype: torch.dtype) -> Kernels | KernelError:
-    """Return the kernels for inputs, or why there are none.
-
-    Args:
-        device: Of the inputs.
-        dtype: Likewise.
-    """
-    if device.type != "cuda":
-        return KernelError(f"the model is on {device.type}, the kernels need CUDA")
-    if torch.version.hip is not None:
-        return KernelError("this is torch for ROCm, the kernels need CUDA")
-    if dtype not in DTYPES:
-        return KernelError(f"inputs are {dtype}, not float32, float16 or bfloat16")
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return kernels_of(index)
-
-
-@cache
-def _say(reason: str) -> None:
-    _LOG.warning("W6A8 layers are computed in plain torch, which is slow: %s", reason)

@@ -1,0 +1,1 @@
+"""Speed, memory and energy of kernels and of models, on the machine at hand."""
