@@ -81,7 +81,12 @@ def run_linear(
     tickets = torch.zeros(blocks, dtype=torch.int32)
     group = weight.shape[1] // scales.shape[1]
     arguments = linear_arguments(
-        codes, scales, weight, outputs, Schedule(tile, splits, blocks, len(partial)), group
+        codes,
+        scales,
+        weight,
+        outputs,
+        Schedule(tile, splits, blocks, len(partial)),
+        group,
     )
     arguments.partial, arguments.tickets = partial.data_ptr(), tickets.data_ptr()
     arguments.bias = bias.data_ptr() if bias is not None else None
@@ -171,7 +176,7 @@ def test_integer_sums_are_bit_equal(
     inputs, ones, outputs = padded(qa), torch.ones(m, 1), torch.zeros(m, n)
     found = torch.full((m, 256 // run, n), 7, dtype=torch.int32)
     arguments = linear_arguments(
-        inputs, ones, tiled, outputs, Schedule(tile, 1, 1), None
+        inputs, ones, tiled, outputs, Schedule(tile, 1, 1, 0), None
     )
     arguments.run, arguments.sums = run, found.data_ptr()
     library.emulate_linear(ctypes.byref(arguments), 0)

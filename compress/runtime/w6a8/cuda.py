@@ -7,6 +7,7 @@ be captured in CUDA graphs.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -54,10 +55,10 @@ def quantize(
         dtype=DTYPES[inputs.dtype],
         ticket_count=tickets.numel() if tickets is not None else 0,
         device=inputs.get_device(),
-        overlaps=int(torch.cuda.get_device_properties(inputs.device).major >= 9),
+        overlaps=int(_chip(inputs.device)[0] >= 9),
     )
-    with torch.cuda.device(inputs.device):
-        kernels.quantize(arguments, torch.cuda.current_stream().cuda_stream)
+    with torch.cuda.device_of(inputs):
+        kernels.quantize(arguments, stream_of(inputs.device))
     return codes, scales
 
 
@@ -99,10 +100,22 @@ def linear(
     arguments.bias = bias.data_ptr() if bias is not None else None
     if partial is not None and tickets is not None:
         arguments.partial, arguments.tickets = partial.data_ptr(), tickets.data_ptr()
-    with torch.cuda.device(inputs.device):
-        stream = torch.cuda.current_stream().cuda_stream
+    with torch.cuda.device_of(inputs):
+        stream = stream_of(inputs.device)
         kernels.linear(arguments, stream, on_hopper=cut.on_hopper)
     return outputs
+
+
+@cache
+def _chip(device: torch.device) -> tuple[int, int]:
+    """Return the major compute capability and the number of multiprocessors."""
+    found = torch.cuda.get_device_properties(device)
+    return found.major, found.multi_processor_count
+
+
+def stream_of(device: torch.device) -> int:
+    """Return the address of the current stream of a device."""
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def cut_of(
@@ -122,9 +135,9 @@ def cut_of(
         on_hopper: See :func:`linear`.
         shows_sums: See :func:`sums`.
     """
-    device = torch.cuda.get_device_properties(inputs.device)
-    sizes = len(inputs), weight.down, weight.across, device.multi_processor_count
-    if not (device.major == 9 if on_hopper is None else on_hopper):
+    major, processors = _chip(inputs.device)
+    sizes = len(inputs), weight.down, weight.across, processors
+    if not (major == 9 if on_hopper is None else on_hopper):
         return schedule(*sizes)
     if shows_sums or group is not None:
         return hopper_schedule(*sizes, "any")
@@ -168,8 +181,8 @@ def sums(
     if weight.scales.shape[0] > 1:
         arguments.weight_scale_shift += (arguments.run // run).bit_length() - 1
     arguments.run, arguments.sums = run, found.data_ptr()
-    with torch.cuda.device(codes.device):
-        stream = torch.cuda.current_stream().cuda_stream
+    with torch.cuda.device_of(codes):
+        stream = stream_of(codes.device)
         kernels.linear(arguments, stream, on_hopper=cut.on_hopper)
     return found
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from compress.runtime.w6a8.abi import Kernels
-from compress.runtime.w6a8.cuda import linear_arguments
-from compress.runtime.w6a8.schedule import schedule
+from compress.runtime.w6a8.cuda import cut_of, linear_arguments, stream_of
 from compress.runtime.w6a8.tiles import TiledWeight
 
 
@@ -37,16 +36,14 @@ def linear(
     outputs = torch.empty(len(codes), rows, dtype=dtype, device=codes.device)
     if len(codes) == 0:
         return outputs
-    down, across, _ = weight.tiles.shape
-    processors = torch.cuda.get_device_properties(codes.device).multi_processor_count
-    cut = schedule(len(codes), down, across, processors)
-    group = columns // scales.shape[1]
+    group = columns // scales.shape[1] if scales.shape[1] > 1 else None
+    cut = cut_of(codes, weight, group, None)
     arguments = linear_arguments(codes, scales, weight, outputs, cut, group)
     arguments.bias = bias.data_ptr() if bias is not None else None
     if cut.splits > 1:
-        partial = torch.empty(cut.splits * len(codes) * rows, device=codes.device)
+        partial = torch.empty(cut.workspace, device=codes.device)
         tickets = torch.zeros(cut.blocks, dtype=torch.int32, device=codes.device)
         arguments.partial, arguments.tickets = partial.data_ptr(), tickets.data_ptr()
-    with torch.cuda.device(codes.device):
-        kernels.linear(arguments, torch.cuda.current_stream().cuda_stream)
+    with torch.cuda.device_of(codes):
+        kernels.linear(arguments, stream_of(codes.device), on_hopper=cut.on_hopper)
     return outputs
