@@ -30,6 +30,7 @@ from compress.core.errors import KernelError
 from compress.provenance import hardware, versions
 
 _LOG = logging.getLogger(__name__)
+Ways = Callable[[int, int, torch.device], list[Contender]]
 SHAPES = (
     *((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)),  # Llama-2-7B
     *((15360, 5120), (5120, 5120), (27648, 5120), (5120, 13824)),  # 13B
@@ -99,12 +100,16 @@ def check_device() -> None:
 
 
 def bench_kernels(
-    settings: KernelSettings, *, say: Callable[[str], None] = lambda _: None
+    settings: KernelSettings,
+    *,
+    ways: Ways = contenders,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Return times of all ways, shapes and numbers of tokens on the current GPU.
 
     Args:
         settings: What is measured.
+        ways: Gives what is compared, for rows, columns and a device; bf16 first.
         say: Is told of each shape when it is done.
 
     Raises:
@@ -118,7 +123,7 @@ def bench_kernels(
     flushed = flush_buffer()
     rows: list[dict[str, Any]] = []
     for shape in settings.shapes:
-        rows += shape_rows(shape, settings, limits, flushed)
+        rows += shape_rows(shape, settings, limits, flushed, ways)
         say(f"{shape[0]} x {shape[1]} is done")
     return {
         "kind": "kernels",
@@ -191,6 +196,7 @@ def shape_rows(
     settings: KernelSettings,
     limits: Limits,
     flushed: torch.Tensor,
+    compared: Ways = contenders,
 ) -> list[dict[str, Any]]:
     """Return the rows of one shape, for all ways and numbers of tokens.
 
@@ -199,8 +205,9 @@ def shape_rows(
         settings: What is measured.
         limits: Of the device.
         flushed: Memory larger than its cache.
+        compared: See :func:`bench_kernels`.
     """
-    ways = contenders(*shape, flushed.device)
+    ways = compared(*shape, flushed.device)
     weights: dict[str, Any] = {}
     errors: dict[str, str] = {}
     for way in ways:
