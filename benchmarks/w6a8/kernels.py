@@ -39,13 +39,18 @@ def main() -> None:
     parser.add_argument(
         "--shapes", type=int, default=len(SHAPES), help="the first so many"
     )
+    parser.add_argument("--alone", action="store_true", help="without Humming")
     options = parser.parse_args()
     shapes = SHAPES[: options.shapes]
     if options.prepare:
         prepare(shapes)
         return
     settings = KernelSettings(shapes=shapes, tokens=TOKENS, cold_calls=20)
-    found = bench_kernels(settings, ways=ways, say=lambda text: print(text, flush=True))
+    found = bench_kernels(
+        settings,
+        ways=usual if options.alone else ways,
+        say=lambda text: print(text, flush=True),
+    )
     tables = {
         f"{shape[0]} x {shape[1]}, microseconds": lines(found["rows"], shape)
         for shape in shapes
@@ -70,10 +75,14 @@ def main() -> None:
     )
 
 
+def usual(rows: int, columns: int, device: torch.device) -> list[Contender]:
+    """Return what needs nothing but torch."""
+    return [way for way in known.contenders(rows, columns, device) if way.name in KEPT]
+
+
 def ways(rows: int, columns: int, device: torch.device) -> list[Contender]:
     """Return what is compared."""
-    usual = [way for way in known.contenders(rows, columns, device) if way.name in KEPT]
-    return [*usual, *peers((rows, columns), device)]
+    return [*usual(rows, columns, device), *peers((rows, columns), device)]
 
 
 def peers(shape: tuple[int, int], device: torch.device) -> list[Contender]:
