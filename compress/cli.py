@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from compress.core.errors import CompressError
-from compress.log import set_up_logging
+from compress.log import is_first, set_up_logging
 
 if TYPE_CHECKING:
     from compress.pipeline import Result
@@ -47,7 +47,8 @@ class _ReportingGroup(TyperGroup):
 
 def _fail(message: str, code: int) -> None:
     logger.debug("the error came from here", exc_info=True)
-    typer.echo(message, err=True)
+    if is_first():  # of several processes; another has logged what was its own
+        typer.echo(message, err=True)
     raise typer.Exit(code)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compress.core.errors import CalibrationError
 from compress.core.statistics import LayerStatistics
+from compress.distributed.team import Team
 
 _COLUMN_BLOCKS = 4
 # An element of a sum over 32 thousand tokens is then off by 5e-4 of its size, which is
@@ -72,6 +73,19 @@ class Moments:
         if y is not None:
             assert self._drift is not None, "the dense inputs came late"
             add_product_(self._drift, y - x, x)
+
+    def join_(self, team: Team, *, owner: int | None = None) -> None:
+        """Add up what all processes have counted, each on its own windows.
+
+        Args:
+            team: The processes.
+            owner: The only one that can make statistics of it; by default all can.
+        """
+        assert self._gram is not None, "no input was counted"
+        team.add_([self._gram], owner=owner)
+        if self._drift is not None:
+            team.add_([self._drift], owner=owner)
+        self.tokens = sum(team.gather(self.tokens))
 
     def statistics(self, layer: str) -> LayerStatistics:
         """Return the statistics of all that was counted, once.

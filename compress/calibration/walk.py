@@ -13,12 +13,17 @@ with the shape of Llama 2.
 
 The dense model, where drift is wanted, walks beside: the same batch, the same input, by
 the weights that the block came with.
+
+Experts of one block do not feed each other, so several of them can be settled at a
+time, which is what several processes want. Which tokens they get is known when the
+first of them is reached; what the others will read is then computed ahead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -29,8 +34,10 @@ from compress.core.families import Linear
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
 
-Settle = Callable[[str, Moments], None]
-"""Told the name of an input and its moments before any layer that reads it runs."""
+Measure = Callable[[], Moments]
+"""Sums up one input over all windows; to be called once."""
+Settle = Callable[[Mapping[str, Measure]], None]
+"""Told inputs that do not depend on each other, before any layer reads them."""
 
 
 class _Reached(Exception):
@@ -111,6 +118,7 @@ class BlockWalk:
         block: Its module.
         states: Of the compressed model; replaced by the block's outputs.
         dense: Of the dense model, likewise, if it runs beside.
+        together: How many experts are settled at a time.
     """
 
     def __init__(
@@ -120,7 +128,10 @@ class BlockWalk:
         block: nn.Module,
         states: Activations,
         dense: Activations | None = None,
+        *,
+        together: int = 1,
     ) -> None:
+        self._together = together
         self._model, self._index, self._block = model, index, block
         self._states, self._dense = states, dense
         self._streams = [states] if dense is None else [states, dense]
@@ -144,7 +155,8 @@ class BlockWalk:
 
         Args:
             linears: Layers to be settled, in order of execution.
-            settle: Told each of their inputs once; may :meth:`replace` their weights.
+            settle: Told each of their inputs once; may :meth:`replace` the weights of
+                the layers that read them.
         """
         states, dense = self._states, self._dense
         watch = InputWatch(self._block, linears)
@@ -152,16 +164,31 @@ class BlockWalk:
         kept: dict[str, Tensor] = {}
         routed: list[Tensor] = []
         dense_experts: DenseExperts | None = None
+        settled: set[str] = set()
 
-        def meet(name: str, inputs: Tensor) -> None:
+        def measure(name: str, inputs: Tensor | None) -> Moments:
             before = kept.pop(name, None)
             if dense_experts is not None and readers[name].expert is not None:
                 before = dense_experts.inputs(readers[name])
+            if inputs is None:
+                inputs = experts.inputs_of(self._block, self._names, readers[name])
             moments = Moments()
             moments.add(inputs, before)
             for batch in self._model.feed(self._rest, *self._streams):
                 moments.add(*self._inputs(watch, name, batch))
-            settle(name, moments)
+            return moments
+
+        def meet(name: str, inputs: Tensor) -> None:
+            if name in settled:
+                return
+            wave = experts.alike(readers, name)[: self._together]
+            settled.update(wave)
+            settle(
+                {
+                    member: partial(measure, member, inputs if member == name else None)
+                    for member in wave
+                }
+            )
 
         try:
             if dense is not None:

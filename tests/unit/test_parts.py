@@ -13,7 +13,7 @@ from compress.core.families import family_of
 from compress.core.plan import LayerPlan
 from compress.core.scheme import Scheme
 from compress.core.statistics import LayerStatistics
-from compress.parts import Part, PartWriter, error_of, stacks
+from compress.parts import Part, PartWriter, relative_errors, row_sums, stacks
 from compress.quantizers.rtn import RoundToNearest
 from compress.workdir import WorkDir
 
@@ -93,9 +93,11 @@ def test_errors_are_relative(make: Callable[..., Tensor]) -> None:
     hessian = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
     changed = weight.clone()
     changed[0, 1] += 1
-    error, plain = error_of(weight, changed, LayerStatistics(hessian, 1))
+    sums = row_sums(weight, changed, LayerStatistics(hessian, 1))
+    error, plain = relative_errors(sums, measured=True)
     size = float(weight.sum()) or 1e-30
     weighted = 12.0 if float(weight.sum()) else 1e-30
     assert plain == pytest.approx(1 / size)
     assert error == pytest.approx(2 / weighted)
-    assert error_of(weight, changed, None)[0] is None
+    sums = row_sums(weight, changed, None)
+    assert relative_errors(sums, measured=False) == (None, pytest.approx(1 / size))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
 from streaming_fixtures import model_of
 from torch import Tensor, nn
 
-from compress.calibration.collect import Moments
-from compress.calibration.walk import BlockWalk, InputWatch, Settle
+from compress.calibration.walk import BlockWalk, InputWatch, Measure, Settle
 from compress.core.families import Linear, family_of
 from compress.core.statistics import LayerStatistics
 from compress.model.streaming import StreamedModel
@@ -93,8 +92,9 @@ def shrinking(
 ) -> Settle:
     """Return what notes statistics and makes the layers' weights smaller."""
 
-    def settle(name: str, moments: Moments) -> None:
-        found[prefix + name] = moments.statistics(name)
+    def settle(inputs: Mapping[str, Measure]) -> None:
+        ((name, measure),) = inputs.items()
+        found[prefix + name] = measure().statistics(name)
         for linear in linears:
             if linear.input == name:
                 walk.replace(linear.path, walk.weight(linear.path) * 0.7)
