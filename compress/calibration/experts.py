@@ -127,14 +127,37 @@ def inputs_of(block: nn.Module, names: Experts | None, linear: Linear) -> Tensor
 
     For ``down`` that follows from the present weights of gate and up.
     """
-    assert names is not None and linear.expert is not None
-    experts = block.get_submodule(names.container)
-    assert isinstance(experts, SplitExperts)
+    assert linear.expert is not None
+    experts = _experts_of(block, names)
     states = experts.states_of(linear.expert)
     if linear.role != "down":
         return states
     inner: Tensor = experts.expert(linear.expert).inner(states)
     return inner
+
+
+def window_sizes(
+    block: nn.Module, names: Experts | None, linear: Linear, length: int
+) -> list[int]:
+    """Return how many tokens of each window reach an expert, while experts run.
+
+    Args:
+        block: Has the experts.
+        names: Of the experts.
+        linear: A layer of the expert.
+        length: Tokens of a window.
+    """
+    assert linear.expert is not None
+    tokens = _experts_of(block, names).tokens_of(linear.expert)
+    sizes: list[int] = torch.bincount(tokens // length).tolist()
+    return sizes
+
+
+def _experts_of(block: nn.Module, names: Experts | None) -> SplitExperts:
+    assert names is not None, "only experts have an expert's layers"
+    experts = block.get_submodule(names.container)
+    assert isinstance(experts, SplitExperts)
+    return experts
 
 
 def keep_states(

@@ -67,8 +67,8 @@ class _Sum:
     def add(self, inputs: Tensor) -> None:
         """Count inputs ``[..., C]`` of one call."""
         flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        # float32 over the tokens of a call, float64 over the calls.
-        self.total += flat.square().sum(0).cpu().double()
+        # float64 over all tokens: the sum is then the same in any order.
+        self.total += flat.square().sum(0, dtype=torch.float64).cpu()
         self.tokens += len(flat)
 
     def result(self, layer: str) -> Tensor:

@@ -172,8 +172,13 @@ class BlockWalk:
                 before = dense_experts.inputs(readers[name])
             if inputs is None:
                 inputs = experts.inputs_of(self._block, self._names, readers[name])
-            moments = Moments()
-            moments.add(inputs, before)
+            moments, sizes = Moments(), None
+            if readers[name].expert is not None:
+                length = self._states.hidden.shape[1]
+                sizes = experts.window_sizes(
+                    self._block, self._names, readers[name], length
+                )
+            moments.add(inputs, before, sizes=sizes)
             for batch in self._model.feed(self._rest, *self._streams):
                 moments.add(*self._inputs(watch, name, batch))
             return moments

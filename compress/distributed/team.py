@@ -289,7 +289,9 @@ def team(device: str) -> Iterator[tuple[Team, str]]:
         yield Team(dist.get_rank(), dist.get_world_size()), own_device(device)
         return
     store, rank, size = next(rendezvous("env://"))
-    with Watch(rank, size) as watch, watch.explained():
+    # A process may take part in several runs, one after another; each has its own keys.
+    name = f"compress-{(store.add('compress', 1) - 1) // size}"
+    with Watch(name, rank, size) as watch, watch.explained():
         device = own_device(device)
         backend = "gloo"
         if device.startswith("cuda"):
@@ -297,7 +299,7 @@ def team(device: str) -> Iterator[tuple[Team, str]]:
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(
             backend,
-            store=PrefixStore("compress", store),
+            store=PrefixStore(name, store),
             rank=rank,
             world_size=size,
             timeout=_PATIENCE,

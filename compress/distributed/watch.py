@@ -51,29 +51,21 @@ class Watch:
     """Looks after the processes of a run, from each of them.
 
     Args:
+        name: Of the run, in the store.
         rank: Of this process.
         size: How many there are.
         silence: Seconds without a sign of life after which a process counts as gone.
     """
 
-    def __init__(self, rank: int, size: int, *, silence: float = _SILENCE) -> None:
+    def __init__(
+        self, name: str, rank: int, size: int, *, silence: float = _SILENCE
+    ) -> None:
         self._rank, self._size, self._silence = rank, size, silence
-        self._store = self._connected()
+        self._store = PrefixStore(f"{name}-watch", _connected())
         self._ended = threading.Event()
         self._failure: tuple[str, int] | None = None
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._unseen = threading.Lock()  # taken once
-
-    def _connected(self) -> Any:
-        # A connection of its own: one that waits for a key answers nobody else.
-        client = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=30),
-            wait_for_workers=False,
-        )
-        return PrefixStore("compress-watch", client)
 
     def __enter__(self) -> Watch:
         """Begin to watch."""
@@ -184,6 +176,17 @@ class Watch:
         if self._rank == 0:
             print(said, file=sys.stderr, flush=True)
         os._exit(code)
+
+
+def _connected() -> Any:
+    """Return a connection of its own: one that waits for a key answers nobody else."""
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=30),
+        wait_for_workers=False,
+    )
 
 
 def _is_lost_connection(error: Exception) -> bool:

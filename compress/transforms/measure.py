@@ -168,7 +168,7 @@ class _Sums:
             self._total += total
             self._largest = torch.maximum(self._largest, largest)
         if self._moments is not None:
-            self._moments.add(flat)
+            self._moments.add(inputs.detach().float())
 
     def result(self, layer: str, team: Team, owner: int) -> Inputs | None:
         """Return what all processes measured together; ``None`` but for the owner.
