@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -75,11 +76,15 @@ class Team:
         Raises:
             ConfigError: There are fewer windows than processes.
         """
-        if count < self.size:
-            raise ConfigError(
-                f"calibration.samples: {count} windows cannot be shared by {self.size} "
-                "processes; give more samples, or start fewer processes"
-            )
+
+        def check() -> None:
+            if count < self.size:
+                raise ConfigError(
+                    f"calibration.samples: {count} windows cannot be shared by "
+                    f"{self.size} processes; give more samples, or start fewer"
+                )
+
+        self.alone(check)
 
     def share(self, rows: Tensor) -> Tensor:
         """Return this process's part of the rows of a tensor, equal within one."""
@@ -188,13 +193,11 @@ class Team:
         found: T | None = None
         error: CompressError | None = None
         if self.is_first:
-            self._alone = True
             try:
-                found = work()
+                with self._apart():
+                    found = work()
             except CompressError as raised:
                 error = raised
-            finally:
-                self._alone = False
         said = None if error is None else (str(error), error.exit_code)
         failure, found = self.tell((said, found))
         if error is not None:
@@ -202,6 +205,21 @@ class Team:
         if failure is not None:
             raise relayed(*failure)
         return found  # type: ignore[return-value]
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Let nobody exchange anything for a while.
+
+        Libraries that find a process group take it that all processes call them
+        (compressed-tensors 0.15 shares decompression out, for one).
+        """
+        group, dist.GroupMember.WORLD = dist.GroupMember.WORLD, None
+        self._alone = True
+        try:
+            yield
+        finally:
+            self._alone = False
+            dist.GroupMember.WORLD = group
 
     def ahead(self, work: Callable[[], T]) -> T:
         """Let the first process work, and then the others; each gets its own result.
@@ -288,7 +306,7 @@ def team(device: str) -> Iterator[tuple[Team, str]]:
     if dist.is_initialized():
         yield Team(dist.get_rank(), dist.get_world_size()), own_device(device)
         return
-    store, rank, size = next(rendezvous("env://"))
+    store, rank, size = _met()
     # A process may take part in several runs, one after another; each has its own keys.
     name = f"compress-{(store.add('compress', 1) - 1) // size}"
     with Watch(name, rank, size) as watch, watch.explained():
@@ -308,6 +326,17 @@ def team(device: str) -> Iterator[tuple[Team, str]]:
         yield members, device
         members.wait()
         dist.destroy_process_group()
+
+
+@cache
+def _met() -> tuple[Any, int, int]:
+    """Return torchrun's store, and number and count of the processes.
+
+    The store lives as long as the process: a second run must not meet in the store of
+    the first while that one is taken down.
+    """
+    store, rank, size = next(rendezvous("env://"))
+    return store, rank, size
 
 
 def own_device(device: str) -> str:

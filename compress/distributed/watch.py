@@ -61,6 +61,7 @@ class Watch:
         self, name: str, rank: int, size: int, *, silence: float = _SILENCE
     ) -> None:
         self._rank, self._size, self._silence = rank, size, silence
+        self._beat = min(_BEAT, silence / 3)
         self._store = PrefixStore(f"{name}-watch", _connected())
         self._ended = threading.Event()
         self._failure: tuple[str, int] | None = None
@@ -123,10 +124,11 @@ class Watch:
     def _tell(self, message: str, code: int) -> None:
         """Say that this process failed, unless another was first."""
         mine = f"process {self._rank} of {self._size} ({platform.node()}): {message}"
-        if self._rank:  # the first one's errors are shown by whoever started it
-            _log.error("%s", mine)
+        entry = f"{code} {mine}"
         with suppress(RuntimeError):  # the store is gone
-            self._store.compare_set(_FAILURE, "", f"{code} {mine}")
+            is_news = self._store.compare_set(_FAILURE, "", entry) == entry.encode()
+            if is_news and self._rank:  # who started the first one shows its errors
+                _log.error("%s", mine)
             self._await(_SEEN, self._size - 1)
 
     def _acknowledge(self) -> None:
@@ -151,7 +153,7 @@ class Watch:
                     code, _, said = self._store.get(_FAILURE).decode().partition(" ")
                     self._leave(said, int(code))
                     return
-                if now - beat > _BEAT:
+                if now - beat > self._beat:
                     beat = now
                     self._store.add(f"alive/{self._rank}", 1)
                     count = self._store.add(f"alive/{neighbour}", 0)
