@@ -132,6 +132,7 @@ class Run:
             self.workdir,
             device=self.device,
             propagate=config.quantize.propagate if config.quantize else "quantized",
+            order=config.quantize.order if config.quantize else "layer",
             dtype=choose_dtype(config.calibration.dtype, self.model.dtype, self.device),
             importances=importances_of(config, self.model, self.plan, self.quantizers),
             team=self.team,

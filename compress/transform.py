@@ -22,6 +22,7 @@ from compress.calibration import ends, experts
 from compress.calibration.walk import BlockWalk, Measure
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.contracts import Quantizer
+from compress.core.errors import PlanError
 from compress.core.families import Linear
 from compress.core.plan import LayerPlan, Plan
 from compress.core.scales import TORCH_DTYPES
@@ -92,6 +93,8 @@ class PlanRunner:
         device: Where blocks run and layers are solved.
         propagate: Whether later blocks see compressed outputs (``quantized``) or those
             of the dense model (``fp``).
+        order: Whether the layers of a block are measured one after the other
+            (``layer``) or at once (``block``).
         dtype: Arithmetic of the blocks. Layers are solved in float32 always.
         importances: float32 ``[C]`` by layer, in the place of calibration; layers that
             share an input are coded by those of the first.
@@ -106,9 +109,22 @@ class PlanRunner:
     workdir: WorkDir
     device: str = "cpu"
     propagate: str = "quantized"
+    order: str = "layer"
     dtype: torch.dtype = torch.float32
     importances: Mapping[str, Tensor] = field(default_factory=dict)
     team: Team = field(default_factory=Team)
+
+    def __post_init__(self) -> None:
+        """Raise if the layers of this model cannot be measured in that order.
+
+        Raises:
+            PlanError: It has experts, whose second moments would not fit at once.
+        """
+        if self.order == "block" and self.description.family.experts is not None:
+            raise PlanError(
+                f"quantize.order: block: {self.description.family.name} is a mixture; "
+                "its experts are coded in any order already. Leave order out"
+            )
 
     @property
     def needs_calibration(self) -> bool:
@@ -352,7 +368,8 @@ class PlanRunner:
         def weights(stack: Sequence[LayerPlan]) -> list[Tensor]:
             return [self._exact(x, walk.weight(paths[x.name])) for x in stack]
 
-        walk.run(linears, settle)
+        walk_through = walk.run_at_once if self.order == "block" else walk.run
+        walk_through(linears, settle)
         return part
 
     def _exact(self, layer: LayerPlan, weight: Tensor) -> Tensor:

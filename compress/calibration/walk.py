@@ -209,6 +209,38 @@ class BlockWalk:
             watch.close()
         self._finish()
 
+    def run_at_once(self, linears: Sequence[Linear], settle: Settle) -> None:
+        """Send all states through the block, settling its layers together.
+
+        All inputs are measured while the block has the weights that it came with, in
+        one pass, with the moments of all of them in memory; a second pass makes the
+        outputs. Not for experts, whose moments would be too many.
+
+        Args:
+            linears: Layers to be settled.
+            settle: Told all of their inputs, once; may :meth:`replace` their weights.
+        """
+        sums = {linear.input: Moments() for linear in linears}
+        watch = InputWatch(self._block, linears)
+        rows = [self._first, *self._rest]
+        try:
+            batches = self._model.feed(rows, *self._streams)
+            for part, batch in zip(rows, batches, strict=True):
+                seen: list[dict[str, Tensor]] = []
+                for hidden in batch:
+                    seen.append({})
+                    forward = partial(self._forward, hidden)
+                    output = watch.run(forward, seen[-1].__setitem__)
+                if self._dense is not None:
+                    self._model.store(self._dense, part, output)
+                for name, moments in sums.items():
+                    moments.add(*(inputs.pop(name) for inputs in seen))
+        finally:
+            watch.close()
+        settle({name: partial(sums.__getitem__, name) for name in sums})
+        self._model.advance(self._index, self._states)
+        self._original.clear()
+
     @contextmanager
     def _kept_states(
         self, linears: Sequence[Linear], kept: list[Tensor]

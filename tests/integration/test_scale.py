@@ -67,6 +67,7 @@ def configs(folder: Path, size: int) -> dict[str, dict[str, Any]]:
         "gptq": config("gptq", evaluate={"windows": 3}, run={"verify": True}),
         "mixture": config("mixture", "mixtral", calibration={"samples": 16}),
         "ends": config("ends", quantize={**gptq, "overrides": ends}, export=[GGUF]),
+        "block": config("block", quantize={**gptq, "order": "block"}),
         "awq": config("awq", quantize={"method": "awq"}),
         "k": config(
             "k",
