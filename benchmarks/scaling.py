@@ -7,8 +7,9 @@ INT4 in groups of 128 on 128 x 2048 tokens, drift correction on, by ``torchrun
 --nproc-per-node N -m compress run``, export included. ``--small`` is a model of four
 blocks on 32 x 256 tokens, for a CPU, where each process has one thread.
 
-Speedup is the time of one process over that of ``N``, efficiency is speedup over
-``N``; ``same codes`` is the share of codes that are those of one process.
+Both orders of ``quantize.order`` are run. Speedup is the time of one process over that
+of ``N``, efficiency is speedup over ``N``; ``same codes`` is the share of codes that
+are those of one process.
 """
 
 from __future__ import annotations
@@ -37,14 +38,16 @@ SMALL = {
 }
 
 
-def run(model: Path, workdir: Path, processes: int, *, small: bool) -> dict[str, Any]:
+def run(
+    model: Path, workdir: Path, processes: int, *, order: str, small: bool
+) -> dict[str, Any]:
     """Return the report of a run, and the seconds that its processes lived."""
     shutil.rmtree(workdir, ignore_errors=True)
     samples, length = (32, 256) if small else (128, 2048)
     config = {
         "model": {"path": str(model)},
         "calibration": {"data": "mix", "samples": samples, "sequence_length": length},
-        "quantize": {"method": "gptq", "scheme": "int4-g128"},
+        "quantize": {"method": "gptq", "scheme": "int4-g128", "order": order},
         "export": [{"format": "safetensors"}],
         "run": {"workdir": str(workdir), "verify": False},
     }
@@ -76,11 +79,12 @@ def same_codes(one: Path, many: Path) -> float:
     return same / total
 
 
-def row_of(report: dict[str, Any], processes: int) -> dict[str, Any]:
+def row_of(report: dict[str, Any], order: str, processes: int) -> dict[str, Any]:
     """Return the figures of one run."""
     members = report["processes"]
     seconds = report["seconds"]
     row = {
+        "order": order,
         "processes": processes,
         "wall s": round(report["wall"], 1),
         "run s": round(sum(seconds.values()), 1),
@@ -107,15 +111,17 @@ def main() -> None:
     shape = SMALL if small else CASES["rtn-7b"].shape
     write_checkpoint(work / "model", shape, device="cuda" if cuda else "cpu")
     rows: list[dict[str, Any]] = []
-    for count in arguments.processes:
-        report = run(work / "model", work / f"of-{count}", count, small=small)
-        row = row_of(report, count)
-        first = rows[0] if rows else row
+    cases = [(o, n) for o in ("layer", "block") for n in arguments.processes]
+    for order, count in cases:
+        workdir = work / f"{order}-of-{count}"
+        report = run(work / "model", workdir, count, order=order, small=small)
+        row = row_of(report, order, count)
+        first = next((r for r in rows if r["order"] == order), row)
         speedup = first["quantize s"] * first["processes"] / row["quantize s"]
         row["speedup of quantize"] = round(speedup, 2)
         row["efficiency"] = round(speedup / count, 2)
-        origin = work / f"of-{first['processes']}"
-        row["same codes"] = same_codes(origin, work / f"of-{count}")
+        origin = work / f"{order}-of-{first['processes']}"
+        row["same codes"] = same_codes(origin, workdir)
         rows.append(row)
         print(json.dumps(row), flush=True)
     card = torch.cuda.get_device_name() if cuda else "none; one thread a process"

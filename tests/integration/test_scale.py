@@ -187,12 +187,3 @@ def test_a_run_goes_on_after_one_process_was_killed(
     assert [p.name for p in (work / "blocks").iterdir()] == ["0000.safetensors"]
     run_processes(BROKEN, tmp_path, {"config": config, "kill": False})
     assert same(codes_of(work), codes_of(folder / "gptq-of-1"))
-
-
-def test_fewer_windows_than_processes_are_refused(folder: Path, tmp_path: Path) -> None:
-    config = configs(folder, 2)["gptq"]
-    config["calibration"] = {**config["calibration"], "samples": 1}
-    config["run"] = {**config["run"], "workdir": str(tmp_path / "work")}
-    found = outcomes(BROKEN, tmp_path, {"config": config, "kill": False})
-    assert [code for code, _ in found] == [2, 2]
-    assert "1 windows cannot be shared by 2 processes" in found[0][1]

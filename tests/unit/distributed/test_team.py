@@ -42,6 +42,11 @@ for number in (1, 2):  # a process may take part in several runs
             members.alone(lambda: (_ for _ in ()).throw(ConfigError("no such key")))
         except Exception as error:
             found["error"] = [str(error), error.exit_code]
+        members.check_windows(members.size)
+        try:
+            members.check_windows(1)
+        except Exception as error:
+            found["few"] = str(error)
         calls = []
         def part(value):
             calls.append(value)
@@ -65,7 +70,7 @@ for number in (1, 2):  # a process may take part in several runs
 """
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_processes_exchange(size: int, tmp_path: Path) -> None:
     run_processes(EXCHANGES, tmp_path, None, size=size)
     found = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(size)]
@@ -87,6 +92,7 @@ def test_what_processes_exchange(size: int, tmp_path: Path) -> None:
         assert one["told"] == "from 0" and one["alone"] == {"rank": 0}
         assert one["ahead"] == rank
         assert one["error"] == ["no such key", 2]
+        assert one["few"].startswith("calibration.samples: 1 windows cannot be shared")
         assert one["calls"] == [1.0, 10.0]
         assert one["led"] == 11.0 * sum(range(1, size + 1))
         assert one["rows"] == (None if rank else rows.tolist())
@@ -153,6 +159,7 @@ with Watch("run", rank, size, silence=2.0):
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_not_heard_of_counts_as_gone(tmp_path: Path) -> None:
     first, _ = outcomes(SILENT, tmp_path, None)
     assert first[0] == 1 and "process 1 has not been heard of" in first[1]
