@@ -339,6 +339,19 @@ def _met() -> tuple[Any, int, int]:
     return store, rank, size
 
 
+def check_single(what: str) -> None:
+    """Raise if torchrun started several processes of what takes one.
+
+    Raises:
+        ConfigError: It did.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"{what} takes one process; under torchrun, start each of its runs by "
+            "itself with `-m compress run`"
+        )
+
+
 def own_device(device: str) -> str:
     """Return where this process works: of several, each has a GPU of its own.
 
@@ -356,4 +369,4 @@ def own_device(device: str) -> str:
     return f"cuda:{number}"
 
 
-__all__ = ["ProcessError", "Team", "own_device", "team"]
+__all__ = ["ProcessError", "Team", "check_single", "own_device", "team"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torchrun_fixtures import outcomes, run_processes
 
+from compress.core.errors import ConfigError
 from compress.distributed.team import Team
 
 EXCHANGES = """
@@ -163,3 +164,11 @@ with Watch("run", rank, size, silence=2.0):
 def test_a_process_that_is_not_heard_of_counts_as_gone(tmp_path: Path) -> None:
     first, _ = outcomes(SILENT, tmp_path, None)
     assert first[0] == 1 and "process 1 has not been heard of" in first[1]
+
+
+def test_a_sweep_takes_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from compress.sweeping import sweep
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="a sweep takes one process"):
+        sweep("never-read.yaml")
