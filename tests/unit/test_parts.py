@@ -105,9 +105,7 @@ def test_errors_are_relative(make: Callable[..., Tensor]) -> None:
     assert relative_errors(sums, measured=False) == (None, pytest.approx(1 / size))
 
 
-@pytest.mark.parametrize(
-    "scheme", ["int4-g32", "int3-g64-asym", "q4_0", "q4_k", "mxfp4"]
-)
+@pytest.mark.parametrize("scheme", ["int4-g32", "int3-g64-asym", "q4_0", "q4_k"])
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
 def test_rows_that_may_be_coded_apart_get_the_same_codes(
     method: str, scheme: str
