@@ -34,6 +34,7 @@ from compress.config import Config
 from compress.config.tune_section import TUNINGS, TuneOptions
 from compress.core.artifact import TensorSource
 from compress.core.tensors import QuantizedTensor
+from compress.distributed.team import team
 from compress.evaluation.measure import PreparedText, evaluate_candidates, prepare_texts
 from compress.log import set_up_logging
 from compress.model.devices import choose_dtype
@@ -42,7 +43,6 @@ from compress.model.streaming import StreamedModel
 from compress.pipeline import Run
 from compress.recovery.generate import training_windows
 from compress.recovery.models import WholeModel
-from compress.recovery.parallel import team
 from compress.recovery.text import load_recovery_text
 from compress.transform import CompressedSource
 from compress.tuning.stage import layers_of

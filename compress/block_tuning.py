@@ -21,6 +21,10 @@ from torch import Tensor
 
 from compress.core.continuous import BlockTuning, Continuous, is_tunable
 from compress.core.tensors import QuantizedTensor
+from compress.distributed.codes import from_first
+from compress.distributed.team import Team
+from compress.model.states import Activations
+from compress.model.streaming import StreamedModel
 
 Forward = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 """From inputs ``[B, T, C]`` and weights by path to the block's outputs."""
@@ -61,6 +65,47 @@ class _Task:
         parts = [rows[i : i + self.batch] for i in range(0, len(rows), self.batch)]
         losses = [self.loss(part, weights) * len(part) for part in parts]
         return float(torch.stack(losses).sum()) / len(rows)
+
+
+def tune_jointly(
+    coded: Mapping[str, QuantizedTensor],
+    model: StreamedModel,
+    index: int,
+    *,
+    ends: tuple[Activations, Activations],
+    tuning: BlockTuning,
+    team: Team,
+) -> dict[str, QuantizedTensor]:
+    """Return the coded layers of a block, tuned on the windows of all processes.
+
+    The first process does it, and needs memory for all states; the others wait.
+
+    Args:
+        coded: By path inside the block.
+        model: Has the block loaded.
+        index: Of the block.
+        ends: Inputs and wanted outputs, for this process's share of the windows.
+        tuning: How.
+        team: The processes.
+    """
+    calls = ends[0].calls
+    rows = [team.rows_at_first(states.hidden) for states in ends]
+    whole = [Activations(x, calls) for x in rows if x is not None]
+    found: dict[str, QuantizedTensor] = {}
+    if whole:
+        found = tune_block(
+            coded,
+            lambda hidden, weights: model.call_block(
+                index, hidden, calls[index], weights=weights
+            ),
+            lambda chosen: (
+                model.windows(whole[0], chosen),
+                model.windows(whole[1], chosen),
+            ),
+            shape=(whole[0].hidden.shape[0], whole[0].hidden.shape[1]),
+            tuning=tuning,
+        )
+    return from_first(team, found, model.device)
 
 
 def tune_block(

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 from compress.bench.commands import app as bench_app
 from compress.core.errors import CompressError
-from compress.log import set_up_logging
+from compress.log import is_first, set_up_logging
 
 if TYPE_CHECKING:
     from compress.pipeline import Result
@@ -48,7 +48,8 @@ class _ReportingGroup(TyperGroup):
 
 def _fail(message: str, code: int) -> None:
     logger.debug("the error came from here", exc_info=True)
-    typer.echo(message, err=True)
+    if is_first():  # of several processes; another has logged what was its own
+        typer.echo(message, err=True)
     raise typer.Exit(code)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,20 +64,34 @@ def export_once(run: Run, name: str) -> dict[str, Any]:
     }
     if exporter.needs_input_squares:
         made_with["calibration"] = run.config.calibration.model_dump(mode="json")
-    # One result a format: the folder holds what was written last.
-    stored = run.workdir.stored(f"export-{name}")
-    if stored is not None and stored["with"] == made_with and folder.is_dir():
+
+    def finished() -> dict[str, Any] | None:
+        # One result a format: the folder holds what was written last.
+        stored = run.workdir.stored(f"export-{name}")
+        if stored is None or stored["with"] != made_with or not folder.is_dir():
+            return None
         return dict(stored["entry"])
-    with run.timed(f"export {name}"):
-        _log.info("writing %s", folder)
-        entry = write_export(name, exporter, run.artifact, run.workdir)
-    with run.timed(f"verify {name}"):
-        entry["verify"] = _verified(run, exporter, folder)
-    if "failed" not in entry["verify"]:  # a crash may not happen next time
-        run.workdir.write_json(
-            f"results/export-{name}.json", {"with": made_with, "entry": entry}
-        )
-    return entry
+
+    def write() -> dict[str, Any]:
+        with run.timed(f"export {name}"):
+            _log.info("writing %s", folder)
+            entry = write_export(name, exporter, run.artifact, run.workdir)
+        with run.timed(f"verify {name}"):
+            entry["verify"] = _verified(run, exporter, folder)
+        if "failed" not in entry["verify"]:  # a crash may not happen next time
+            run.workdir.write_json(
+                f"results/export-{name}.json", {"with": made_with, "entry": entry}
+            )
+        return entry
+
+    known = run.team.alone(finished)
+    if known is not None:
+        return known
+    if exporter.needs_input_squares:  # all processes measure, the first one writes
+        with run.timed(f"export {name}"):
+            squares = input_squares(run)
+        run.artifact = replace(run.artifact, input_squares=lambda: squares)
+    return run.team.alone(write)
 
 
 def _verified(run: Run, exporter: Exporter, folder: Path) -> dict[str, Any]:
@@ -116,7 +131,7 @@ def input_squares(run: Run) -> InputSquares:
         run.model, run.transformed.source, device=run.device, dtype=run.runner.dtype
     )
     names = [name for name, count in tokens.sources if count]
-    return measure_squares(model, tokens.tokens, sources=names)
+    return measure_squares(model, tokens.tokens, sources=names, team=run.team)
 
 
 def verification_windows(tokenizer: Any) -> Tensor:
@@ -235,7 +250,9 @@ def compare_once(run: Run, exports: dict[str, Any]) -> dict[str, Any] | None:
     if not (run.config.run.verify and exports and run.plan.layers):
         return None
     with run.timed("compare codes"):
-        per_format, shared = compare_codes(run.exporters, run.artifact, run.workdir)
+        per_format, shared = run.team.alone(
+            lambda: compare_codes(run.exporters, run.artifact, run.workdir)
+        )
     for name, outcome in per_format.items():
         exports[name]["codes"] = outcome
     return shared

@@ -5,22 +5,48 @@ Everything goes to stderr; results go to stdout and are not logged.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
+from pathlib import Path
 
 _NOISY = ("transformers", "huggingface_hub", "datasets", "accelerate")
 _PLAIN = "%(levelname)s %(name)s: %(message)s"
 
 
+def is_first() -> bool:
+    """Whether this process speaks to the user: the first of those of torchrun."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def set_up_logging(*, verbose: bool = False) -> None:
-    """Send the toolkit's messages to stderr; ``verbose`` adds debugging ones."""
+    """Send the toolkit's messages to stderr; ``verbose`` adds debugging ones.
+
+    Of the processes that torchrun started, all but the first show errors alone: no
+    messages, no progress bars, no results.
+    """
+    if not is_first():
+        sys.stdout = Path(os.devnull).open("w")
+        sys.stderr = _Plain(sys.stderr.fileno())
     handler = _rich_handler() if sys.stderr.isatty() else _plain_handler()
     logger = logging.getLogger("compress")
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    level = logging.DEBUG if verbose else logging.INFO
+    logger.setLevel(level if is_first() else logging.ERROR)
     logger.propagate = False
     quiet_libraries()
+
+
+class _Plain(io.TextIOWrapper):
+    """A stream that is no terminal, whatever it writes to."""
+
+    def __init__(self, descriptor: int) -> None:
+        raw = open(descriptor, "wb", closefd=False)
+        super().__init__(raw, line_buffering=True)
+
+    def isatty(self) -> bool:
+        return False
 
 
 def quiet_libraries() -> None:

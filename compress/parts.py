@@ -4,13 +4,17 @@ Layers that read the same input and go to the same scheme by the same method are
 as one matrix, their rows stacked: runtimes fuse them, and some schemes have one scale
 for a whole matrix, which then has to be the same for all of them. It is also cheaper:
 one factor of the Hessian instead of three.
+
+Where several processes code a part, each takes whole stacks or rows of one, and all get
+the codes of all.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -23,8 +27,13 @@ from compress.core.families import Linear
 from compress.core.plan import LayerPlan
 from compress.core.scheme import WHOLE
 from compress.core.statistics import LayerStatistics
-from compress.core.tensors import QuantizedTensor
+from compress.core.tensors import QuantizedTensor, join_rows
+from compress.distributed.codes import packed, unpacked
+from compress.distributed.dealing import coders
+from compress.distributed.team import Team
 from compress.workdir import LayerRecord, WorkDir
+
+_SUMS = "sums/"  # travel beside the codes of a stack
 
 
 def stacks(
@@ -53,23 +62,76 @@ def _stacks(layer: LayerPlan) -> bool:
     return tiles and not layer.scheme.rank  # a correction is that of one layer
 
 
-def error_of(
+def row_sums(
     weight: Tensor, values: Tensor, statistics: LayerStatistics | None
-) -> tuple[float | None, float]:
-    """Return the relative squared error in the inputs' metric, and plain.
+) -> Tensor:
+    """Return squared errors and energies of each row, float64 ``[4, R]``.
+
+    They are ``E H E^T`` and ``W H W^T``, zero without statistics, and ``|E|^2`` and
+    ``|W|^2``.
 
     Args:
         weight: float32 ``[R, C]``.
         values: What it became.
-        statistics: Of its input, for ``tr(E H E^T) / tr(W H W^T)``.
+        statistics: Of its input.
     """
-    error = weight - values
-    plain = float(error.square().sum()) / max(float(weight.square().sum()), 1e-30)
-    if statistics is None:
-        return None, plain
-    hessian = statistics.hessian
-    lost = float(((error @ hessian) * error).sum())
-    return lost / max(float(((weight @ hessian) * weight).sum()), 1e-30), plain
+
+    def energy(rows: Tensor) -> list[Tensor]:
+        plain = rows.square().sum(1, dtype=torch.float64)
+        if statistics is None:
+            return [torch.zeros_like(plain), plain]
+        products = (rows @ statistics.hessian).mul_(rows)
+        return [products.sum(1, dtype=torch.float64), plain]
+
+    (lost, plain_lost), (had, plain_had) = energy(weight - values), energy(weight)
+    return torch.stack([lost, had, plain_lost, plain_had])
+
+
+def relative_errors(sums: Tensor, *, measured: bool) -> tuple[float | None, float]:
+    """Return the relative squared error in the inputs' metric, and plain.
+
+    Args:
+        sums: ``[4, R]``, see :func:`row_sums`.
+        measured: Whether there were statistics.
+    """
+    lost, had, plain_lost, plain_had = sums.sum(1).tolist()
+    error = lost / max(had, 1e-30) if measured else None
+    return error, plain_lost / max(plain_had, 1e-30)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Layers of one stack, and what they are coded by.
+
+    Attributes:
+        layers: All of one method and scheme.
+        weights: ``[R, C]`` of each, any float type; read by the coders only.
+        statistics: Of their input, in its coders.
+        tokens: That the statistics run over; ``None`` without any.
+        few: Why statistics cannot be used, if so.
+        importance: float32 ``[C]`` of the input's columns, instead of statistics.
+        coders: Processes that code it, each an equal share of the rows.
+    """
+
+    layers: Sequence[LayerPlan]
+    weights: Callable[[], Sequence[Tensor]]
+    statistics: LayerStatistics | None = None
+    tokens: int | None = None
+    few: str | None = None
+    importance: Tensor | None = None
+    coders: tuple[int, ...] = (0,)
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows of each layer."""
+        return [layer.shape[0] for layer in self.layers]
+
+    def share(self, rank: int) -> slice | None:
+        """Return the rows that a process codes, if it does."""
+        if rank not in self.coders:
+            return None
+        place, count, total = self.coders.index(rank), len(self.coders), sum(self.rows)
+        return slice(place * total // count, (place + 1) * total // count)
 
 
 class Part:
@@ -78,16 +140,32 @@ class Part:
     Args:
         quantizers: The methods by name.
         layers: What will be added, to show how far it is.
+        team: The processes that code it together; all of them get all codes.
+        device: Where the codes of other processes come to lie.
     """
 
     def __init__(
-        self, quantizers: Mapping[str, Quantizer], layers: Sequence[Sequence[LayerPlan]]
+        self,
+        quantizers: Mapping[str, Quantizer],
+        layers: Sequence[Sequence[LayerPlan]],
+        *,
+        team: Team | None = None,
+        device: str = "cpu",
     ) -> None:
         self._quantizers = quantizers
+        self._team, self._device = team or Team(), device
         self.tensors: dict[str, QuantizedTensor] = {}
         self.records: dict[str, LayerRecord] = {}
         total = sum(map(len, layers))
         self._bar = tqdm(total=total, leave=False, unit="layer", disable=None)
+
+    def coders(self, stacks: Sequence[Sequence[LayerPlan]]) -> list[tuple[int, ...]]:
+        """Return the processes that should code each of some stacks."""
+        shapes = [(sum(x.shape[0] for x in s), s[0].shape[1]) for s in stacks]
+        apart = [
+            self._quantizers[s[0].method].codes_rows_apart(s[0].scheme) for s in stacks
+        ]
+        return coders(shapes, apart, self._team.size)
 
     def add(
         self,
@@ -100,46 +178,91 @@ class Part:
     ) -> list[Tensor]:
         """Quantize layers of one stack; returns the float32 values of each.
 
-        Args:
-            layers: All of one method and scheme.
-            weights: ``[R, C]`` of each, any float type.
-            statistics: Of their input.
-            few: Why statistics cannot be used, if so.
-            importance: float32 ``[C]`` of the input's columns, instead of statistics.
+        The arguments are those of :class:`Job`.
         """
-        self._bar.set_description(layers[0].name)
+        tokens = None if statistics is None else statistics.tokens
+        job = Job(layers, lambda: weights, statistics, tokens, few, importance)
+        return self.add_all([job])[0]
+
+    def add_all(self, jobs: Sequence[Job]) -> list[list[Tensor]]:
+        """Quantize stacks that do not depend on each other.
+
+        Returns:
+            The float32 values of each layer of each stack.
+        """
+        codes: dict[str, QuantizedTensor] = {}
+        sums: dict[str, Tensor] = {}
+        seconds: dict[str, float] = {}
+        for number, job in enumerate(jobs):
+            self._bar.set_description(job.layers[0].name)
+            rows = job.share(self._team.rank)
+            if rows is not None:
+                key = str(number)
+                codes[key], sums[_SUMS + key], seconds[key] = self._coded(job, rows)
+        tensors, about = packed(codes)
+        found = [
+            _Pieces(unpacked(given, said), given, took)
+            for given, (said, took) in self._team.exchange(
+                tensors | sums, (about, seconds), self._device
+            )
+        ]
+        return [self._joined(job, str(n), found) for n, job in enumerate(jobs)]
+
+    def _coded(self, job: Job, rows: slice) -> tuple[QuantizedTensor, Tensor, float]:
+        """Return codes of some rows of a stack, their sums, and the seconds it took."""
+        layers, statistics = job.layers, job.statistics
         quantizer, scheme = self._quantizers[layers[0].method], layers[0].scheme
         used = statistics if quantizer.needs_statistics else None
-        stacked = torch.cat([weight.float() for weight in weights])
+        stacked = torch.cat([weight.float() for weight in job.weights()])[rows]
         started = time.perf_counter()
-        if used is not None and few is not None:
-            coded = experts.coded_blindly(quantizer, stacked, scheme, few)
-        elif importance is not None:
-            importance = importance.to(stacked.device)
+        if used is not None and job.few is not None:
+            coded = experts.coded_blindly(quantizer, stacked, scheme, job.few)
+        elif job.importance is not None:
+            importance = job.importance.to(stacked.device)
             coded = quantizer.quantize_by_importance(stacked, scheme, importance)
         else:
             coded = quantizer.quantize(stacked, scheme, used)
         seconds = time.perf_counter() - started
-        del stacked
-        rows = [len(weight) for weight in weights]
-        tokens = None if statistics is None else statistics.tokens
-        measured = statistics if tokens else None
-        found = []
-        for layer, weight, tensor in zip(
-            layers, weights, coded.split_rows(rows), strict=True
+        measured = statistics if job.tokens else None
+        return coded, row_sums(stacked, coded.dequantize(), measured), seconds
+
+    def _joined(
+        self,
+        job: Job,
+        key: str,
+        found: Sequence[_Pieces],
+    ) -> list[Tensor]:
+        """Take in what the coders of a stack found; return the values of each layer."""
+        pieces, rows = [found[rank] for rank in job.coders], job.rows
+        parts = [piece.codes[key] for piece in pieces]
+        coded = parts[0] if len(parts) == 1 else join_rows(parts)
+        seconds = sum(piece.seconds[key] for piece in pieces)
+        sums = torch.cat([piece.sums[_SUMS + key] for piece in pieces], 1)
+        by_row = torch.split(sums, rows, 1)
+        values = []
+        for layer, sum_of, tensor in zip(
+            job.layers, by_row, coded.split_rows(rows), strict=True
         ):
-            values = tensor.dequantize()
-            error, plain = error_of(weight.float(), values, measured)
-            share = seconds * len(weight) / sum(rows)
+            error, plain = relative_errors(sum_of, measured=bool(job.tokens))
+            share = seconds * layer.shape[0] / sum(rows)
             self.tensors[layer.name] = tensor
-            self.records[layer.name] = LayerRecord(error, plain, share, tokens)
-            found.append(values)
+            self.records[layer.name] = LayerRecord(error, plain, share, job.tokens)
+            values.append(tensor.dequantize())
             self._bar.update()
-        return found
+        return values
 
     def close(self) -> None:
         """Take the progress bar away."""
         self._bar.close()
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """What one process coded, by number of the stack."""
+
+    codes: Mapping[str, QuantizedTensor]
+    sums: Mapping[str, Tensor]
+    seconds: Mapping[str, float]
 
 
 class PartWriter:
@@ -147,10 +270,11 @@ class PartWriter:
 
     Args:
         workdir: Where they go.
+        writes: Whether it is this process that writes what it is given.
     """
 
-    def __init__(self, workdir: WorkDir) -> None:
-        self._workdir = workdir
+    def __init__(self, workdir: WorkDir, *, writes: bool = True) -> None:
+        self._workdir, self._writes = workdir, writes
         self._pool = ThreadPoolExecutor(1)
         self._last: Future[None] | None = None
 
@@ -162,6 +286,8 @@ class PartWriter:
         """Write a part, after the one before it is on disk."""
         part.close()
         self.wait()
+        if not self._writes:
+            return
         self._last = self._pool.submit(
             self._workdir.save_part, name, part.tensors, part.records
         )

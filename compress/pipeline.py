@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from compress import exporting, preparing, preview, provenance, reshaping, serving
 from compress.allocation.outcome import Outcome
 from compress.allocation.search import Search
-from compress.calibration.data import CalibrationTokens, load_tokens
+from compress.calibration.data import CalibrationTokens
 from compress.calibration.importance import importances_of
 from compress.calibration.sources import check_sources
 from compress.config import Config, load_config
@@ -29,8 +29,9 @@ from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.errors import ConfigError
 from compress.core.plan import Plan
 from compress.core.tensors import QuantizedTensor
+from compress.distributed.team import Team, own_device, team
 from compress.model.devices import choose_device, choose_dtype
-from compress.model.loading import ModelHandle, check_tensors, locate
+from compress.model.loading import ModelHandle, check_tensors
 from compress.planning.planner import make_plan, resolve_scale_dtype
 from compress.planning.rerun import config_of_export
 from compress.report import write_report
@@ -42,7 +43,7 @@ from compress.transform import CompressedSource, PlanRunner, part_of_layer
 from compress.transforms.chain import Transformed
 from compress.transforms.source import TransformedSource
 from compress.tuning import stage as tuning
-from compress.workdir import WorkDir, write_atomically
+from compress.workdir import WorkDir
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +71,7 @@ class Run:
         assets: Folder for tokenizer files made from a GGUF source.
         pruned: The model that pruning made, and what it did; without it, a config that
             prunes is set up on a model of the size to come, and cannot be executed.
+        team: The processes that execute it together.
     """
 
     def __init__(
@@ -78,12 +80,14 @@ class Run:
         command: str | None = None,
         assets: Path | None = None,
         pruned: tuple[ModelHandle, Mapping[str, Any]] | None = None,
+        team: Team | None = None,
     ) -> None:
         self.config = config
         self.command = command
-        self.workdir = WorkDir(config.run.workdir)
+        self.team = team or Team()
+        self.workdir = WorkDir(config.run.workdir, self.team)
         self.seconds: dict[str, float] = {}
-        self.device = choose_device(config.run.device)
+        self.device = own_device(choose_device(config.run.device))
         preparing.check_inputs(config)
         with self.timed("load"):
             self.handle = preparing.open_original(config, assets or self.workdir.assets)
@@ -128,8 +132,10 @@ class Run:
             self.workdir,
             device=self.device,
             propagate=config.quantize.propagate if config.quantize else "quantized",
+            order=config.quantize.order if config.quantize else "layer",
             dtype=choose_dtype(config.calibration.dtype, self.model.dtype, self.device),
             importances=importances_of(config, self.model, self.plan, self.quantizers),
+            team=self.team,
         )
         self.artifact = CompressedModel(
             self.model,
@@ -164,10 +170,12 @@ class Run:
         """Carry out all stages that are not in the work directory yet."""
         check_tensors(self.subject)
         tokens = self._calibration_tokens()
-        fingerprint = provenance.fingerprint(self, tokens)
+        if tokens is not None:
+            self.team.check_windows(len(tokens.tokens))
+        fingerprint = self.team.alone(lambda: provenance.fingerprint(self, tokens))
         self.workdir.begin(fingerprint, overwrite=overwrite)
         self.workdir.write_json("results/predicted.json", self._predicted())
-        write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
+        self.workdir.write_text("plan.json", self.plan.to_json())
         windows = tokens.tokens if tokens else None
         self._transform(windows)
         if self.search is not None:
@@ -182,22 +190,27 @@ class Run:
         self.serving = serving.Serving(self, windows)
         self.plan, self.artifact = self.serving.settle()
         exporting.check_exports(self.exporters, self.plan, self.model)
-        write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
+        self.workdir.write_text("plan.json", self.plan.to_json())
         metrics = self._measured("evaluation", self.serving.evaluate)
         self.cache = self._measured("kv-cache", self.serving.measure_cache)
         wanted = self.exporters if write_exports else ()
         exports = {name: exporting.export_once(self, name) for name in wanted}
         shared = exporting.compare_once(self, exports)
-        report = build_report(
-            self,
-            tokens=tokens,
-            hashes=fingerprint,
-            metrics=metrics,
-            exports=exports,
-            shared=shared,
-            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        processes = self.team.gather(provenance.process(self.team.rank, self.device))
+        report = self.team.alone(
+            lambda: build_report(
+                self,
+                tokens=tokens,
+                hashes=fingerprint,
+                metrics=metrics,
+                exports=exports,
+                shared=shared,
+                processes=processes,
+                date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            )
         )
-        write_report(report, self.workdir.root)
+        if self.team.is_first:
+            write_report(report, self.workdir.root)
         return Result(report, self.workdir.root)
 
     def _transform(self, windows: Tensor | None) -> None:
@@ -212,6 +225,7 @@ class Run:
                 windows=windows,
                 workdir=self.workdir,
                 device=self.device,
+                team=self.team,
             )
         source = self.transformed.source
         self.runner.source = source
@@ -231,7 +245,7 @@ class Run:
         exporting.check_exports(self.exporters, self.plan, self.model)
         self.runner.plan = self.plan
         self.artifact = replace(self.artifact, plan=self.plan)
-        write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
+        self.workdir.write_text("plan.json", self.plan.to_json())
 
     def search_only(self) -> Outcome:
         """Return what the search chooses, of which nothing is carried out."""
@@ -264,24 +278,11 @@ class Run:
             return None
         return self.load_tokens()
 
-    def subject_digest(self) -> str:
-        """Return a digest of the weights that are compressed."""
-        path = locate(self.config.model.path)
-        if self.pruned is not None and self.pruning is not None:
-            path = self.pruning.root / str(self.pruned["folder"])
-        return provenance.model_digest(self.subject.description, path)
-
     def load_tokens(self) -> CalibrationTokens:
         """Return the calibration tokens of the config."""
-        section = self.config.calibration
-        data = section.data if isinstance(section.data, str) else list(section.data)
         with self.timed("calibration text"):
-            return load_tokens(
-                data,
-                self.handle.tokenizer(),
-                samples=section.samples,
-                sequence_length=section.sequence_length,
-                seed=section.seed,
+            return self.team.alone(
+                lambda: preparing.calibration_tokens(self.config, self.handle)
             )
 
     def compressed_source(self) -> CompressedSource:
@@ -309,6 +310,9 @@ def run(
 ) -> Result:
     """Run a whole config: a YAML file, or the same as plain data.
 
+    Under torchrun every process calls this; they share the work, and all get the
+    result.
+
     Args:
         config: What to do.
         resume: Continue a run that was interrupted.
@@ -320,20 +324,23 @@ def run(
         CompressError: One of its children, with what to do.
     """
     loaded = _prepared(config)
-    WorkDir(loaded.run.workdir).check(resume=resume, overwrite=overwrite)
-    current = Run(loaded, command)
-    if current.pruning is not None:
-        current, overwrite = _pruned(current, overwrite=overwrite), False
-    return current.execute(overwrite=overwrite, write_exports=write_exports)
+    with team(choose_device(loaded.run.device)) as (members, _):
+        WorkDir(loaded.run.workdir, members).check(resume=resume, overwrite=overwrite)
+        current = members.ahead(lambda: Run(loaded, command, team=members))
+        if current.pruning is not None:
+            current, overwrite = _pruned(current, overwrite=overwrite), False
+        return current.execute(overwrite=overwrite, write_exports=write_exports)
 
 
 def _pruned(provisional: Run, *, overwrite: bool) -> Run:
     """Prune, and return the run that goes on with the pruned model."""
     check_tensors(provisional.handle)
+    members = provisional.team
     if overwrite:
-        provisional.workdir.clear()
+        members.alone(provisional.workdir.clear)
     made = reshaping.carry_out(provisional)
-    final = Run(provisional.config, provisional.command, pruned=made)
+    config, command = provisional.config, provisional.command
+    final = members.ahead(lambda: Run(config, command, pruned=made, team=members))
     final.seconds = provisional.seconds | final.seconds
     return final
 

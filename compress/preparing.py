@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compress.calibration.data import CalibrationTokens, load_tokens
 from compress.calibration.sources import check_sources
 from compress.config.plugins import create_chain, create_quantizer
 from compress.config.schema import Config
@@ -42,6 +43,22 @@ def open_original(config: Config, assets: Path) -> ModelHandle:
         resident=section.resident,
         trust_remote_code=section.trust_remote_code,
         cache=assets,
+    )
+
+
+def calibration_tokens(config: Config, handle: ModelHandle) -> CalibrationTokens:
+    """Return the calibration tokens of a config.
+
+    Raises:
+        CalibrationError: The text cannot be used.
+    """
+    section = config.calibration
+    return load_tokens(
+        section.data if isinstance(section.data, str) else list(section.data),
+        handle.tokenizer(),
+        samples=section.samples,
+        sequence_length=section.sequence_length,
+        seed=section.seed,
     )
 
 

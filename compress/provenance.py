@@ -78,6 +78,19 @@ def device_peak_bytes(device: str) -> int:
     return peak_memory_bytes()
 
 
+def process(rank: int, device: str) -> dict[str, Any]:
+    """Return where a process of a run works, and the most memory that it took."""
+    found = {
+        "rank": rank,
+        "host": platform.node(),
+        "device": device,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    if device.startswith("cuda"):
+        found["device_peak_bytes"] = device_peak_bytes(device)
+    return found
+
+
 def weights_digest(source: TensorSource) -> str:
     """Return the SHA-256 of names, types and bytes of all tensors."""
     import torch
@@ -116,6 +129,16 @@ def model_digest(model: ModelDescription, path: Path) -> str:
                 handle.seek(max(0, (size - _SAMPLE_BYTES) * i // (_SAMPLES - 1)))
                 digest.update(handle.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def subject_digest(run: Run) -> str:
+    """Return a digest of the weights that a run compresses, pruned or not."""
+    from compress.model.loading import locate
+
+    path = locate(run.config.model.path)
+    if run.pruned is not None and run.pruning is not None:
+        path = run.pruning.root / str(run.pruned["folder"])
+    return model_digest(run.subject.description, path)
 
 
 def reshaping_fingerprint(config: Config) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress import preview, provenance, reshaping
@@ -31,6 +31,7 @@ def build_report(
     metrics: Mapping[str, Any],
     exports: Mapping[str, Any],
     shared: Mapping[str, Any] | None,
+    processes: Sequence[Mapping[str, Any]],
     date: str,
 ) -> dict[str, Any]:
     """Return the report of a finished run; its keys are described in docs/report.md."""
@@ -85,7 +86,8 @@ def build_report(
         "exports": dict(exports),
         "one_plan_two_files": shared,
         "seconds": run.seconds,
-        "peak_memory_bytes": provenance.peak_memory_bytes(),
+        "peak_memory_bytes": max(p["peak_memory_bytes"] for p in processes),
+        "processes": [dict(process) for process in processes],
         "predicted": run.workdir.stored("predicted"),
         "warnings": _warnings(
             run, layers, exports, tokens=tokens.tokens.numel() if tokens else 0

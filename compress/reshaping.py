@@ -121,12 +121,13 @@ def carry_out(run: Run) -> tuple[ModelHandle, dict[str, Any]]:
     """
     pruning = run.pruning
     assert pruning is not None
-    run.workdir.compare(provenance.reshaping_fingerprint(run.config), only=True)
+    chosen = provenance.reshaping_fingerprint(run.config)
+    run.team.alone(lambda: run.workdir.compare(chosen, only=True))
     windows, fingerprint = _inputs(run, pruning)
     for caution in cautions(pruning, 0 if windows is None else windows.numel()):
         _log.warning(caution)
     with run.timed("prune"):
-        record = pruning.run(windows, fingerprint)
+        record = run.team.alone(lambda: pruning.run(windows, fingerprint))
     neurons = record["neurons"]
     _log.info(
         "pruned: %s of %s neurons and %s of %s blocks stay",
@@ -203,7 +204,7 @@ def _recovered(
     root, data = run.pruning.root, run.config.calibration.data
     options = recover_options(section)
     student = _opened(root / PRUNED, run.handle)
-    work = WorkDir(root / RECOVERY)
+    work = WorkDir(root / RECOVERY, run.team)
     chosen = {"recover": provenance.digest_of(section.model_dump(mode="json"))}
     work.begin({**pruned, **chosen}, overwrite=False)
 
@@ -217,7 +218,9 @@ def _recovered(
             options=options,
             device=run.device,
             state=work.root,
-            importances=_importances(run.pruning, student, windows),
+            importances=run.team.alone(
+                lambda: _importances(run.pruning, student, windows)
+            ),
         )
 
     stored: dict[str, Any] = work.stage("record", train)

@@ -158,7 +158,9 @@ class Serving:
             return {"input_amax": found.input_amax, "kv_scales": scales}
 
         key = provenance.digest_of([str(rule), samples, static])[:12]
-        stored = run.workdir.stage(f"static-scales-{key}", compute)
+        stored = run.workdir.stage(
+            f"static-scales-{key}", partial(run.team.alone, compute)
+        )
         self.input_amax = dict(stored["input_amax"])
         self.kv_scales = {k: torch.tensor(v) for k, v in stored["kv_scales"].items()}
 
@@ -189,7 +191,9 @@ class Serving:
             return {**found.record, "layers": layers}
 
         key = provenance.digest_of(section.model_dump(mode="json"))[:12]
-        stored = dict(run.workdir.stage(f"upgrade-inputs-{key}", compute))
+        stored = dict(
+            run.workdir.stage(f"upgrade-inputs-{key}", partial(run.team.alone, compute))
+        )
         layers = stored.pop("layers")
         self.upgrades = stored
         chosen = {n: InputScheme(**s) if s else None for n, s in layers.items()}
@@ -261,6 +265,7 @@ class Serving:
             {n: partial(model.logits, name=n) for n, model in models.items()},
             hidden_size=int(run.model.config["hidden_size"]),
             kl=section.kl,
+            team=run.team,
         )
         return {"base": own, COMPRESSED: None, **others}
 
@@ -283,7 +288,9 @@ class Serving:
         pairs += [CachePair.parse(FP8)] if self.kv_scales else []
         # With exact inputs: where these are rounded, any change of the cache, however
         # small, moves values over ties, and that noise is all that would be seen.
-        entries = measure_types(text, self.build, pairs, self.kv_scales)
+        entries = run.team.alone(
+            lambda: measure_types(text, self.build, pairs, self.kv_scales)
+        )
         return result | {
             "text": text.name,
             "protocol": text.windows.protocol,

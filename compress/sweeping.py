@@ -31,6 +31,7 @@ from compress.config import (
     load_sweep,
 )
 from compress.core.errors import ConfigError
+from compress.distributed.team import check_single
 from compress.report.sweep import render_svg, render_sweep, sweep_text
 from compress.workdir import WorkDir, write_atomically
 
@@ -93,6 +94,7 @@ def sweep(
     Raises:
         CompressError: One of its children, with what to do.
     """
+    check_single("a sweep")
     loaded = config if isinstance(config, SweepConfig) else load_sweep(config)
     foreign = _foreign_points(loaded.points) if loaded.points else []
     points = _points(loaded)

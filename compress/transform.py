@@ -8,29 +8,33 @@ is ever run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from compress.block_tuning import tune_block
+from compress.block_tuning import tune_jointly
 from compress.calibration import ends, experts
-from compress.calibration.collect import Moments
-from compress.calibration.walk import BlockWalk
+from compress.calibration.walk import BlockWalk, Measure
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.contracts import Quantizer
+from compress.core.errors import PlanError
 from compress.core.families import Linear
 from compress.core.plan import LayerPlan, Plan
 from compress.core.scales import TORCH_DTYPES
 from compress.core.statistics import LayerStatistics
 from compress.core.tensors import QuantizedTensor
+from compress.distributed.dealing import deal
+from compress.distributed.team import Team
 from compress.model.prefetch import ReadAhead
 from compress.model.sources import check_finite
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
-from compress.parts import Part, PartWriter, stacks
+from compress.parts import Job, Part, PartWriter, stacks
 from compress.workdir import WorkDir
 
 EMBEDDINGS, HEAD = "embeddings", "head"
@@ -89,9 +93,13 @@ class PlanRunner:
         device: Where blocks run and layers are solved.
         propagate: Whether later blocks see compressed outputs (``quantized``) or those
             of the dense model (``fp``).
+        order: Whether the layers of a block are measured one after the other
+            (``layer``) or at once (``block``).
         dtype: Arithmetic of the blocks. Layers are solved in float32 always.
         importances: float32 ``[C]`` by layer, in the place of calibration; layers that
             share an input are coded by those of the first.
+        team: The processes that do it together, each on its share of the windows and
+            of the layers.
     """
 
     description: ModelDescription
@@ -101,8 +109,22 @@ class PlanRunner:
     workdir: WorkDir
     device: str = "cpu"
     propagate: str = "quantized"
+    order: str = "layer"
     dtype: torch.dtype = torch.float32
     importances: Mapping[str, Tensor] = field(default_factory=dict)
+    team: Team = field(default_factory=Team)
+
+    def __post_init__(self) -> None:
+        """Raise if the layers of this model cannot be measured in that order.
+
+        Raises:
+            PlanError: It has experts, whose second moments would not fit at once.
+        """
+        if self.order == "block" and self.description.family.experts is not None:
+            raise PlanError(
+                f"quantize.order: block: {self.description.family.name} is a mixture; "
+                "its experts are coded in any order already. Leave order out"
+            )
 
     @property
     def needs_calibration(self) -> bool:
@@ -125,40 +147,50 @@ class PlanRunner:
             windows: int64 ``[N, T]`` calibration tokens, if :attr:`needs_calibration`.
         """
         family = self.description.family
-        with PartWriter(self.workdir) as writer:
-            self._run_end(EMBEDDINGS, family.embedding, windows, writer)
-            if windows is None:
-                indices = range(self.description.block_count)
-                parts = {_part(i): self._stacks(i) for i in indices}
-                self._run_without_data(parts, writer)
-                self._run_end(HEAD, family.head, None, writer)
-            else:
+        embedding = self.plan.layers.get(family.embedding)
+        head = self.plan.layers.get(family.head)
+        if windows is None:
+            indices = range(self.description.block_count)
+            parts = {EMBEDDINGS: [[embedding]]} if embedding else {}
+            parts |= {_part(i): self._stacks(i) for i in indices}
+            self._run_without_data(parts | ({HEAD: [[head]]} if head else {}))
+        else:
+            with PartWriter(self.workdir, writes=self.team.is_first) as writer:
+                self._run_embedding(embedding, windows, writer)
                 self._run_with_data(windows, writer)
+        self.team.wait()
 
     def _needs_statistics(self, layer: LayerPlan) -> bool:
         return self.quantizers[layer.method].needs_statistics
 
-    def _run_end(
-        self, part: str, name: str, windows: Tensor | None, writer: PartWriter
+    def _run_embedding(
+        self, layer: LayerPlan | None, windows: Tensor, writer: PartWriter
     ) -> None:
-        """Quantize embedding or head, unless the plan leaves it or it is done."""
-        layer = self.plan.layers.get(name)
-        if layer is None or self.workdir.has_part(part):
+        """Quantize the embedding, unless the plan leaves it or it is done."""
+        if layer is None or self.workdir.has_part(EMBEDDINGS):
             return
-        if windows is None or not self._needs_statistics(layer):
-            self._run_without_data({part: [[layer]]}, writer)
+        if not self._needs_statistics(layer):
+            self._run_without_data({EMBEDDINGS: [[layer]]})
             return
-        found = ends.embedding_statistics(self._streamed(), windows)
-        self._save_end(part, layer, found, writer)
+        found = ends.embedding_statistics(self._streamed(), windows, team=self.team)
+        self._save_end(EMBEDDINGS, layer, found, writer)
 
     def _save_end(
         self, name: str, layer: LayerPlan, found: LayerStatistics, writer: PartWriter
     ) -> None:
-        part = Part(self.quantizers, [[layer]])
-        weight = self.source.read(_weight(layer))
-        check_finite(weight, _weight(layer))
-        part.add([layer], [weight.to(self.device)], found)
+        part = self._new_part([[layer]])
+
+        def weights() -> list[Tensor]:
+            weight = self.source.read(_weight(layer))
+            check_finite(weight, _weight(layer))
+            return [weight.to(self.device)]
+
+        (coders,) = part.coders([[layer]])
+        part.add_all([Job([layer], weights, found, found.tokens, coders=coders)])
         writer.save(name, part)
+
+    def _new_part(self, layers: list[list[LayerPlan]]) -> Part:
+        return Part(self.quantizers, layers, team=self.team, device=self.device)
 
     def _streamed(self) -> StreamedModel:
         return StreamedModel(
@@ -181,24 +213,30 @@ class PlanRunner:
     def _stacks(self, index: int) -> list[list[LayerPlan]]:
         return stacks(self._linears(index), self._layers(index))
 
-    def _run_without_data(
-        self, parts: Mapping[str, list[list[LayerPlan]]], writer: PartWriter
-    ) -> None:
+    def _run_without_data(self, parts: Mapping[str, list[list[LayerPlan]]]) -> None:
+        """Quantize parts that need no data; each is one process's, which writes it."""
         reader = ReadAhead(self.source, torch.device(self.device))
-        todo = [n for n, s in parts.items() if s and not self.workdir.has_part(n)]
+        missing = [n for n, s in parts.items() if s and not self.workdir.has_part(n)]
+        sizes = [
+            sum(math.prod(x.shape) for stack in parts[name] for x in stack)
+            for name in missing
+        ]
+        dealt = zip(missing, deal(sizes, self.team.size), strict=True)
+        todo = [name for name, owner in dealt if owner == self.team.rank]
         following = iter(todo[1:])
-        for name in tqdm(todo, desc="parts", unit="part", disable=None):
-            reader.expect(
-                _weight(layer)
-                for stack in parts.get(next(following, ""), [])
-                for layer in stack
-            )
-            part = Part(self.quantizers, parts[name])
-            for stack in parts[name]:
-                weights = [_read(reader, layer) for layer in stack]
-                known = self.importances.get(stack[0].name)
-                part.add(stack, weights, None, importance=known)
-            writer.save(name, part)
+        with PartWriter(self.workdir) as writer:
+            for name in tqdm(todo, desc="parts", unit="part", disable=None):
+                reader.expect(
+                    _weight(layer)
+                    for stack in parts.get(next(following, ""), [])
+                    for layer in stack
+                )
+                part = Part(self.quantizers, parts[name])
+                for stack in parts[name]:
+                    weights = [_read(reader, layer) for layer in stack]
+                    known = self.importances.get(stack[0].name)
+                    part.add(stack, weights, None, importance=known)
+                writer.save(name, part)
 
     def _run_with_data(self, windows: Tensor, writer: PartWriter) -> None:
         model = self._streamed()
@@ -206,7 +244,9 @@ class PlanRunner:
         indices = range(self.description.block_count)
         for index in tqdm(indices, desc="blocks", unit="block", disable=None):
             with model.block(index) as block:
-                walk = BlockWalk(model, index, block, states, dense)
+                walk = BlockWalk(
+                    model, index, block, states, dense, together=self.team.size
+                )
                 if self.workdir.has_part(_part(index)) or not self._layers(index):
                     self._pass_on(index, walk)
                 else:
@@ -220,10 +260,12 @@ class PlanRunner:
     ) -> tuple[Activations, Activations | None]:
         """Return the inputs of block 0, and those of the dense model if it runs too."""
         name = self.description.family.embedding
+        windows = self.team.share(windows)
         if self.propagate == "fp" or name not in self.plan.layers:
             states = model.embed(windows)
             return states, model.copy(states) if self.needs_drift else None
         writer.wait()
+        self.team.wait()  # the file that is read next is written now
         codes = self.workdir.read_layer(EMBEDDINGS, name)
         coded = CompressedSource(self.source, self.plan, lambda _: codes)
         states = model.with_source(coded).embed(windows)
@@ -238,10 +280,12 @@ class PlanRunner:
         writer: PartWriter,
     ) -> None:
         layer = self.plan.layers.get(self.description.family.head)
-        if layer is None or not self._needs_statistics(layer):
-            self._run_end(HEAD, self.description.family.head, None, writer)
+        if layer is None:
+            return
+        if not self._needs_statistics(layer):
+            self._run_without_data({HEAD: [[layer]]})
         elif not self.workdir.has_part(HEAD):
-            found = ends.head_statistics(model, windows, states, dense)
+            found = ends.head_statistics(model, windows, states, dense, team=self.team)
             self._save_end(HEAD, layer, found, writer)
 
     def _pass_on(self, index: int, walk: BlockWalk) -> None:
@@ -269,15 +313,10 @@ class PlanRunner:
         inputs, wanted = model.copy(states), model.copy(states)
         model.advance(index, wanted)
         part = self._code(index, walk)
-        call = states.calls[index]
-        tuned = tune_block(
-            {path: part.tensors[layer.name] for path, layer in layers.items()},
-            lambda hidden, weights: model.call_block(
-                index, hidden, call, weights=weights
-            ),
-            lambda rows: (model.windows(inputs, rows), model.windows(wanted, rows)),
-            shape=(inputs.hidden.shape[0], inputs.hidden.shape[1]),
-            tuning=next(iter(asked.values())),
+        coded = {path: part.tensors[layer.name] for path, layer in layers.items()}
+        tuning = next(iter(asked.values()))
+        tuned = tune_jointly(
+            coded, model, index, ends=(inputs, wanted), tuning=tuning, team=self.team
         )
         part.tensors |= {layers[path].name: x for path, x in tuned.items()}
         if self.propagate == "quantized":
@@ -291,23 +330,46 @@ class PlanRunner:
         """Send all states through a block, and quantize its layers on the way."""
         layers, linears = self._layers(index), self._linears(index)
         paths = {layer.name: path for path, layer in layers.items()}
-        part = Part(self.quantizers, self._stacks(index))
+        part = self._new_part(self._stacks(index))
 
-        def settle(shared: str, moments: Moments) -> None:
-            readers = [linear for linear in linears if linear.input == shared]
-            statistics = moments.statistics(layers[readers[0].path].name)
-            few = experts.few_tokens(readers[0], statistics)
-            for stack in stacks(readers, layers):
-                weights = [
-                    self._exact(layer, walk.weight(paths[layer.name]))
-                    for layer in stack
+        def settle(inputs: Mapping[str, Measure]) -> None:
+            readers = {
+                shared: [linear for linear in linears if linear.input == shared]
+                for shared in inputs
+            }
+            together = {shared: stacks(x, layers) for shared, x in readers.items()}
+            coders = iter(part.coders([s for x in together.values() for s in x]))
+            jobs = []
+            for shared, measure in inputs.items():
+                own = [(stack, next(coders)) for stack in together[shared]]
+                ranks = sorted({rank for _, by in own for rank in by})
+                moments, reader = measure(), readers[shared][0]
+                moments.join_(self.team, owner=ranks[0] if len(ranks) == 1 else None)
+                statistics, few = None, None
+                if self.team.rank in ranks:
+                    statistics = moments.statistics(layers[reader.path].name)
+                    few = experts.few_tokens(reader, statistics)
+                jobs += [
+                    Job(
+                        stack,
+                        partial(weights, stack),
+                        statistics,
+                        moments.tokens,
+                        few,
+                        coders=by,
+                    )
+                    for stack, by in own
                 ]
-                found = part.add(stack, weights, statistics, few)
+            for job, found in zip(jobs, part.add_all(jobs), strict=True):
                 if self.propagate == "quantized":
-                    for layer, values in zip(stack, found, strict=True):
+                    for layer, values in zip(job.layers, found, strict=True):
                         walk.replace(paths[layer.name], values)
 
-        walk.run(linears, settle)
+        def weights(stack: Sequence[LayerPlan]) -> list[Tensor]:
+            return [self._exact(x, walk.weight(paths[x.name])) for x in stack]
+
+        walk_through = walk.run_at_once if self.order == "block" else walk.run
+        walk_through(linears, settle)
         return part
 
     def _exact(self, layer: LayerPlan, weight: Tensor) -> Tensor:

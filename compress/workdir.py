@@ -21,6 +21,7 @@ from torch import Tensor
 from compress.core.errors import CheckpointError, ConfigError
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
+from compress.distributed.team import Team
 
 _TRANSFORMS = "transforms.safetensors"
 _OURS = (
@@ -76,10 +77,20 @@ class LayerRecord:
 
 
 class WorkDir:
-    """One run's folder."""
+    """One run's folder.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    Where several processes work in it, the first one decides what is there
+    (:meth:`check`, :meth:`begin`, :meth:`has_part` and :meth:`stage` are asked by all
+    of them) and writes what all of them have; each may read, and save parts that only
+    it has.
+
+    Args:
+        root: The folder; all processes see the same one.
+        team: The processes.
+    """
+
+    def __init__(self, root: Path, team: Team | None = None) -> None:
+        self.root, self._team = root, team or Team()
 
     @property
     def assets(self) -> Path:
@@ -93,6 +104,9 @@ class WorkDir:
             ConfigError: It holds a run and the user did not say what to do with it, or
                 it is no folder, or it holds nothing to resume.
         """
+        self._team.alone(lambda: self._check(resume=resume, overwrite=overwrite))
+
+    def _check(self, *, resume: bool, overwrite: bool) -> None:
         if self.root.exists() and not self.root.is_dir():
             raise ConfigError(f"run.workdir: {self.root} is a file, not a folder")
         places = (self.root, *(self.root / name for name in _STAGES))
@@ -114,11 +128,16 @@ class WorkDir:
             ConfigError: An unfinished run here was made from something else; the
                 message names what changed.
         """
-        if overwrite:
-            self.clear()
-        self.compare(fingerprint)
-        self._sweep()
-        self.write_json("state.json", {"version": 1, "fingerprint": dict(fingerprint)})
+
+        def begin() -> None:
+            if overwrite:
+                self.clear()
+            self.compare(fingerprint)
+            self._sweep()
+            state = {"version": 1, "fingerprint": dict(fingerprint)}
+            self.write_json("state.json", state)
+
+        self._team.alone(begin)
 
     def compare(self, fingerprint: Mapping[str, str], *, only: bool = False) -> None:
         """Raise if an unfinished run here was made from something else.
@@ -160,7 +179,12 @@ class WorkDir:
 
     def write_json(self, name: str, data: Any) -> None:
         """Write plain data as ``name``, atomically."""
-        write_atomically(self.root / name, json.dumps(data, indent=1).encode())
+        self.write_text(name, json.dumps(data, indent=1))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file that all processes have the text of, atomically."""
+        if self._team.is_first:
+            write_atomically(self.root / name, text.encode())
 
     def _read_json(self, path: Path) -> Any:
         try:
@@ -171,11 +195,13 @@ class WorkDir:
             ) from error
 
     def stage(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return a stage's stored result, or compute and store it (plain data)."""
-        path = self.root / "results" / f"{name}.json"
-        if path.is_file():
-            return self._read_json(path)
-        result = compute()
+        """Return a stage's stored result, or compute and store it (plain data).
+
+        All processes compute, and get what the first one did.
+        """
+        if self._team.alone((self.root / "results" / f"{name}.json").is_file):
+            return self._team.alone(lambda: self.stored(name))
+        result = self._team.tell(compute())
         self.write_json(f"results/{name}.json", result)
         return result
 
@@ -194,7 +220,7 @@ class WorkDir:
 
     def has_part(self, part: str) -> bool:
         """Whether the codes of a part (a block, or ``embeddings``) are complete."""
-        return self._part(part).is_file()
+        return self._team.alone(self._part(part).is_file)
 
     def save_part(
         self,
@@ -253,6 +279,8 @@ class WorkDir:
         """Store the scales that transforms chose, and what the report says of them."""
         from safetensors.torch import save
 
+        if not self._team.is_first:
+            return
         data = save(dict(scales), metadata={"records": json.dumps(records)})
         write_atomically(self.root / _TRANSFORMS, data)
 

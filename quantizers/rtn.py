@@ -50,6 +50,10 @@ class RoundToNearest(Quantizer):
         """Whether this quantizer can produce ``scheme``: any on a grid."""
         return scheme.codebook is None
 
+    def codes_rows_apart(self, scheme: Scheme) -> bool:
+        """Whether a row's codes are the same whatever rows lie beside it."""
+        return scheme.rows_are_independent
+
     def quantize(
         self, weight: Tensor, scheme: Scheme, statistics: LayerStatistics | None
     ) -> QuantizedTensor:

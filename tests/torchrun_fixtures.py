@@ -21,6 +21,14 @@ def free_port() -> int:
 
 def run_processes(script: str, folder: Path, options: object, *, size: int = 2) -> None:
     """Run a script in so many processes; its arguments are a folder and JSON."""
+    for code, errors in outcomes(script, folder, options, size=size):
+        assert code == 0, errors
+
+
+def outcomes(
+    script: str, folder: Path, options: object, *, size: int = 2
+) -> list[tuple[int, str]]:
+    """Run a script as :func:`run_processes`; return exit code and errors of each."""
     path = folder / "script.py"
     path.write_text(script)
     shared = {
@@ -41,6 +49,8 @@ def run_processes(script: str, folder: Path, options: object, *, size: int = 2) 
         )
         for rank in range(size)
     ]
+    found = []
     for process in processes:
         _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+        found.append((process.returncode, errors))
+    return found

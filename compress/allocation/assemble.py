@@ -20,6 +20,7 @@ from compress.allocation.store import Level, LevelStore
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.plan import LayerPlan
 from compress.core.tensors import QuantizedTensor
+from compress.distributed.team import Team
 from compress.model.resident import ResidentModel
 from compress.model.sources import check_finite
 from compress.model.states import BlockCall
@@ -153,6 +154,8 @@ class Assembly:
         windows: int64 ``[N, T]`` tokens to measure on.
         units: Layers of each unit, by choice.
         levels: Of all these layers.
+        team: The processes. Each measures every ``size``-th window, so that all have
+            some of the first ones.
     """
 
     def __init__(
@@ -161,9 +164,12 @@ class Assembly:
         windows: Tensor,
         units: Sequence[Sequence[Sequence[LayerPlan]]],
         levels: Mapping[LayerPlan, Level],
+        team: Team | None = None,
     ) -> None:
         assert isinstance(model.source, LevelSource)
-        self._model, self._windows = model, windows
+        self._team = team or Team()
+        self._count = len(windows)
+        self._model, self._windows = model, windows[self._own(len(windows))]
         self._units, self._levels = units, levels
         self._source = model.source
         self._calls: list[BlockCall] = []
@@ -173,7 +179,13 @@ class Assembly:
         self._pinned: dict[str, Level] = {}
         self._swap([None] * len(units))  # whatever was put in before
         self._dense: list[Tensor] = []
-        self._dense = [p.to(self._kept_type(p)) for p in self._predict(len(windows))]
+        self._dense = [
+            p.to(self._kept_type(p)) for p in self._predict(len(self._windows))
+        ]
+
+    def _own(self, count: int) -> slice:
+        """Return which of the first ``count`` windows this process measures."""
+        return slice(self._team.rank, count, self._team.size)
 
     def pin(self, layers: Sequence[LayerPlan]) -> None:
         """Put the levels of layers in that no unit has."""
@@ -186,7 +198,7 @@ class Assembly:
             assignment: Choice of each unit; ``None`` leaves it dense.
             share: Part of the windows, from the first one on.
         """
-        count = max(1, round(share * len(self._windows)))
+        count = max(1, round(share * self._count))
         return max(0.0, float(self.measure_windows(assignment, count).mean()))
 
     def measure_windows(
@@ -194,8 +206,9 @@ class Assembly:
     ) -> Tensor:
         """Return the KL of each of the first ``count`` windows, float64 ``[count]``."""
         self._swap(assignment)
-        predicted = self._predict(len(self._windows) if count is None else count)
-        found = []
+        count = self._count if count is None else count
+        found: list[Tensor] = []
+        predicted = self._predict(len(range(count)[self._own(count)]))
         for dense, logp in zip(self._dense, predicted, strict=False):
             kl = logp.new_zeros((), dtype=torch.float64)
             for p, q in zip(
@@ -206,7 +219,11 @@ class Assembly:
                 p = p.float()
                 kl += (p.exp() * (p - q)).sum(dtype=torch.float64)
             found.append(kl / len(logp))
-        return torch.stack(found).cpu()
+        result = torch.zeros(count, dtype=torch.float64)
+        if found:
+            result[self._own(count)] = torch.stack(found).cpu()
+        self._team.add_([result])
+        return result
 
     def _kept_type(self, logp: Tensor) -> torch.dtype:
         size = logp.numel() * 4 * len(self._windows)
@@ -228,6 +245,8 @@ class Assembly:
     @torch.no_grad()
     def _predict(self, count: int) -> Iterator[Tensor]:
         """Return float32 log-probabilities ``[T - 1, V]`` of the first windows."""
+        if not count:
+            return iter(())
         start = self._first_block(count)
         if start == 0:
             self._trace = [self._embedded()]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,13 +20,15 @@ from tqdm import tqdm
 
 from compress.allocation.store import Level, LevelStore, digest
 from compress.calibration import ends, experts
-from compress.calibration.collect import Moments
-from compress.calibration.walk import BlockWalk
+from compress.calibration.walk import BlockWalk, Measure
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.contracts import Quantizer
+from compress.core.errors import CheckpointError
 from compress.core.families import Linear
 from compress.core.plan import LayerPlan
 from compress.core.statistics import LayerStatistics
+from compress.distributed.dealing import deal
+from compress.distributed.team import Team
 from compress.model.sources import check_finite
 from compress.model.streaming import StreamedModel
 from compress.parts import Part, stacks
@@ -49,6 +51,8 @@ class LevelMaker:
             layer itself: model, transforms, calibration text, arithmetic.
         device: Where blocks run and layers are solved.
         dtype: Arithmetic of the blocks.
+        team: The processes that fill it. Each runs its share of the windows and makes
+            its share of the levels; all see the same folder.
     """
 
     description: ModelDescription
@@ -58,6 +62,7 @@ class LevelMaker:
     identity: Any
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    team: Team = field(default_factory=Team)
 
     def make(self, wanted: Sequence[LayerPlan], windows: Tensor) -> Levels:
         """Return all levels, making those that are not there.
@@ -67,19 +72,39 @@ class LevelMaker:
             windows: int64 ``[N, T]`` calibration tokens.
         """
         keys = self._keys(wanted)
-        found = {layer: self.store.find(key) for layer, key in keys.items()}
-        missing = {layer: keys[layer] for layer, level in found.items() if not level}
+        found = self._find(list(keys.values()))
+        missing = {layer: key for layer, key in keys.items() if key not in found}
         if missing:
             self._make(missing, windows)
-            found |= {layer: self.store.find(key) for layer, key in missing.items()}
-        return {layer: level for layer, level in found.items() if level is not None}
+            self.team.wait()  # what others make is read next
+            found |= self._find(list(missing.values()))
+        absent = [layer.name for layer, key in keys.items() if key not in found]
+        if absent:
+            raise CheckpointError(
+                f"levels of {absent[0]} and {len(absent) - 1} more that were made are "
+                f"not in {self.store.folder}; under torchrun, set COMPRESS_CACHE to a "
+                "folder that all hosts see"
+            )
+        return {layer: found[key] for layer, key in keys.items()}
+
+    def _find(self, keys: Sequence[str]) -> dict[str, Level]:
+        """Return what the first process finds in the store, by key."""
+
+        def find() -> dict[str, Level]:
+            found = {key: self.store.find(key) for key in keys}
+            return {key: level for key, level in found.items() if level is not None}
+
+        return self.team.alone(find)
 
     def _keys(self, wanted: Sequence[LayerPlan]) -> dict[LayerPlan, str]:
-        weights: dict[str, str] = {}
+        names = self.team.mine(list(dict.fromkeys(layer.name for layer in wanted)))
+        own = {
+            name: _digest(self.source.read(f"{name}.weight"))
+            for name in tqdm(names, desc="levels", leave=False, disable=None)
+        }
+        weights = {k: v for found in self.team.gather(own) for k, v in found.items()}
         keys = {}
-        for layer in tqdm(wanted, desc="levels", leave=False, disable=None):
-            if layer.name not in weights:
-                weights[layer.name] = _digest(self.source.read(f"{layer.name}.weight"))
+        for layer in wanted:
             quantizer = self.quantizers[layer.method]
             keys[layer] = digest(
                 {
@@ -107,7 +132,7 @@ class LevelMaker:
         model = StreamedModel(
             self.description, self.source, device=self.device, dtype=self.dtype
         )
-        states = model.embed(windows)
+        states = model.embed(self.team.share(windows))
         for index in tqdm(range(last + 1), desc="levels", unit="block", disable=None):
             with model.block(index) as block:
                 walk = BlockWalk(model, index, block, states)
@@ -116,10 +141,10 @@ class LevelMaker:
                 elif index < last or at_end:
                     walk.pass_on({})
         if at_end:
-            found = ends.head_statistics(model, windows, states)
+            found = ends.head_statistics(model, windows, states, team=self.team)
             if self.description.tied:
-                found = ends.embedding_statistics(model, windows, found)
-            for layer in at_end:
+                found = ends.embedding_statistics(model, windows, found, team=self.team)
+            for layer in self.team.mine(at_end):
                 self._store_end(layer, missing, found)
 
     def _ends(
@@ -132,23 +157,24 @@ class LevelMaker:
 
         These are returned: of a calibrated head, or of a matrix that is both.
         """
-        family, left = self.description.family, []
-        embedding: LayerStatistics | None = None
+        family, left, now = self.description.family, [], []
         for layer in layers:
-            if not self.quantizers[layer.method].needs_statistics:
-                self._store_end(layer, missing, None)
-            elif self.description.tied or layer.name == family.head:
+            needs = self.quantizers[layer.method].needs_statistics
+            if needs and (self.description.tied or layer.name == family.head):
                 left.append(layer)
             else:
-                if embedding is None:
-                    model = StreamedModel(
-                        self.description,
-                        self.source,
-                        device=self.device,
-                        dtype=self.dtype,
-                    )
-                    embedding = ends.embedding_statistics(model, windows)
-                self._store_end(layer, missing, embedding)
+                now.append(layer)
+        embedding: LayerStatistics | None = None
+        for layer in self.team.mine(now):
+            if not self.quantizers[layer.method].needs_statistics:
+                self._store_end(layer, missing, None)
+                continue
+            if embedding is None:
+                model = StreamedModel(
+                    self.description, self.source, device=self.device, dtype=self.dtype
+                )
+                embedding = ends.embedding_statistics(model, windows)
+            self._store_end(layer, missing, embedding)
         return left
 
     def _store_end(
@@ -190,16 +216,29 @@ class LevelMaker:
             x for x in self.description.block_linears(index) if x.path in by_path
         ]
 
-        def settle(shared: str, moments: Moments) -> None:
-            readers = [linear for linear in linears if linear.input == shared]
-            statistics = moments.statistics(prefix + readers[0].path)
-            few = experts.few_tokens(readers[0], statistics)
-            for stack in _stacks(readers, by_path):
-                weights = [self.source.read(f"{x.name}.weight") for x in stack]
-                on_device = [weight.to(self.device) for weight in weights]
-                self._store(stack, on_device, keys, statistics=statistics, few=few)
+        def settle(inputs: Mapping[str, Measure]) -> None:
+            for shared, measure in inputs.items():
+                readers = [linear for linear in linears if linear.input == shared]
+                moments = measure()
+                moments.join_(self.team)
+                statistics = moments.statistics(prefix + readers[0].path)
+                few = experts.few_tokens(readers[0], statistics)
+                for stack in self._own(_stacks(readers, by_path)):
+                    weights = [self.source.read(f"{x.name}.weight") for x in stack]
+                    on_device = [weight.to(self.device) for weight in weights]
+                    self._store(stack, on_device, keys, statistics=statistics, few=few)
 
         walk.run(linears, settle)
+
+    def _own(self, found: Sequence[list[LayerPlan]]) -> list[list[LayerPlan]]:
+        """Return the stacks that this process makes."""
+        costs = [float(sum(x.shape[0] for x in stack)) for stack in found]
+        owners = deal(costs, self.team.size)
+        return [
+            stack
+            for stack, owner in zip(found, owners, strict=True)
+            if owner == self.team.rank
+        ]
 
     def _store(
         self,

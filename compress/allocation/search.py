@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ from compress.core.allocation import (
 from compress.core.errors import ConfigError, PlanError
 from compress.core.plan import LayerPlan
 from compress.model.streaming import StreamedModel
+from compress.provenance import subject_digest
 from compress.registry import get_allocator
 from compress.timing import timed
 
@@ -127,7 +129,10 @@ class Search:
             section.method, section.options, path=("allocate", "options")
         )
         with timed(self.seconds, "search"):
-            found = allocator.allocate(problem)
+            found = self._run.team.led(
+                lambda measure: allocator.allocate(replace(problem, measure=measure)),
+                problem.measure,
+            )
         if not problem.fits(found.assignment):
             raise PlanError(
                 f"allocator {section.method} exceeds the budget by "
@@ -192,13 +197,14 @@ class Search:
             run.quantizers,
             self._store,
             {
-                "model": run.subject_digest(),
+                "model": subject_digest(run),
                 "transforms": run.chain.identity(),
                 "calibration": tokens.digest,
                 "dtype": str(run.runner.dtype),
             },
             device=run.device,
             dtype=run.runner.dtype,
+            team=run.team,
         )
         wanted = [
             layer
@@ -234,7 +240,7 @@ class Search:
         options = [
             [option.layers for option in unit.options] for unit in self.candidates.units
         ]
-        return Assembly(model, windows, options, self._levels)
+        return Assembly(model, windows, options, self._levels, run.team)
 
     def _measure(self, assignment: Sequence[int], share: float) -> float:
         self.assembly.pin(list(self.candidates.pinned.values()))
@@ -254,11 +260,11 @@ class Search:
         )
         groups = [list(unit.layers) for unit in self.candidates.units]
         key = digest([_LAYOUT, made_with, seed, groups, keys])
-        stored = self._store.noted(key)
+        stored = self._run.team.alone(lambda: self._store.noted(key))
         if stored is not None and is_table(stored, like=errors):
             return [[float(x) for x in row] for row in stored]
         losses = self._predict(errors)
-        self._store.note(key, losses)
+        self._run.team.alone(lambda: self._store.note(key, losses))
         return losses
 
     def _predict(self, errors: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -269,14 +275,16 @@ class Search:
         else:
             model = StreamedModel(run.model, run.transformed.source, device=run.device)
             windows = self._tokens.tokens[: self.section.samples, :_FISHER_TOKENS]
-            slopes = fisher_slopes(
-                model,
-                windows,
-                units,
-                errors,
-                levels=self._levels,
-                store=self._store,
-                seed=run.config.run.seed,
+            slopes = run.team.alone(
+                lambda: fisher_slopes(
+                    model,
+                    windows,
+                    units,
+                    errors,
+                    levels=self._levels,
+                    store=self._store,
+                    seed=run.config.run.seed,
+                )
             )
         losses = [scaled(s, e) for s, e in zip(slopes, errors, strict=True)]
         for i, unit in enumerate(units):

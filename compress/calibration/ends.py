@@ -30,6 +30,7 @@ from tqdm import tqdm
 from compress.calibration.collect import Moments
 from compress.calibration.input_sensitivity import forward_trace, head_gradients
 from compress.core.statistics import LayerStatistics
+from compress.distributed.team import Team
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
 
@@ -39,7 +40,11 @@ _AT_ONCE = 4  # windows whose states of all blocks are in memory
 
 
 def embedding_statistics(
-    model: StreamedModel, windows: Tensor, head: LayerStatistics | None = None
+    model: StreamedModel,
+    windows: Tensor,
+    head: LayerStatistics | None = None,
+    *,
+    team: Team | None = None,
 ) -> LayerStatistics:
     """Return the statistics of an embedding ``[V, C]``, or of a tied matrix.
 
@@ -48,13 +53,15 @@ def embedding_statistics(
         windows: int64 ``[N, T]`` calibration tokens.
         head: Of the head's inputs in the dense model, if they are at hand; else a tied
             matrix costs one more pass.
+        team: The processes, of which each runs its share of that pass.
     """
+    team = team or Team()
     count = windows.numel()
     fisher, spread = _look_ups(model, windows[:_SEQUENCES, :_TOKENS])
     counts = _counts(model, windows)
     if not model.description.tied:
         return LayerStatistics(2 * count * fisher, count, counts=counts)
-    head = _dense_head(model, windows) if head is None else head
+    head = _dense_head(model, windows, team) if head is None else head
     hessian = spread * head.hessian + 2 * count * fisher
     return LayerStatistics(hessian, count, counts=counts)
 
@@ -111,30 +118,34 @@ def head_statistics(
     windows: Tensor,
     states: Activations,
     dense: Activations | None = None,
+    *,
+    team: Team | None = None,
 ) -> LayerStatistics:
     """Return the statistics of the head's inputs.
 
     Args:
         model: Has the final norm.
-        windows: int64 ``[N, T]`` calibration tokens.
-        states: Outputs of the last block.
+        windows: int64 ``[N, T]`` calibration tokens, of all processes.
+        states: Outputs of the last block, for this process's share of them.
         dense: Those of the dense model, where drift is wanted.
+        team: The processes.
     """
     moments = Moments()
     streams = [states] if dense is None else [states, dense]
     with model.final_norm() as norm:
         for batch in model.feed(model.batches(states), *streams):
             moments.add(*(norm(hidden) for hidden in batch))
+    moments.join_(team or Team())
     found = moments.statistics(model.description.family.head)
     return replace(found, counts=_counts(model, windows))
 
 
 @torch.no_grad()
-def _dense_head(model: StreamedModel, windows: Tensor) -> LayerStatistics:
+def _dense_head(model: StreamedModel, windows: Tensor, team: Team) -> LayerStatistics:
     """Run the dense model over all windows, up to its head."""
-    states = model.embed(windows)
+    states = model.embed(team.share(windows))
     indices = range(model.description.block_count)
     for index in tqdm(indices, desc="head", unit="block", leave=False, disable=None):
         with model.block(index):
             model.advance(index, states)
-    return head_statistics(model, windows, states)
+    return head_statistics(model, windows, states, team=team)

@@ -13,7 +13,7 @@ dense expert is run on the dense hidden states of just those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -73,7 +73,7 @@ def round_to_nearest(weight: Tensor, scheme: Scheme, note: str) -> QuantizedTens
 
 
 class DenseExperts:
-    """Inputs that the experts of one block get from the dense model.
+    """Inputs that the experts of one block, which now run, get from the dense model.
 
     Args:
         experts: The block's experts, with dense weights until they are quantized.
@@ -85,7 +85,7 @@ class DenseExperts:
         self._inner: dict[int, Tensor] = {}
 
     def inputs(self, linear: Linear) -> Tensor:
-        """Return the dense input ``[n, C]`` of a layer of the expert that now runs.
+        """Return the dense input ``[n, C]`` of a layer.
 
         To be asked for gate or up before either is replaced: what down gets follows
         from their dense weights.
@@ -93,13 +93,71 @@ class DenseExperts:
         assert linear.expert is not None
         if linear.role == "down" and linear.expert in self._inner:
             return self._inner.pop(linear.expert)
-        tokens = self._experts.tokens
+        tokens = self._experts.tokens_of(linear.expert)
         states = self._states[tokens.to(self._states.device)].to(tokens.device)
         inner: Tensor = self._experts.expert(linear.expert).inner(states)
         if linear.role == "down":
             return inner
         self._inner[linear.expert] = inner
         return states
+
+
+def alike(readers: Mapping[str, Linear], name: str) -> list[str]:
+    """Return inputs that can be settled together, from one of them on.
+
+    Args:
+        readers: A layer that reads each input, by name, in order of execution.
+        name: An input; if experts read it, the same inputs of those behind follow.
+    """
+    first = readers[name]
+    if first.expert is None:
+        return [name]
+    found = [
+        other
+        for other, reader in readers.items()
+        if reader.expert is not None
+        and reader.expert >= first.expert
+        and (reader.role == "down") == (first.role == "down")
+    ]
+    return sorted(found, key=lambda other: readers[other].expert or 0)
+
+
+def inputs_of(block: nn.Module, names: Experts | None, linear: Linear) -> Tensor:
+    """Return what an expert's layer ``[n, C]`` will be fed, while experts run.
+
+    For ``down`` that follows from the present weights of gate and up.
+    """
+    assert linear.expert is not None
+    experts = _experts_of(block, names)
+    states = experts.states_of(linear.expert)
+    if linear.role != "down":
+        return states
+    inner: Tensor = experts.expert(linear.expert).inner(states)
+    return inner
+
+
+def window_sizes(
+    block: nn.Module, names: Experts | None, linear: Linear, length: int
+) -> list[int]:
+    """Return how many tokens of each window reach an expert, while experts run.
+
+    Args:
+        block: Has the experts.
+        names: Of the experts.
+        linear: A layer of the expert.
+        length: Tokens of a window.
+    """
+    assert linear.expert is not None
+    tokens = _experts_of(block, names).tokens_of(linear.expert)
+    sizes: list[int] = torch.bincount(tokens // length).tolist()
+    return sizes
+
+
+def _experts_of(block: nn.Module, names: Experts | None) -> SplitExperts:
+    assert names is not None, "only experts have an expert's layers"
+    experts = block.get_submodule(names.container)
+    assert isinstance(experts, SplitExperts)
+    return experts
 
 
 def keep_states(

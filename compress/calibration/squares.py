@@ -10,11 +10,16 @@ from tqdm import tqdm
 
 from compress.core.errors import CalibrationError
 from compress.core.statistics import InputSquares
+from compress.distributed.team import Team
 from compress.model.streaming import StreamedModel
 
 
 def measure_squares(
-    model: StreamedModel, windows: Tensor, *, sources: Sequence[str]
+    model: StreamedModel,
+    windows: Tensor,
+    *,
+    sources: Sequence[str],
+    team: Team | None = None,
 ) -> InputSquares:
     """Run calibration text, and return the squared inputs of each layer of each block.
 
@@ -22,14 +27,16 @@ def measure_squares(
         model: The dense model; one block of it is in memory at a time.
         windows: int64 ``[N, T]`` tokens.
         sources: Names of the texts.
+        team: The processes, of which each runs its share of the windows.
 
     Raises:
         CalibrationError: Inputs are not finite.
     """
+    team = team or Team()
     description = model.description
     sums: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
-    states = model.embed(windows)
+    states = model.embed(team.share(windows))
     blocks = range(description.block_count)
     for index in tqdm(blocks, desc="inputs", unit="block", leave=False, disable=None):
         prefix = f"{description.family.block(index)}."
@@ -41,7 +48,10 @@ def measure_squares(
         with model.block(index):
             watch = {path: entry.add for path, entry in found.items()}
             states.hidden = model.run_block(index, states, watch=watch)
+        counts = team.gather({path: entry.tokens for path, entry in found.items()})
         for path, entry in found.items():
+            team.add_([entry.total])
+            entry.tokens = sum(count[path] for count in counts)
             name = prefix + path
             sums[name], tokens[name] = entry.result(name), entry.tokens
     return InputSquares(sums, tokens, tuple(sources), *windows.shape)
@@ -52,20 +62,20 @@ class _Sum:
 
     def __init__(self, columns: int) -> None:
         self.tokens = 0
-        self._total = torch.zeros(columns, dtype=torch.float64)
+        self.total = torch.zeros(columns, dtype=torch.float64)
 
     def add(self, inputs: Tensor) -> None:
         """Count inputs ``[..., C]`` of one call."""
         flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        # float32 over the tokens of a call, float64 over the calls.
-        self._total += flat.square().sum(0).cpu().double()
+        # float64 over all tokens: the sum is then the same in any order.
+        self.total += flat.square().sum(0, dtype=torch.float64).cpu()
         self.tokens += len(flat)
 
     def result(self, layer: str) -> Tensor:
         """Return float32 ``[C]``."""
-        if not bool(self._total.isfinite().all()):
+        if not bool(self.total.isfinite().all()):
             raise CalibrationError(
                 f"inputs of {layer} are NaN or infinite; the checkpoint is damaged, or "
                 "its activations do not fit the arithmetic"
             )
-        return self._total.float()
+        return self.total.float()

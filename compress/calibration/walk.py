@@ -13,12 +13,17 @@ with the shape of Llama 2.
 
 The dense model, where drift is wanted, walks beside: the same batch, the same input, by
 the weights that the block came with.
+
+Experts of one block do not feed each other, so several of them can be settled at a
+time, which is what several processes want. Which tokens they get is known when the
+first of them is reached; what the others will read is then computed ahead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -29,8 +34,10 @@ from compress.core.families import Linear
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
 
-Settle = Callable[[str, Moments], None]
-"""Told the name of an input and its moments before any layer that reads it runs."""
+Measure = Callable[[], Moments]
+"""Sums up one input over all windows; to be called once."""
+Settle = Callable[[Mapping[str, Measure]], None]
+"""Told inputs that do not depend on each other, before any layer reads them."""
 
 
 class _Reached(Exception):
@@ -111,6 +118,7 @@ class BlockWalk:
         block: Its module.
         states: Of the compressed model; replaced by the block's outputs.
         dense: Of the dense model, likewise, if it runs beside.
+        together: How many experts are settled at a time.
     """
 
     def __init__(
@@ -120,7 +128,10 @@ class BlockWalk:
         block: nn.Module,
         states: Activations,
         dense: Activations | None = None,
+        *,
+        together: int = 1,
     ) -> None:
+        self._together = together
         self._model, self._index, self._block = model, index, block
         self._states, self._dense = states, dense
         self._streams = [states] if dense is None else [states, dense]
@@ -144,7 +155,8 @@ class BlockWalk:
 
         Args:
             linears: Layers to be settled, in order of execution.
-            settle: Told each of their inputs once; may :meth:`replace` their weights.
+            settle: Told each of their inputs once; may :meth:`replace` the weights of
+                the layers that read them.
         """
         states, dense = self._states, self._dense
         watch = InputWatch(self._block, linears)
@@ -152,16 +164,36 @@ class BlockWalk:
         kept: dict[str, Tensor] = {}
         routed: list[Tensor] = []
         dense_experts: DenseExperts | None = None
+        settled: set[str] = set()
 
-        def meet(name: str, inputs: Tensor) -> None:
+        def measure(name: str, inputs: Tensor | None) -> Moments:
             before = kept.pop(name, None)
             if dense_experts is not None and readers[name].expert is not None:
                 before = dense_experts.inputs(readers[name])
-            moments = Moments()
-            moments.add(inputs, before)
+            if inputs is None:
+                inputs = experts.inputs_of(self._block, self._names, readers[name])
+            moments, sizes = Moments(), None
+            if readers[name].expert is not None:
+                length = self._states.hidden.shape[1]
+                sizes = experts.window_sizes(
+                    self._block, self._names, readers[name], length
+                )
+            moments.add(inputs, before, sizes=sizes)
             for batch in self._model.feed(self._rest, *self._streams):
                 moments.add(*self._inputs(watch, name, batch))
-            settle(name, moments)
+            return moments
+
+        def meet(name: str, inputs: Tensor) -> None:
+            if name in settled:
+                return
+            wave = experts.alike(readers, name)[: self._together]
+            settled.update(wave)
+            settle(
+                {
+                    member: partial(measure, member, inputs if member == name else None)
+                    for member in wave
+                }
+            )
 
         try:
             if dense is not None:
@@ -176,6 +208,38 @@ class BlockWalk:
         finally:
             watch.close()
         self._finish()
+
+    def run_at_once(self, linears: Sequence[Linear], settle: Settle) -> None:
+        """Send all states through the block, settling its layers together.
+
+        All inputs are measured while the block has the weights that it came with, in
+        one pass, with the moments of all of them in memory; a second pass makes the
+        outputs. Not for experts, whose moments would be too many.
+
+        Args:
+            linears: Layers to be settled.
+            settle: Told all of their inputs, once; may :meth:`replace` their weights.
+        """
+        sums = {linear.input: Moments() for linear in linears}
+        watch = InputWatch(self._block, linears)
+        rows = [self._first, *self._rest]
+        try:
+            batches = self._model.feed(rows, *self._streams)
+            for part, batch in zip(rows, batches, strict=True):
+                seen: list[dict[str, Tensor]] = []
+                for hidden in batch:
+                    seen.append({})
+                    forward = partial(self._forward, hidden)
+                    output = watch.run(forward, seen[-1].__setitem__)
+                if self._dense is not None:
+                    self._model.store(self._dense, part, output)
+                for name, moments in sums.items():
+                    moments.add(*(inputs.pop(name) for inputs in seen))
+        finally:
+            watch.close()
+        settle({name: partial(sums.__getitem__, name) for name in sums})
+        self._model.advance(self._index, self._states)
+        self._original.clear()
 
     @contextmanager
     def _kept_states(

@@ -221,6 +221,12 @@ class QuantizeSection(Section):
         description="What later blocks are calibrated on: outputs of blocks that are "
         "already compressed, or of the original model.",
     )
+    order: Literal["layer", "block"] = Field(
+        default="layer",
+        description="Whether layers of a block are measured one after the other, each "
+        "on what the coded ones before it feed it, or all at once, on what the block "
+        "itself feeds them: fewer passes, and processes can share the layers.",
+    )
     scale_dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         default="auto",
         description="Storage type of scales; auto is float16 when a GGUF file is "

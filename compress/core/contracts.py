@@ -119,6 +119,15 @@ class Quantizer(Plugin):
             statistics: Of the inputs of this layer, if the method needs them.
         """
 
+    def codes_rows_apart(self, scheme: Scheme) -> bool:
+        """Whether a row's codes are the same whatever rows lie beside it.
+
+        Then the rows of one matrix may be coded by several processes. By default no; a
+        method that treats each row by itself answers
+        :attr:`~compress.core.scheme.Scheme.rows_are_independent`.
+        """
+        return False
+
     @property
     def block_tuning(self) -> BlockTuning | None:
         """How the layers of a block are tuned together after they are coded, if so."""

@@ -244,6 +244,12 @@ class Scheme:
         """Return how many rows share a scale in a matrix of ``rows``."""
         return rows if self.row_block == WHOLE else self.row_block
 
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether rows of a matrix share nothing: no scale, table or correction."""
+        own = self.scales in (Scales.FREE, Scales.SUPER) and self.row_block == 1
+        return own and self.codebook is None and not self.rank
+
     def table_runs(self, rows: int, columns: int) -> int:
         """Return how many runs of rows, or of columns, have tables of their own."""
         if self.codebook is not None and self.codebook.positional:

@@ -7,12 +7,13 @@ texts they belong to, and for base and candidate in turn.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from compress.distributed.team import Team
 from compress.evaluation.divergence import Scores, compare_many, summarize
 from compress.evaluation.perplexity import TokenWindows, cut_windows
 from compress.evaluation.texts import evaluation_text
@@ -91,6 +92,7 @@ def evaluate_candidates(
     *,
     hidden_size: int,
     kl: bool = True,
+    team: Team | None = None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return figures by text, of the base and of each candidate.
 
@@ -102,14 +104,16 @@ def evaluate_candidates(
         candidates: What is compared with it, by name.
         hidden_size: Width of hidden states, which bounds how many windows run at once.
         kl: Report distances too, not only the candidates' perplexity.
+        team: The processes that do it together, each on its share of the windows.
     """
+    team = team or Team()
     length = texts[0].windows.ids.shape[1]
     models = max(2, 1 + len(candidates)) / 2  # the bound is of a base and one more
     most = max(1, int(_HIDDEN_BYTES / models) // (length * hidden_size * 4))
     parts: dict[str, list[tuple[Scores, dict[str, Scores]]]] = {
         t.name: [] for t in texts
     }
-    for run in _runs(texts, most):
+    for run in _runs([_shared(text, team) for text in texts], most):
         ids = torch.cat([piece.ids for _, piece in run])
         p = iter(base(ids))
         qs = {name: iter(predict(ids)) for name, predict in candidates.items()}
@@ -117,6 +121,8 @@ def evaluate_candidates(
             n = len(piece.ids)
             mine = {key: _take(q, n) for key, q in qs.items()}
             parts[name].append(compare_many(piece, _take(p, n), mine))
+    every = team.gather(parts)
+    parts = {text.name: [x for own in every for x in own[text.name]] for text in texts}
     own: dict[str, Any] = {}
     others: dict[str, dict[str, Any]] = {name: {} for name in candidates}
     for text in texts:
@@ -129,6 +135,12 @@ def evaluate_candidates(
                 text_bytes=text.counted_bytes,
             )
     return own, others
+
+
+def _shared(text: PreparedText, team: Team) -> PreparedText:
+    """Return a text with this process's share of its windows; it may have none."""
+    ids = team.share(text.windows.ids)
+    return replace(text, windows=replace(text.windows, ids=ids))
 
 
 def _take(logits: Iterator[Tensor], count: int) -> Iterator[Tensor]:

@@ -38,10 +38,8 @@ class SplitExperts(nn.ModuleList):
     """The experts of one block as linear layers, computing what transformers computes.
 
     Every expert is called in every pass, be it with no tokens, so that whoever watches
-    its inputs learns that there were none.
-
-    Attributes:
-        tokens: int64 ``[n]``, the rows that the expert now running was handed.
+    its inputs learns that there were none. While they run it can be asked what each of
+    them gets.
     """
 
     def __init__(self, fused: Any, names: Experts) -> None:
@@ -56,7 +54,7 @@ class SplitExperts(nn.ModuleList):
         super().__init__(
             _Expert(names, hidden, inner, fused.act_fn, device) for _ in range(count)
         )
-        self.tokens = torch.empty(0, dtype=torch.int64)
+        self._running: tuple[Tensor, Tensor] | None = None
 
     def expert(self, number: int) -> Any:
         """Return one expert."""
@@ -73,12 +71,26 @@ class SplitExperts(nn.ModuleList):
             top_k_weights: ``[T, K]``.
         """
         output = torch.zeros_like(hidden_states)
-        for number, expert in enumerate(self):
-            tokens, place = torch.where(top_k_index == number)
-            self.tokens = tokens
-            values = expert(hidden_states[tokens]) * top_k_weights[tokens, place, None]
-            output.index_add_(0, tokens, values.to(output.dtype))
+        before, self._running = self._running, (hidden_states, top_k_index)
+        try:
+            for number, expert in enumerate(self):
+                tokens, place = torch.where(top_k_index == number)
+                weights = top_k_weights[tokens, place, None]
+                values = expert(hidden_states[tokens]) * weights
+                output.index_add_(0, tokens, values.to(output.dtype))
+        finally:
+            self._running = before
         return output
+
+    def tokens_of(self, number: int) -> Tensor:
+        """Return the rows that an expert is handed, int64 ``[n]``, while all run."""
+        assert self._running is not None, "the experts do not run now"
+        return torch.where(self._running[1] == number)[0]
+
+    def states_of(self, number: int) -> Tensor:
+        """Return what an expert is handed, ``[n, H]``, while all run."""
+        assert self._running is not None, "the experts do not run now"
+        return self._running[0][self.tokens_of(number)]
 
 
 class ActiveExperts(SplitExperts):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import CheckpointError, ConfigError
-from compress.recovery.parallel import Team
+from compress.distributed.team import Team
 from compress.workdir import write_atomically
 
 

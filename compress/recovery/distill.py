@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 from compress.config.training_options import TrainingOptions
 from compress.core.errors import CompressError, ConfigError
+from compress.distributed.team import Team
 from compress.provenance import device_peak_bytes
 from compress.recovery.checkpoints import Checkpoint, CheckpointFiles, Progress
 from compress.recovery.learner import Learner
 from compress.recovery.losses import IGNORED, linear_ce, linear_kl
-from compress.recovery.parallel import Team
 from compress.recovery.teacher import Teacher
 from compress.recovery.text import Order
 
@@ -110,7 +110,7 @@ class Training:
         size = options.batch * options.accumulate * team.size
         self._order = Order(len(train), size, options.seed)
         now = time.monotonic()
-        self.progress = Progress(team.first(now - started, self._device))
+        self.progress = Progress(team.tell(now - started))
         self._best = learner.snapshot()
         # Since the last evaluation, on the device: loss, and steps that were skipped
         # or had no gradient.
@@ -205,7 +205,7 @@ class Training:
     def _used(self, steps: float) -> float:
         seconds = time.monotonic() - self._started
         if self._budget.seconds is not None:
-            seconds = self._team.first(seconds, self._device)
+            seconds = self._team.tell(seconds)
         return self._budget.used(steps, seconds)
 
     def _step(self, rate: float) -> None:
@@ -277,9 +277,7 @@ class Training:
         progress = self.progress
         progress.skipped += round(skipped)
         progress.idle += round(idle)
-        progress.seconds = self._team.first(
-            time.monotonic() - self._started, self._device
-        )
+        progress.seconds = self._team.tell(time.monotonic() - self._started)
         entry = {"step": progress.step, "seconds": progress.seconds, "kl": kl}
         if steps > skipped:
             entry["loss"] = loss / (steps - round(skipped))
@@ -301,7 +299,7 @@ class Training:
         return kl
 
     def _save(self) -> None:
-        waited = self._team.first(time.monotonic() - self._saved, self._device)
+        waited = self._team.tell(time.monotonic() - self._saved)
         others_save = self._team.rank > 0 and not self.files.split
         if others_save or waited < 60 * self._options.checkpoint_minutes:
             return

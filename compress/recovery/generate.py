@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from compress.config.training_options import TrainingOptions
 from compress.core.artifact import TensorSource
+from compress.distributed.team import Team
 from compress.provenance import digest_of, weights_digest
 from compress.recovery.models import WholeModel
-from compress.recovery.parallel import Team
 from compress.recovery.text import RecoveryText
 from compress.workdir import write_atomically
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.config.recover_section import RecoverOptions
+from compress.distributed.team import Team
 from compress.recovery.checkpoints import optimizer_tensors, restore_optimizer_
 from compress.recovery.models import WholeModel
-from compress.recovery.parallel import Team
 from compress.recovery.sharding import Leaves
 from compress.recovery.trained import Trained
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from compress.core.artifact import ModelDescription
+from compress.distributed.team import Team
 from compress.model.loading import ModelHandle
 from compress.model.skeleton import build_skeleton
 from compress.model.sources import check_finite
 from compress.recovery.losses import Head
-from compress.recovery.parallel import Team
 from compress.recovery.sharding import Shards
 
 

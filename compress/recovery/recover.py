@@ -20,6 +20,7 @@ from compress.config.recover_section import (
     SoftPromptOptions,
 )
 from compress.core.errors import ConfigError
+from compress.distributed.team import Team, team
 from compress.model.devices import choose_dtype
 from compress.model.loading import ModelHandle
 from compress.provenance import digest_of, weights_digest
@@ -30,7 +31,6 @@ from compress.recovery.generate import training_windows
 from compress.recovery.learner import AdamLearner
 from compress.recovery.lora import LoraWeights, block_ranks, require_peft
 from compress.recovery.models import WholeModel
-from compress.recovery.parallel import Team, team
 from compress.recovery.soft_prompt import SoftPrompt, save_prompt
 from compress.recovery.teacher import Teacher
 from compress.recovery.text import RecoveryText

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.recovery.parallel import Team
+from compress.distributed.team import Team
 
 
 class Shards:

@@ -11,6 +11,7 @@ from torch import Tensor
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import PlanError
 from compress.core.plan import Plan
+from compress.distributed.team import Team
 from compress.transforms.catalog import plain_options
 from compress.transforms.contract import Scaling, Structural, Transform
 from compress.transforms.measure import decide, step_of
@@ -80,6 +81,7 @@ class Chain:
         windows: Tensor | None,
         workdir: WorkDir,
         device: str,
+        team: Team | None = None,
     ) -> Transformed:
         """Return the transformed model; what was measured is kept in ``workdir``.
 
@@ -90,10 +92,12 @@ class Chain:
             windows: int64 ``[N, T]``, if :attr:`needs_inputs`.
             workdir: Scales that are there are not searched again.
             device: Where blocks run.
+            team: The processes that measure together.
         """
+        team = team or Team()
         exact = frozenset(f"{name}.weight" for name in plan.layers)
         current = TransformedSource(source, model.dtype, exact=exact)
-        scales, records = workdir.read_transforms()
+        scales, records = team.alone(workdir.read_transforms)
         reports = []
         for index, transform in enumerate(self.transforms):
             entry = {"name": transform.name, "options": plain_options(transform)}
@@ -105,7 +109,13 @@ class Chain:
             label = f"{index} {transform.name}"
             if label not in records:
                 decision = decide(
-                    transform, model, current, plan, windows=windows, device=device
+                    transform,
+                    model,
+                    current,
+                    plan,
+                    windows=windows,
+                    device=device,
+                    team=team,
                 )
                 prefixed = {f"{label} {k}": v for k, v in decision.scales.items()}
                 scales = {**scales, **prefixed}

@@ -20,8 +20,9 @@ from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import CalibrationError
 from compress.core.plan import Plan
 from compress.core.tensors import TORCH_DTYPES
+from compress.distributed.team import Team
 from compress.model.streaming import StreamedModel
-from compress.transforms.contract import Inputs, Reader, Scaling
+from compress.transforms.contract import Choice, Inputs, Reader, Scaling
 from compress.transforms.operations import Operation, Step
 from compress.transforms.places import Place, fold, places_of, storable
 
@@ -52,6 +53,7 @@ def decide(
     *,
     windows: Tensor,
     device: str,
+    team: Team,
 ) -> Decision:
     """Run the dense model once and let a transform choose its scales.
 
@@ -62,12 +64,14 @@ def decide(
         plan: Which layers are rounded to what.
         windows: int64 ``[N, T]`` calibration tokens.
         device: Where blocks run and the search is done.
+        team: The processes. Each runs its share of the windows, and searches at its
+            share of the places.
 
     Raises:
         CalibrationError: Inputs are not finite.
     """
     streamed = StreamedModel(model, source, device=device)
-    states = streamed.embed(windows)
+    states = streamed.embed(team.share(windows))
     scales: dict[str, Tensor] = {}
     records: list[dict[str, Any]] = []
     bar = tqdm(
@@ -80,11 +84,16 @@ def decide(
             sums = {p.readers[0]: _Sums(transform.needs_hessian) for p in places}
             watch = {reader: entry.add for reader, entry in sums.items()}
             states.hidden = streamed.run_block(index, states, watch=watch)
+            chosen: dict[str, Choice] = {}
+            for number, place in enumerate(places):
+                first, owner = f"{path}.{place.readers[0]}", number % team.size
+                inputs = sums.pop(place.readers[0]).result(first, team, owner)
+                if inputs is not None:
+                    readers = _readers(block, path, place, plan)
+                    chosen[key(path, place)] = transform.choose(place, inputs, readers)
+            found = _of_all(team, chosen, streamed.device)
             for place in places:
-                first = f"{path}.{place.readers[0]}"
-                inputs = sums.pop(place.readers[0]).result(first)
-                readers = _readers(block, path, place, plan)
-                choice = transform.choose(place, inputs, readers)
+                choice = found[key(path, place)]
                 scale = choice.scale
                 if scale is not None and place.kind == "norm":
                     scale = storable(
@@ -114,6 +123,19 @@ def step_of(
                 for name, operation in fold(place, scale, path, model).items():
                     operations.setdefault(name, []).append(operation)
     return Step(operations)
+
+
+def _of_all(
+    team: Team, chosen: Mapping[str, Choice], device: torch.device
+) -> dict[str, Choice]:
+    """Return the choices of all processes, by place."""
+    scales = {k: c.scale for k, c in chosen.items() if c.scale is not None}
+    facts = {name: choice.facts for name, choice in chosen.items()}
+    return {
+        name: Choice(given.get(name), said)
+        for given, about in team.exchange(scales, facts, device)
+        for name, said in about.items()
+    }
 
 
 def _readers(block: nn.Module, path: str, place: Place, plan: Plan) -> list[Reader]:
@@ -146,15 +168,22 @@ class _Sums:
             self._total += total
             self._largest = torch.maximum(self._largest, largest)
         if self._moments is not None:
-            self._moments.add(flat)
+            self._moments.add(inputs.detach().float())
 
-    def result(self, layer: str) -> Inputs:
-        """Return what was measured.
+    def result(self, layer: str, team: Team, owner: int) -> Inputs | None:
+        """Return what all processes measured together; ``None`` but for the owner.
 
         Raises:
             CalibrationError: The inputs are not finite, or there were none.
         """
         assert self._total is not None and self._largest is not None
+        team.add_([self._total], owner=owner)
+        team.largest_(self._largest)
+        self._tokens = sum(team.gather(self._tokens))
+        if self._moments is not None:
+            self._moments.join_(team, owner=owner)
+        if team.rank != owner:
+            return None
         if not bool(torch.isfinite(self._total).all()):
             raise CalibrationError(
                 f"inputs of {layer} are NaN or infinite; the checkpoint is damaged, or "

@@ -20,9 +20,9 @@ from compress.config.tune_section import TuneOptions
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.scales import TORCH_DTYPES
 from compress.core.tensors import QuantizedTensor
+from compress.distributed.team import Team
 from compress.recovery.learner import Learner
 from compress.recovery.models import WholeModel
-from compress.recovery.parallel import Team
 from compress.recovery.trained import norm_weights
 from compress.tuning.numbers import RelativeAdam
 from compress.tuning.stacks import stacks_of

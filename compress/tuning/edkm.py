@@ -39,8 +39,8 @@ from torch import Tensor
 from compress.config.tune_section import EdkmOptions
 from compress.core.artifact import TensorSource
 from compress.core.tensors import QuantizedTensor
+from compress.distributed.team import Team
 from compress.recovery.models import WholeModel
-from compress.recovery.parallel import Team
 from compress.tuning.coded import TunedModel, usable
 from compress.tuning.dkm.palette import Schedule, SoftPalettes
 from compress.tuning.stacks import Stack

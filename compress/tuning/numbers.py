@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.recovery.parallel import Team
+from compress.distributed.team import Team
 from compress.tuning.steps import direction, relative
 
 BETAS = (0.9, 0.95)

@@ -34,8 +34,8 @@ from torch import Tensor
 from compress.config.tune_section import PVOptions
 from compress.core.artifact import TensorSource
 from compress.core.tensors import QuantizedTensor
+from compress.distributed.team import Team
 from compress.recovery.models import WholeModel
-from compress.recovery.parallel import Team
 from compress.tuning.coded import TunedModel, usable
 from compress.tuning.numbers import BETAS
 from compress.tuning.stacks import Stack

@@ -17,8 +17,8 @@ from compress.core.errors import SchemeError
 from compress.core.scheme import WHOLE
 from compress.core.tensors import QuantizedTensor, join_rows
 from compress.core.tunable import TunableCodes, tunable
+from compress.distributed.team import Team
 from compress.recovery.models import WholeModel
-from compress.recovery.parallel import Team
 from compress.recovery.sharding import is_split, local
 
 _WEIGHTS_AT_ONCE = 1 << 25  # of a stack: what one operation touches

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from compress.recovery.parallel import Team
+from compress.distributed.team import Team
 
 _EPSILON = 1e-10  # gradients of a mean over tokens are small
 

@@ -26,6 +26,7 @@ from compress.core.errors import ConfigError
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 from compress.core.tunable import tuning_problem
+from compress.distributed.team import Team, team
 from compress.model.devices import choose_dtype
 from compress.model.loading import ModelHandle
 from compress.provenance import digest_of, weights_digest
@@ -33,7 +34,6 @@ from compress.recovery.checkpoints import CheckpointFiles
 from compress.recovery.distill import Training
 from compress.recovery.generate import training_windows
 from compress.recovery.models import WholeModel
-from compress.recovery.parallel import Team, team
 from compress.recovery.teacher import Teacher
 from compress.recovery.text import RecoveryText
 from compress.tuning.coded import TunedModel

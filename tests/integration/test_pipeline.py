@@ -25,7 +25,7 @@ from compress.model.devices import choose_dtype
 
 REPORT_KEYS = {
     *("version", "model", "config", "config_text", "command", "seed", "date"),
-    *("versions", "hashes", "hardware", "calibration", "size_bytes"),
+    *("processes", "versions", "hashes", "hardware", "calibration", "size_bytes"),
     *("bits_per_weight", "size_breakdown", "metrics", "transforms", "inputs"),
     *("kv_cache", "layers", "exports", "pruning", "recovery"),
     *("one_plan_two_files", "seconds", "peak_memory_bytes", "predicted", "warnings"),

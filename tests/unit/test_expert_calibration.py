@@ -23,7 +23,7 @@ from torch import Tensor
 
 from compress.calibration.experts import FEW_TOKENS, round_to_nearest, tokens_needed
 from compress.calibration.observe import observe
-from compress.core.errors import CalibrationError
+from compress.core.errors import CalibrationError, PlanError
 from compress.core.scheme import Scheme
 from compress.core.statistics import LayerStatistics
 from compress.core.tensors import QuantizedTensor
@@ -276,3 +276,17 @@ def test_an_expert_with_few_tokens_is_rounded_as_by_rtn(name: str) -> None:
     assert torch.equal(found.dequantize(), expected.dequantize())
     assert found.scheme == scheme
     assert "few" in found.notes
+
+
+def test_the_layers_of_a_mixture_are_not_measured_at_once(tmp_path: Path) -> None:
+    save_mixture(tmp_path / "tiny", "mixtral")
+    handle = opened(tmp_path / "tiny")
+    with pytest.raises(PlanError, match=r"quantize\.order: block: .* is a mixture"):
+        PlanRunner(
+            handle.description,
+            handle.source,
+            plan_of(handle, "gptq"),
+            {},
+            WorkDir(tmp_path / "work"),
+            order="block",
+        )

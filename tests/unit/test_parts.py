@@ -13,8 +13,10 @@ from compress.core.families import family_of
 from compress.core.plan import LayerPlan
 from compress.core.scheme import Scheme
 from compress.core.statistics import LayerStatistics
-from compress.parts import Part, PartWriter, error_of, stacks
+from compress.core.tensors import join_rows
+from compress.parts import Part, PartWriter, relative_errors, row_sums, stacks
 from compress.quantizers.rtn import RoundToNearest
+from compress.registry import get_quantizer
 from compress.workdir import WorkDir
 
 LINEARS = family_of("llama").linears
@@ -93,9 +95,35 @@ def test_errors_are_relative(make: Callable[..., Tensor]) -> None:
     hessian = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
     changed = weight.clone()
     changed[0, 1] += 1
-    error, plain = error_of(weight, changed, LayerStatistics(hessian, 1))
+    sums = row_sums(weight, changed, LayerStatistics(hessian, 1))
+    error, plain = relative_errors(sums, measured=True)
     size = float(weight.sum()) or 1e-30
     weighted = 12.0 if float(weight.sum()) else 1e-30
     assert plain == pytest.approx(1 / size)
     assert error == pytest.approx(2 / weighted)
-    assert error_of(weight, changed, None)[0] is None
+    sums = row_sums(weight, changed, None)
+    assert relative_errors(sums, measured=False) == (None, pytest.approx(1 / size))
+
+
+@pytest.mark.parametrize("scheme", ["int4-g32", "int3-g64-asym", "q4_0", "q4_k"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+def test_rows_that_may_be_coded_apart_get_the_same_codes(
+    method: str, scheme: str
+) -> None:
+    """What a method says of itself holds: halves of a matrix are the whole one."""
+    quantizer, grid = get_quantizer(method)(), Scheme.parse(scheme)
+    assert quantizer.codes_rows_apart(grid)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 256, generator=generator)
+    inputs = torch.randn(600, 256, generator=generator)
+    statistics = LayerStatistics(2 * inputs.T @ inputs, len(inputs))
+    whole = quantizer.quantize(weight, grid, statistics)
+    halves = [quantizer.quantize(x, grid, statistics) for x in weight.split([20, 28])]
+    joined = join_rows(halves).state()
+    for name, tensor in whole.state().items():
+        assert torch.equal(tensor, joined[name]), name
+
+
+def test_nothing_is_coded_apart_that_shares_a_scale() -> None:
+    for scheme in ("nvfp4", "fp8-block", "fp4-g64-lorc8"):
+        assert not get_quantizer("gptq")().codes_rows_apart(Scheme.parse(scheme))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import pytest
 import torch
 from streaming_fixtures import model_of
 from torch import Tensor, nn
 
-from compress.calibration.collect import Moments
-from compress.calibration.walk import BlockWalk, InputWatch, Settle
+from compress.calibration.walk import BlockWalk, InputWatch, Measure, Settle
 from compress.core.families import Linear, family_of
 from compress.core.statistics import LayerStatistics
 from compress.model.streaming import StreamedModel
@@ -93,8 +93,9 @@ def shrinking(
 ) -> Settle:
     """Return what notes statistics and makes the layers' weights smaller."""
 
-    def settle(name: str, moments: Moments) -> None:
-        found[prefix + name] = moments.statistics(name)
+    def settle(inputs: Mapping[str, Measure]) -> None:
+        ((name, measure),) = inputs.items()
+        found[prefix + name] = measure().statistics(name)
         for linear in linears:
             if linear.input == name:
                 walk.replace(linear.path, walk.weight(linear.path) * 0.7)
@@ -149,3 +150,44 @@ def test_many_batches_give_what_one_gives(
             assert torch.allclose(many.drift, one.drift, rtol=1e-4, atol=1e-3), name
     for end, other in zip(ends, others, strict=True):
         assert torch.allclose(end, other, atol=1e-5)
+
+
+def test_a_block_measured_at_once_has_its_own_inputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Statistics are of the weights it came with, outputs of those it was given."""
+    monkeypatch.setattr("compress.model.streaming.batches", lambda *_: PARTS)
+    _, description, source = model_of("llama")
+    model = StreamedModel(description, source)
+    states = model.embed(WINDOWS)
+    dense = model.copy(states)
+    dense.hidden *= 1.1
+    linears = description.family.linears
+    found: dict[str, LayerStatistics] = {}
+    with model.block(0) as block, torch.no_grad():
+        seen: list[dict[str, Tensor]] = [{}, {}]
+        whole = []
+        for hidden, inputs in zip((states.hidden, dense.hidden), seen, strict=True):
+            watch = InputWatch(block, linears)
+            forward = partial(model.call_block, 0, hidden.clone(), states.calls[0])
+            whole.append(watch.run(forward, inputs.__setitem__))
+            watch.close()
+        walk = BlockWalk(model, 0, block, states, dense)
+
+        def settle(inputs: Mapping[str, Measure]) -> None:
+            found.update({name: m().statistics(name) for name, m in inputs.items()})
+            for linear in linears:
+                walk.replace(linear.path, walk.weight(linear.path) * 0.7)
+
+        before = states.hidden.clone()
+        walk.run_at_once(linears, settle)
+        small = model.call_block(0, before, states.calls[0])
+    assert torch.allclose(dense.hidden, whole[1], atol=1e-5)
+    assert torch.allclose(states.hidden, small, atol=1e-5)
+    assert not torch.allclose(small, whole[0], atol=1e-2)
+    for name, one in found.items():
+        x, y = (inputs[name].flatten(0, -2).double() for inputs in seen)
+        assert torch.allclose(one.hessian.double(), 2 * x.T @ x, rtol=1e-4, atol=1e-3)
+        assert one.drift is not None
+        drift = 2 * (y - x).T @ x
+        assert torch.allclose(one.drift.double(), drift, rtol=1e-4, atol=1e-3)

@@ -13,7 +13,7 @@ from streaming_fixtures import WINDOWS
 
 from compress.allocation.store import LevelStore
 from compress.core.statistics import LayerStatistics
-from compress.parts import error_of
+from compress.parts import relative_errors, row_sums
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,8 @@ def test_a_level_is_what_gptq_gives_on_dense_inputs(found: Searched, path: str) 
         # Sums of the Hessian in another order may turn a code that lies half-way.
         same = (stored.codes == expected.codes).float().mean()
         assert same > 0.99
-        error, _ = error_of(weight, stored.dequantize(), statistics)
+        sums = row_sums(weight, stored.dequantize(), statistics)
+        error, _ = relative_errors(sums, measured=True)
         assert level.error == pytest.approx(error, rel=1e-4)
 
 

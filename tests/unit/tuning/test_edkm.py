@@ -15,10 +15,10 @@ from tuning_fixtures import coded_student, divergence_of, save_teacher, text_of
 
 from compress.config.tune_section import EdkmOptions
 from compress.core.scheme import Scheme
+from compress.distributed.team import Team
 from compress.model.loading import ModelHandle
 from compress.recovery import checkpoints
 from compress.recovery.models import WholeModel
-from compress.recovery.parallel import Team
 from compress.tuning.edkm import EdkmTuner
 from compress.tuning.tune import Tuned, problem_of, tune
 

@@ -12,9 +12,9 @@ from streaming_fixtures import model_of
 from torch import Tensor
 from tuning_fixtures import coded_student, options_of
 
+from compress.distributed.team import Team
 from compress.model.loading import ModelHandle
 from compress.recovery.models import WholeModel
-from compress.recovery.parallel import Team
 from compress.tuning.pv import PVTuner
 
 SCHEMES = ("int2-g32", "int3-g32-asym", "palette2", "aqlm-2x4g4", "pq-4x4")
