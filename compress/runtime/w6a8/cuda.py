@@ -57,7 +57,7 @@ def quantize(
         device=inputs.get_device(),
         overlaps=int(_chip(inputs.device)[0] >= 9),
     )
-    with torch.cuda.device_of(inputs):
+    with torch.cuda.device(inputs.device):
         kernels.quantize(arguments, stream_of(inputs.device))
     return codes, scales
 
@@ -100,7 +100,7 @@ def linear(
     arguments.bias = bias.data_ptr() if bias is not None else None
     if partial is not None and tickets is not None:
         arguments.partial, arguments.tickets = partial.data_ptr(), tickets.data_ptr()
-    with torch.cuda.device_of(inputs):
+    with torch.cuda.device(inputs.device):
         stream = stream_of(inputs.device)
         kernels.linear(arguments, stream, on_hopper=cut.on_hopper)
     return outputs
@@ -181,7 +181,7 @@ def sums(
     if weight.scales.shape[0] > 1:
         arguments.weight_scale_shift += (arguments.run // run).bit_length() - 1
     arguments.run, arguments.sums = run, found.data_ptr()
-    with torch.cuda.device_of(codes):
+    with torch.cuda.device(codes.device):
         stream = stream_of(codes.device)
         kernels.linear(arguments, stream, on_hopper=cut.on_hopper)
     return found

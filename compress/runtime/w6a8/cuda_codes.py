@@ -44,6 +44,6 @@ def linear(
         partial = torch.empty(cut.workspace, device=codes.device)
         tickets = torch.zeros(cut.blocks, dtype=torch.int32, device=codes.device)
         arguments.partial, arguments.tickets = partial.data_ptr(), tickets.data_ptr()
-    with torch.cuda.device_of(codes):
+    with torch.cuda.device(codes.device):
         kernels.linear(arguments, stream_of(codes.device), on_hopper=cut.on_hopper)
     return outputs
