@@ -1,7 +1,8 @@
 """A few calls of one W6A8 layer, for a profiler.
 
-    ncu --set full -k regex:hopper -s 2 -c 1 python benchmarks/w6a8/profiled.py \\
-        --tokens 4096 --rows 8192 --columns 8192 --group 128
+    ncu --set full -k regex:hopper -s 2 -c 1 python benchmarks/w6a8/profiled.py
+
+Options choose the layer; without ``--group`` a row of the weight has one scale.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).parent))
 from exactness import Checks
 
 from compress.runtime.w6a8 import abi, build, cuda
