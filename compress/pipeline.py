@@ -185,6 +185,7 @@ class Run:
         write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
         metrics = self._measured("evaluation", self.serving.evaluate)
         self.cache = self._measured("kv-cache", self.serving.measure_cache)
+        self.samples = self._measured("samples", self.serving.write_samples)
         wanted = self.exporters if write_exports else ()
         exports = {name: exporting.export_once(self, name) for name in wanted}
         shared = exporting.compare_once(self, exports)
