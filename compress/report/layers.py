@@ -36,17 +36,17 @@ class _Column:
 
 _COLUMNS = (
     _Column("layer", "name"),
-    _Column("role", "role"),
-    _Column("method", "method"),
     _Column("scheme", "scheme"),
-    _Column("shape", "shape"),
     _Column("bits per weight", "bits_per_weight", fixed),
-    _Column("before", "bytes_before", size),
     _Column("after", "bytes_after", size),
     _Column("error", "error", significant),
     _Column("weight error", "weight_error", significant),
-    _Column("predicted KL", "predicted_kl", nats),
     _Column("sensitivity", "sensitivity", nats),
+    _Column("predicted KL", "predicted_kl", nats),
+    _Column("role", "role"),
+    _Column("method", "method"),
+    _Column("shape", "shape"),
+    _Column("before", "bytes_before", size),
     _Column("seconds", "seconds", fixed),
     _Column("notes", "notes"),
 )

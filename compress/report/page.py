@@ -59,7 +59,7 @@ def render_page(report: Report) -> str:
             "Pruning",
             draw(pruning_table(report))
             + _training(report, "recovery", recovery_table(report))
-            + draw(block_table(report)),
+            + _headed(block_table(report), class_="tall"),
         ),
         "transforms": ("Transforms", draw(transform_table(report))),
         "tuning": ("Tuning", _training(report, "tuning", tuning_table(report))),
@@ -224,8 +224,14 @@ def _quality_section(report: Report) -> str:
         parts.append(_lamps())
         plots = [ladder, *histogram_plots(report)]
         parts.append(element("div", *plots, class_="figures"))
-        parts += [element("h3", distance.title), draw(distance)]
+        parts.append(_headed(distance))
     return "".join(parts)
+
+
+def _headed(table: Table, *, class_: str = "") -> str:
+    """Return a table under its title; nothing without rows."""
+    drawn = draw(table, class_=class_)
+    return element("h3", escape(table.title)) + drawn if drawn else ""
 
 
 def _training(report: Report, key: str, table: Table) -> str:
@@ -239,9 +245,7 @@ def _training(report: Report, key: str, table: Table) -> str:
 
 def _serving_section(report: Report) -> str:
     tables = parts_table(report), upgrades_table(report), cache_table(report)
-    return "".join(
-        element("h3", table.title) + draw(table) for table in tables if table.rows
-    )
+    return "".join(map(_headed, tables))
 
 
 def _lamps() -> str:
@@ -273,8 +277,8 @@ def _budget_section(report: Report) -> str:
         [
             draw(budget_table(report)),
             element("div", *plots, class_="figures"),
-            element("h3", schemes.title) + draw(schemes) if schemes.rows else "",
-            element("h3", units.title) + draw(units, class_="tall"),
+            _headed(schemes),
+            _headed(units, class_="tall"),
             element("h3", "Candidates left out") + left_out if notes else "",
         ]
     )
@@ -302,9 +306,8 @@ def _layer_section(report: Report) -> str:
     ]
     return "".join(
         [
-            element("div", *plots, class_="figures") if any(plots) else "",
-            element("h3", groups.title),
-            draw(groups),
+            element("div", *plots, class_="figures layers") if any(plots) else "",
+            _headed(groups, class_="tall"),
             element("h3", "Every layer"),
             paragraph(f"Choose a column's heading to sort by it.{losses}", "caption"),
             layer_table(report),

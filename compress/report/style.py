@@ -59,11 +59,12 @@ nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; list-style: none;
 .cards .value { font-size: 1.45rem; font-weight: 650; line-height: 1.25;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 .cards .more { font-size: .85rem; overflow-wrap: anywhere; }
-.figures { display: grid; gap: 1.2rem; margin-top: 1rem;
+.figures { display: grid; gap: 1.2rem; margin-top: 1rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
 figure { margin: 0; padding: .9rem 1rem; background: var(--panel); min-width: 0;
   border: 1px solid var(--rule); border-radius: 8px; }
 .figures > * { min-width: 0; }
+.figures.layers > :first-child { grid-row: span 2; }
 .figures > figure:only-child { max-width: 620px; }
 figcaption { font-weight: 600; margin-bottom: .5rem; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }

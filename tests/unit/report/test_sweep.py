@@ -8,8 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from compress.report.sweep import point_table, render_svg, render_sweep
-from compress.sweeping import _with_front
+from compress.report.front import with_front
+from compress.report.sweep import point_table, render_sweep
+from compress.report.sweep_plots import render_svg
 
 
 def made_up(**changes: Any) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def made_up(**changes: Any) -> dict[str, Any]:
         )
     ]
     foreign = [{"name": "Q4 & co", "bytes": 75_000_000, "kl": 0.2}]
-    data = {"points": _with_front(points), "foreign": foreign, "command": "<run>"}
+    data = {"points": with_front(points), "foreign": foreign, "command": "<run>"}
     return data | changes
 
 
@@ -57,7 +58,7 @@ def test_the_front_is_what_no_other_point_beats() -> None:
 
 def test_each_model_has_a_front_of_its_own() -> None:
     points = [{**p, "model": p["name"]} for p in made_up()["points"]]
-    assert all(p["on_front"] for p in _with_front(points))
+    assert all(p["on_front"] for p in with_front(points))
 
 
 def test_the_figure_has_a_mark_for_each_point_at_its_place() -> None:
