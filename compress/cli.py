@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from compress.cli_setup import init, list_plugins
 from compress.core.errors import CompressError
 from compress.log import set_up_logging
 
 if TYPE_CHECKING:
     from compress.pipeline import Result
-    from compress.registry import PluginEntry
 
 logger = logging.getLogger(__name__)
 
@@ -284,7 +284,7 @@ def sweep(
     sets: Sets = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a config under many budgets, and draw bytes against KL.
+    """Run a config over models, sizes and settings, and draw bytes against loss.
 
     Points that are finished are not run again: the same command continues.
     """
@@ -300,25 +300,8 @@ def sweep(
         raise typer.Exit(1)
 
 
-@app.command("list")
-def list_plugins(
-    kind: Annotated[
-        str | None,
-        typer.Argument(
-            help="quantizers, pruners, allocators, exporters.", show_default=False
-        ),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """List plug-ins: name, kind, origin, and whether they work."""
-    from compress.registry import entries
-
-    rows = [_plugin_row(entry) for entry in entries(kind)]
-    if as_json:
-        _print(rows)
-    else:
-        header = ["name", "kind", "origin", "summary"]
-        _table(header, [[str(row[key]) for key in header] for row in rows])
+app.command()(init)
+app.command("list")(list_plugins)
 
 
 @app.command()
@@ -327,17 +310,6 @@ def schema() -> None:
     from compress.config import config_schema
 
     _print(config_schema())
-
-
-def _plugin_row(entry: PluginEntry) -> dict[str, object]:
-    problem = entry.problem()
-    return {
-        "name": entry.name,
-        "kind": entry.kind,
-        "origin": entry.origin,
-        "summary": f"BROKEN: {problem}" if problem else entry.load().summary,
-        "works": problem is None,
-    }
 
 
 def _print_result(result: Result) -> None:
