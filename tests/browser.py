@@ -138,26 +138,10 @@ class Browser:
         self._call("Input.dispatchKeyEvent", type="keyDown", **named, **text)
         self._call("Input.dispatchKeyEvent", type="keyUp", **named)
 
-    def picture(self, *, whole: bool = False) -> bytes:
-        """Return a PNG of the window, or of the whole page."""
-        shot = (
-            self._call(
-                "Page.captureScreenshot", format="png", captureBeyondViewport=whole
-            )
-            if not whole
-            else self._whole()
-        )
+    def picture(self) -> bytes:
+        """Return a PNG of the window."""
+        shot = self._call("Page.captureScreenshot", format="png")
         return base64.b64decode(shot["data"])
-
-    def _whole(self) -> dict[str, Any]:
-        size = self._call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"]}
-        return self._call(
-            "Page.captureScreenshot",
-            format="png",
-            captureBeyondViewport=True,
-            clip={**clip, "scale": 1},
-        )
 
     def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
         number = next(self._numbers)
