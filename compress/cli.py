@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from compress.cli_setup import init, list_plugins
 from compress.core.errors import CompressError
 from compress.log import set_up_logging
+from compress.registry import names
 
 if TYPE_CHECKING:
     from compress.pipeline import Result
@@ -121,6 +122,7 @@ def run(
         bool, typer.Option(help="Print plan, sizes, memory and time; compute nothing.")
     ] = False,
     sets: Sets = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run the whole pipeline of a config: calibrate, quantize, evaluate, export."""
     if resume and overwrite:
@@ -131,11 +133,12 @@ def run(
     from compress import pipeline
 
     if dry_run:
-        typer.echo(pipeline.dry_run(loaded).text())
+        preview = pipeline.dry_run(loaded)
+        _print(preview.to_dict() if as_json else preview.text())
         return
     command = shlex.join(["compress", *sys.argv[1:]])
     result = pipeline.run(loaded, resume=resume, overwrite=overwrite, command=command)
-    _print_result(result)
+    _print_result(result, as_json=as_json)
 
 
 @app.command()
@@ -259,18 +262,26 @@ def export(
     workdir: Annotated[
         Path, typer.Argument(help="Work directory of a run.", show_default=False)
     ],
-    to: Annotated[str, typer.Option(help="Format, such as gguf.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="Format, such as gguf.",
+            show_default=False,
+            autocompletion=lambda: names("exporters"),
+        ),
+    ],
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Option of the exporter."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write another format from a finished run."""
     from compress import pipeline
     from compress.config import parse_options
 
     options = parse_options(sets or ())
-    _print_result(pipeline.export(workdir, to, options))
+    _print_result(pipeline.export(workdir, to, options), as_json=as_json)
 
 
 @app.command()
@@ -312,8 +323,10 @@ def schema() -> None:
     _print(config_schema())
 
 
-def _print_result(result: Result) -> None:
-    typer.echo(result.summary())
+def _print_result(result: Result, *, as_json: bool) -> None:
+    from compress.report.wording import plain_data
+
+    _print(plain_data(result.report) if as_json else result.summary())
     if result.failures:
         raise typer.Exit(1)
 

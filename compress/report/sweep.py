@@ -31,7 +31,11 @@ Data = Mapping[str, Any]
 
 _NOTE = (
     "Fewer bytes and less loss are better. The dashed line is the front: below and "
-    "left of it there is nothing. Points of other tools are hollow."
+    "left of it there is nothing."
+)
+_FOREIGN = (
+    "Points of other tools are hollow; they have a KL alone, and are in the table only "
+    "where models are compared by bits per byte."
 )
 _SPEED_NOTE = (
     "Up and left is better: faster and closer. Tokens a second of writing one at a "
@@ -148,7 +152,8 @@ def render_sweep(data: Data) -> str:
     models = sorted({str(point["model"]) for point in data["points"]})
     names = names_of_series(data)
     key = mark_legend(names, range(len(names)))
-    plots = [captioned(drawn(data), TITLE, note=_NOTE, key=key)]
+    note = f"{_NOTE} {_FOREIGN}" if data["foreign"] else _NOTE
+    plots = [captioned(drawn(data), TITLE, note=note, key=key)]
     speeds = speed_plot(data)
     if speeds:
         plots.append(captioned(speeds, "Speed against loss", note=_SPEED_NOTE, key=key))

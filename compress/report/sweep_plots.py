@@ -77,7 +77,8 @@ def _series(data: Data) -> list[tuple[str, list[Data]]]:
             words.append("budget" if _is_searched(point) else "one scheme")
         found.setdefault(", ".join(words) or "compress", []).append(point)
     series = list(found.items())
-    others = list(data["foreign"])
+    key = measure_of(data["points"])
+    others = [point for point in data["foreign"] if number_at(point, key) is not None]
     name = str(data.get("foreign_name") or "other tools")
     return [*series, (name, others)] if others else series
 
@@ -95,7 +96,7 @@ def _said(key: str, value: object) -> str:
 
 def _plot(data: Data) -> str:
     series, key = _series(data), measure_of(data["points"])
-    points = [p for _, found in series for p in found if number_at(p, key) is not None]
+    points = [point for _, found in series for point in found]
     sizes = [float(point["bytes"]) / 1e6 for point in points]
     margin = 0.06 * (max(sizes) - min(sizes)) or 0.05 * max(sizes)
     x = Axis(max(min(sizes) - margin, 0.0), max(sizes) + margin, _LEFT, _RIGHT)
@@ -105,9 +106,8 @@ def _plot(data: Data) -> str:
         places = [_place(point, key, x, y) for point in staircase(group, key)]
         body += "".join(_stairs([*places, (x.end, places[-1][1])]))
     for index, (_, found) in enumerate(series):
-        known = [point for point in found if number_at(point, key) is not None]
-        places = [_place(point, key, x, y) for point in known]
-        for point, place in zip(known, places, strict=True):
+        places = [_place(point, key, x, y) for point in found]
+        for point, place in zip(found, places, strict=True):
             body += _mark(point, index, place, places, key)
     return body
 

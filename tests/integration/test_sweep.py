@@ -135,6 +135,7 @@ def test_the_command_line_writes_table_page_and_figure(folder: Path) -> None:
     result = call("sweep", file)
     assert result.exit_code == 0, result.output
     assert "other <Q4>" in result.stdout and "8bpw" in result.stdout
+    assert "\r" not in result.stderr and "point 2 of 2" in result.stderr  # no bars
     page = (folder / "sweep/sweep.html").read_text()
     assert "other &lt;Q4&gt;" in page and "<Q4>" not in page
     ElementTree.parse(folder / "sweep/pareto.svg")
