@@ -101,7 +101,8 @@ svg text.on4, svg text.on5 { fill: #ffffff; }
 .legend li { display: inline-flex; align-items: center; gap: .4rem; }
 .legend svg { width: 30px; height: 14px; }
 .legend.marks svg { width: 14px; }
-.swatch { width: 14px; height: 14px; border-radius: 3px; }
+.swatch { width: 14px; height: 14px; border-radius: 3px;
+  outline: 1px solid var(--rule); }
 .scroll { overflow-x: auto; border: 1px solid var(--rule); border-radius: 8px; }
 .scroll.tall { max-height: 34rem; overflow-y: auto; }
 table { overflow-wrap: normal; border-collapse: collapse; width: 100%; font-size: .9rem;
