@@ -30,6 +30,7 @@ from compress.core.errors import ConfigError
 from compress.report.front import with_front
 from compress.report.sweep import render_sweep, sweep_text
 from compress.report.sweep_plots import render_svg
+from compress.report.sweep_png import can_draw, render_png
 from compress.report.wording import duration
 from compress.scoring import generation_speeds
 from compress.workdir import WorkDir, write_atomically
@@ -62,11 +63,12 @@ class Sweep:
 
     def text(self) -> str:
         """Return the table that ends a sweep."""
-        files = [f"  {self.workdir / name}" for name in _FILES]
+        paths = [self.workdir / name for name in _FILES]
+        files = [f"  {path}" for path in paths if path.is_file()]
         return "\n".join([sweep_text(self.data), "", "Files", *files])
 
 
-_FILES = ("sweep.html", "pareto.svg", "sweep.json")
+_FILES = ("sweep.html", "pareto.svg", "pareto.png", "sweep.json")
 
 
 def sweep(
@@ -125,6 +127,8 @@ def _write(work: WorkDir, data: Mapping[str, Any]) -> None:
     work.write_json("sweep.json", data)
     write_atomically(work.root / "pareto.svg", render_svg(data).encode())
     write_atomically(work.root / "sweep.html", render_sweep(data).encode())
+    if can_draw():
+        write_atomically(work.root / "pareto.png", render_png(data))
 
 
 def _time_left(seconds: float, made: int, waiting: int) -> str:

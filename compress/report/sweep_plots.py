@@ -25,7 +25,7 @@ Place = tuple[float, float]
 TITLE = "Size against loss"
 _WIDTH, _HEIGHT = 480, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 468.0, 26.0, 296.0
-_NAMED = {KL: "KL, nats a token", BITS_PER_BYTE: "bits per byte"}
+NAMED = {KL: "KL, nats a token", BITS_PER_BYTE: "bits per byte"}
 
 
 def render_svg(data: Data) -> str:
@@ -46,7 +46,7 @@ def speed_plot(data: Data) -> str:
     """Return speed against loss; ``''`` where no point was timed."""
     series = [
         (index, [p for p in found if number_at(p, SPEED) is not None])
-        for index, (_, found) in enumerate(_series(data))
+        for index, (_, found) in enumerate(series_of(data))
     ]
     points = [point for _, found in series for point in found]
     if not points:
@@ -54,7 +54,7 @@ def speed_plot(data: Data) -> str:
     key = measure_of(data["points"])
     x = _loss_axis([float(p[key]) for p in points], key, _LEFT, _RIGHT)
     y = Axis.over([float(p[SPEED]) for p in points], _BOTTOM, _TOP)
-    body = frame(x, y, x_label=_NAMED[key], y_label="tokens a second")
+    body = frame(x, y, x_label=NAMED[key], y_label="tokens a second")
     for index, found in series:
         for point in found:
             place = x.at(float(point[key])), y.at(float(point[SPEED]))
@@ -64,10 +64,10 @@ def speed_plot(data: Data) -> str:
 
 def names_of_series(data: Data) -> list[str]:
     """Return what the marks mean, in the order of their shapes."""
-    return [name for name, _ in _series(data)]
+    return [name for name, _ in series_of(data)]
 
 
-def _series(data: Data) -> list[tuple[str, list[Data]]]:
+def series_of(data: Data) -> list[tuple[str, list[Data]]]:
     """Return points by what was varied besides the size; other tools last."""
     found: dict[str, list[Data]] = {}
     mixed = {_is_searched(point) for point in data["points"]} == {True, False}
@@ -95,14 +95,14 @@ def _said(key: str, value: object) -> str:
 
 
 def _plot(data: Data) -> str:
-    series, key = _series(data), measure_of(data["points"])
+    series, key = series_of(data), measure_of(data["points"])
     points = [point for _, found in series for point in found]
     sizes = [float(point["bytes"]) / 1e6 for point in points]
     margin = 0.06 * (max(sizes) - min(sizes)) or 0.05 * max(sizes)
     x = Axis(max(min(sizes) - margin, 0.0), max(sizes) + margin, _LEFT, _RIGHT)
     y = _loss_axis([float(p[key]) for p in points], key, _BOTTOM, _TOP)
-    body = frame(x, y, x_label="MB (millions of bytes)", y_label=_NAMED[key])
-    for group in _groups(data["points"], key):
+    body = frame(x, y, x_label="MB (millions of bytes)", y_label=NAMED[key])
+    for group in comparable(data["points"], key):
         places = [_place(point, key, x, y) for point in staircase(group, key)]
         body += "".join(_stairs([*places, (x.end, places[-1][1])]))
     for index, (_, found) in enumerate(series):
@@ -112,7 +112,7 @@ def _plot(data: Data) -> str:
     return body
 
 
-def _groups(points: Sequence[Data], key: str) -> list[list[Data]]:
+def comparable(points: Sequence[Data], key: str) -> list[list[Data]]:
     """Return the points that compare with one another: all, or those of a model."""
     found: dict[str, list[Data]] = {}
     for point in points:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import struct
+from collections.abc import Callable
 from typing import Any
 from xml.etree import ElementTree
 
@@ -12,6 +14,7 @@ from report_fixtures import full_sweep
 from compress.report.front import with_front
 from compress.report.sweep import answers, point_table, render_sweep
 from compress.report.sweep_plots import names_of_series, render_svg
+from compress.report.sweep_png import render_png
 
 
 def made_up(**changes: Any) -> dict[str, Any]:
@@ -144,3 +147,11 @@ def test_budgets_and_plain_schemes_are_series_of_their_own() -> None:
         "one scheme",
         "other tools",
     }
+
+
+@pytest.mark.parametrize("make", [made_up, full_sweep])
+def test_the_figure_is_drawn_as_png_too(make: Callable[[], dict[str, Any]]) -> None:
+    pytest.importorskip("matplotlib", reason="the extra plots is not installed")
+    picture = render_png(make())
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", picture[16:24]) == (1280, 900)
