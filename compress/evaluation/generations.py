@@ -19,7 +19,7 @@ from compress.model.streaming import Rewrite
 from compress.recovery.models import WholeModel
 
 PROMPTS = (
-    "The water of a river that flows into the sea",
+    "Rivers are fresh and the sea is salt, because",
     "Once upon a time an old clockmaker lived at the edge of a forest. One evening",
     "To find out how many days are left until the end of the year, first",
     "def is_prime(n):\n    ",
