@@ -46,7 +46,8 @@ _SPEED_NOTE = (
 def sweep_text(data: Data) -> str:
     """Return the table that ends a sweep, for a terminal."""
     table = point_table(data)
-    notes = [*answers(data), *(f"WARNING: {text}" for text in _failures(data))]
+    said = [text.replace("±", "+-") for text in answers(data)]  # as in tables
+    notes = [*said, *(f"WARNING: {text}" for text in _failures(data))]
     return "\n".join([draw_table(table), "", table.caption, *notes])
 
 
