@@ -15,7 +15,7 @@ from typing import Any
 from reference_kl import TEXTS
 from results import FOLDER
 
-from compress.report.sweep import render_svg
+from compress.report.sweep_plots import render_svg
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -20,12 +20,13 @@ import typer
 from typer.core import TyperGroup
 
 from compress.bench.commands import app as bench_app
+from compress.cli_setup import init, list_plugins
 from compress.core.errors import CompressError
 from compress.log import is_first, set_up_logging
+from compress.registry import names
 
 if TYPE_CHECKING:
     from compress.pipeline import Result
-    from compress.registry import PluginEntry
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ def run(
         bool, typer.Option(help="Print plan, sizes, memory and time; compute nothing.")
     ] = False,
     sets: Sets = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run the whole pipeline of a config: calibrate, quantize, evaluate, export."""
     if resume and overwrite:
@@ -135,11 +137,12 @@ def run(
     from compress import pipeline
 
     if dry_run:
-        typer.echo(pipeline.dry_run(loaded).text())
+        preview = pipeline.dry_run(loaded)
+        _print(preview.to_dict() if as_json else preview.text())
         return
     command = shlex.join(["compress", *sys.argv[1:]])
     result = pipeline.run(loaded, resume=resume, overwrite=overwrite, command=command)
-    _print_result(result)
+    _print_result(result, as_json=as_json)
 
 
 @app.command()
@@ -263,18 +266,26 @@ def export(
     workdir: Annotated[
         Path, typer.Argument(help="Work directory of a run.", show_default=False)
     ],
-    to: Annotated[str, typer.Option(help="Format, such as gguf.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="Format, such as gguf.",
+            show_default=False,
+            autocompletion=lambda: names("exporters"),
+        ),
+    ],
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Option of the exporter."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write another format from a finished run."""
     from compress import pipeline
     from compress.config import parse_options
 
     options = parse_options(sets or ())
-    _print_result(pipeline.export(workdir, to, options))
+    _print_result(pipeline.export(workdir, to, options), as_json=as_json)
 
 
 @app.command()
@@ -288,7 +299,7 @@ def sweep(
     sets: Sets = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a config under many budgets, and draw bytes against KL.
+    """Run a config over models, sizes and settings, and draw bytes against loss.
 
     Points that are finished are not run again: the same command continues.
     """
@@ -304,25 +315,8 @@ def sweep(
         raise typer.Exit(1)
 
 
-@app.command("list")
-def list_plugins(
-    kind: Annotated[
-        str | None,
-        typer.Argument(
-            help="quantizers, pruners, allocators, exporters.", show_default=False
-        ),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """List plug-ins: name, kind, origin, and whether they work."""
-    from compress.registry import entries
-
-    rows = [_plugin_row(entry) for entry in entries(kind)]
-    if as_json:
-        _print(rows)
-    else:
-        header = ["name", "kind", "origin", "summary"]
-        _table(header, [[str(row[key]) for key in header] for row in rows])
+app.command()(init)
+app.command("list")(list_plugins)
 
 
 @app.command()
@@ -333,19 +327,10 @@ def schema() -> None:
     _print(config_schema())
 
 
-def _plugin_row(entry: PluginEntry) -> dict[str, object]:
-    problem = entry.problem()
-    return {
-        "name": entry.name,
-        "kind": entry.kind,
-        "origin": entry.origin,
-        "summary": f"BROKEN: {problem}" if problem else entry.load().summary,
-        "works": problem is None,
-    }
+def _print_result(result: Result, *, as_json: bool) -> None:
+    from compress.report.wording import plain_data
 
-
-def _print_result(result: Result) -> None:
-    typer.echo(result.summary())
+    _print(plain_data(result.report) if as_json else result.summary())
     if result.failures:
         raise typer.Exit(1)
 

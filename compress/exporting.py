@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from compress import provenance
 from compress.calibration.squares import measure_squares
@@ -113,9 +114,22 @@ def write_export(
 ) -> dict[str, Any]:
     """Write one export into ``WORKDIR/export/NAME``; return its report entry."""
     target = workdir.root / "export" / name
-    result = workdir.replace_folder(
-        target, lambda folder: exporter.write(artifact, folder)
-    )
+    names = artifact.plan.layers
+    with tqdm(
+        desc=name, total=len(names), unit="layer", leave=False, disable=None
+    ) as bar:
+        waiting = set(names)
+
+        def quantized(layer: str) -> QuantizedTensor:
+            if layer in waiting:  # some are read twice
+                waiting.remove(layer)
+                bar.update()
+            return artifact.quantized(layer)
+
+        counted = replace(artifact, quantized=quantized)
+        result = workdir.replace_folder(
+            target, lambda folder: exporter.write(counted, folder)
+        )
     files = [str(Path("export") / name / file.name) for file in result.files]
     return {
         "files": files,

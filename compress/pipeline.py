@@ -193,6 +193,7 @@ class Run:
         self.workdir.write_text("plan.json", self.plan.to_json())
         metrics = self._measured("evaluation", self.serving.evaluate)
         self.cache = self._measured("kv-cache", self.serving.measure_cache)
+        self.samples = self._measured("samples", self.serving.write_samples)
         wanted = self.exporters if write_exports else ()
         exports = {name: exporting.export_once(self, name) for name in wanted}
         shared = exporting.compare_once(self, exports)

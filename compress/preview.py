@@ -133,6 +133,7 @@ def predict(run: Run) -> PlanPreview:
         else None,
         drift=run.runner.needs_drift,
         evaluation=_evaluation(section) if section is not None else (0, 0),
+        generated=section.generate if section is not None else 0,
         exports=len(run.exporters),
         verified=verified,
         loads_whole=verified > 0

@@ -80,6 +80,7 @@ def build_report(
         "transforms": run.transformed.reports,
         "inputs": run.serving.upgrades,
         "kv_cache": run.cache,
+        "samples": run.samples,
         "allocation": run.allocation,
         "layers": layers,
         "experts": _experts(model, layers),
@@ -207,6 +208,26 @@ def _layer_notes(layers: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _skipped(run: Run) -> list[str]:
+    """Return what training and samples left out, a sentence for each."""
+    found = []
+    stages = {
+        "recovery": run.pruned["recovery"] if run.pruned else None,
+        "tuning": run.tuned.record if run.tuned else None,
+    }
+    for stage, record in stages.items():
+        if record and record["skipped_steps"]:
+            found.append(
+                f"{stage}: {record['skipped_steps']} of {record['steps']} steps had no "
+                "finite gradient and changed nothing; a lower learning_rate helps"
+            )
+    if run.samples and "skipped" in run.samples:
+        found.append(
+            f"evaluate.generate: nothing was written: {run.samples['skipped']}"
+        )
+    return found
+
+
 def _warnings(
     run: Run, layers: list[dict[str, Any]], exports: Mapping[str, Any], *, tokens: int
 ) -> list[str]:
@@ -225,6 +246,7 @@ def _warnings(
             "quantized before, its weights lie on a coarse grid already: figures "
             "against it say nothing of the loss against the original model."
         )
+    found += _skipped(run)
     few = [row["name"] for row in layers if _has_few_tokens(row)]
     if few:
         found.append(

@@ -9,7 +9,9 @@ results are compared with, and what recovery learns from.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +31,7 @@ from compress.pruning.budgets import cfsp_weights
 from compress.pruning.dealing import check_budgets
 from compress.pruning.depth import turns_of
 from compress.pruning.stage import FOLDER as PRUNED
-from compress.pruning.stage import Pruning
+from compress.pruning.stage import WORK, Pruning
 from compress.pruning.target import target_of
 from compress.recovery.recover import recover
 from compress.recovery.text import load_recovery_text
@@ -257,6 +259,51 @@ def _opened(folder: Path, original: ModelHandle, *, pads: bool = False) -> Model
         description, source = padded(description, source)
     named = replace(description, label=original.description.label)
     return replace(original, description=named, source=source)
+
+
+def share(config: Config, finished: Iterable[Config]) -> None:
+    """Give a run the pruned model of a finished one that prunes and recovers alike.
+
+    Files are linked where the file system can, else copied. Nothing happens if there is
+    no such run, or the run has a pruned model already.
+    """
+    target = WorkDir(config.run.workdir)
+    if config.prune is None or (target.root / PRUNED).exists():
+        return
+    for other in finished:
+        source = other.run.workdir
+        if _reshaping_key(other) != _reshaping_key(config):
+            continue
+        if not (source / PRUNED).is_dir():
+            continue
+        # The last one says that all is there.
+        for name in (WORK, RECOVERY, RECOVERED, PRUNED):
+            if (source / name).is_dir():
+                _link_folder(source / name, target)
+        return
+
+
+def _reshaping_key(config: Config) -> str:
+    """Return a digest of all that decides a pruned model."""
+    run = config.run.model_dump(mode="json", include={"seed", "device", "threads"})
+    sections = config.model_dump(
+        mode="json", include={"model", "calibration", "prune", "recover"}
+    )
+    return provenance.digest_of([sections, run, unit_of(config)])
+
+
+def _link_folder(source: Path, work: WorkDir) -> None:
+    def fill(part: Path) -> None:
+        shutil.copytree(source, part, copy_function=_link, dirs_exist_ok=True)
+
+    work.replace_folder(work.root / source.name, fill)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
 
 
 def about(record: Mapping[str, Any] | None, run: Run) -> dict[str, Any] | None:

@@ -109,6 +109,24 @@ def _streamed(
     return partial(streamed.logits, name=name)
 
 
+def generation_speeds(path: Path, *, tokens: int, repeats: int) -> list[float]:
+    """Return tokens a second of a GGUF file in llama.cpp on the CPU, once a round.
+
+    Args:
+        path: The file.
+        tokens: Written one after another in a round, beginning with an empty cache.
+        repeats: Rounds that count, after one that does not.
+
+    Raises:
+        MissingDependencyError: llama-cpp-python is not installed.
+        ExportError: llama.cpp refuses the file, or crashes.
+    """
+    from compress.export.gguf_runtime import llamacpp_seconds
+
+    seconds = llamacpp_seconds(path, tokens=tokens, repeats=repeats)
+    return [tokens / second for second in seconds]
+
+
 @dataclass(frozen=True)
 class Inspection:
     """Layers of a checkpoint, without their weights.

@@ -21,6 +21,7 @@ from compress.core.artifact import CompressedModel
 from compress.core.errors import ConfigError
 from compress.core.plan import Plan
 from compress.core.scheme import InputScheme
+from compress.evaluation.generations import PROMPTS, generations, round_inputs_
 from compress.evaluation.measure import (
     PreparedText,
     evaluate_candidates,
@@ -31,8 +32,10 @@ from compress.evaluation.rounding import rounding_of
 from compress.kvcache.measure import measure_types, recommended, rounded_cache
 from compress.kvcache.names import FP8, CachePair
 from compress.kvcache.scales import ScaleRule
+from compress.model.loading import ModelHandle
 from compress.model.streaming import Rewrite, StreamedModel
 from compress.planning.input_upgrades import shared_inputs, with_inputs
+from compress.recovery.models import WholeModel
 from compress.upgrading import Upgrader
 
 if TYPE_CHECKING:
@@ -268,6 +271,38 @@ class Serving:
             team=run.team,
         )
         return {"base": own, COMPRESSED: None, **others}
+
+    def write_samples(self) -> dict[str, Any] | None:
+        """Return what base and compressed model write after prompts, if wanted.
+
+        Where a model does not fit the device, ``skipped`` says so: the run goes on.
+        """
+        run, section = self._run, self._run.config.evaluate
+        if section is None or not section.generate:
+            return None
+        compressed = ModelHandle(run.model, run.compressed_source())
+        try:
+            return generations(
+                {
+                    "base": partial(self._whole, run.handle),
+                    COMPRESSED: partial(self._whole, compressed, self.rounding()),
+                },
+                run.handle.tokenizer(),
+                section.prompts or PROMPTS,
+                tokens=section.generate,
+            )
+        except torch.OutOfMemoryError as error:
+            reason = f"the whole model does not fit {run.device}: {error}"
+            return {"skipped": reason.partition("\n")[0]}
+
+    def _whole(
+        self, handle: ModelHandle, rounding: Mapping[str, Rewrite] | None = None
+    ) -> WholeModel:
+        device = self._run.device
+        dtype = torch.float32 if device == "cpu" else self._run.runner.dtype
+        model = WholeModel(handle, device=device, dtype=dtype)
+        round_inputs_(model.module, rounding or {})
+        return model
 
     def measure_cache(self) -> dict[str, Any] | None:
         """Return what cache types cost beside an exact cache, and which to take."""

@@ -1,9 +1,10 @@
-"""Sweeps: one config under many budgets, and the front of bytes against KL.
+"""Sweeps: one config over models, sparsities, budgets and schemes, and the front.
 
-Each point is the base config with one budget and one combination of the varied keys, in
-a work directory of its own. All draw on one level database, the cache: a layer is
-quantized to a scheme once, whatever the budgets. A point that is finished is not run
-again, and one that was interrupted goes on where it stopped.
+Each point is the base config with one size and one combination of the varied keys, in a
+work directory of its own. All draw on one level database, the cache: a layer is
+quantized to a scheme once, whatever the budgets; and points that prune alike share the
+pruned model. A point that is finished is not run again, and one that was interrupted
+goes on where it stopped.
 
 How far a point goes is what the base asks for. With ``evaluate`` it is quantized and
 measured on the evaluation's first text; without, and without exports, there is nothing
@@ -12,32 +13,32 @@ to quantize for, and its KL is what the search measured of its plan.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
-import re
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from compress import pipeline, provenance
-from compress.config import (
-    Config,
-    SweepConfig,
-    budget_assignments,
-    load_config,
-    load_sweep,
-)
+from compress import pipeline, provenance, reshaping
+from compress.config import SweepConfig, load_sweep
+from compress.config.sweep_points import SweepPoint, sweep_points
 from compress.core.errors import ConfigError
 from compress.distributed.team import check_single
-from compress.report.sweep import render_svg, render_sweep, sweep_text
+from compress.report.front import with_front
+from compress.report.sweep import render_sweep, sweep_text
+from compress.report.sweep_plots import render_svg
+from compress.report.sweep_png import can_draw, render_png
+from compress.report.wording import duration
+from compress.scoring import generation_speeds
 from compress.workdir import WorkDir, write_atomically
 
 _log = logging.getLogger(__name__)
-_WORD = 24  # letters of a value in a point's name
-_FIGURES = ("perplexity", "ppl_ratio", "kl", "kl_se", "top1")
+_FIGURES = ("perplexity", "ppl_ratio", "bits_per_byte", "kl", "kl_se", "top1")
+SEARCH_TEXT = "text of the search"
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,12 @@ class Sweep:
 
     def text(self) -> str:
         """Return the table that ends a sweep."""
-        files = [f"  {self.workdir / name}" for name in _FILES]
+        paths = [self.workdir / name for name in _FILES]
+        files = [f"  {path}" for path in paths if path.is_file()]
         return "\n".join([sweep_text(self.data), "", "Files", *files])
 
 
-_FILES = ("sweep.html", "pareto.svg", "sweep.json")
-
-
-@dataclass(frozen=True)
-class _Point:
-    name: str
-    budget: str
-    settings: Mapping[str, Any]
-    config: Config
+_FILES = ("sweep.html", "pareto.svg", "pareto.png", "sweep.json")
 
 
 def sweep(
@@ -97,66 +91,62 @@ def sweep(
     check_single("a sweep")
     loaded = config if isinstance(config, SweepConfig) else load_sweep(config)
     foreign = _foreign_points(loaded.points) if loaded.points else []
-    points = _points(loaded)
+    points = sweep_points(loaded)
     work = WorkDir(loaded.workdir)
     done = {} if overwrite else {p.name: _finished(p, loaded) for p in points}
     waiting = [point for point in points if not done.get(point.name)]
     _check(waiting)
-    found = []
+    found: list[dict[str, Any]] = []
+    started, made = time.monotonic(), 0
     for number, point in enumerate(points, 1):
-        _log.info("point %d of %d: %s", number, len(points), point.name)
-        result = done.get(point.name) or _run(point, loaded, overwrite=overwrite)
-        work.write_json(f"points/{point.name}/point.json", result)
+        result = done.get(point.name)
+        if result is None:
+            left = _time_left(time.monotonic() - started, made, len(waiting))
+            _log.info("point %d of %d: %s%s", number, len(points), point.name, left)
+            if overwrite:
+                WorkDir(point.config.run.workdir).clear()
+            reshaping.share(point.config, [p.config for p in points[: number - 1]])
+            result = _run(point, loaded)
+            work.write_json(f"points/{point.name}/point.json", result)
+            made += 1
         found.append(result["point"])
-    data = {
-        "version": 1,
-        "config": loaded.model_dump(mode="json"),
-        "command": command or "compress.sweep(config)",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": provenance.versions(),
-        "points": _with_front(found),
-        "foreign": foreign,
-    }
-    work.write_json("sweep.json", data)
-    write_atomically(work.root / "pareto.svg", render_svg(data).encode())
-    write_atomically(work.root / "sweep.html", render_sweep(data).encode())
+        data = {
+            "version": 1,
+            "config": loaded.model_dump(mode="json"),
+            "command": command or "compress.sweep(config)",
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": provenance.versions(),
+            "points": with_front(found),
+            "foreign": foreign,
+            "is_complete": number == len(points),
+        }
+        _write(work, data)
     return Sweep(data, work.root)
 
 
-def _points(loaded: SweepConfig) -> list[_Point]:
-    """Return every budget under every combination of settings, checked."""
-    varied = [key for key, values in loaded.set.items() if len(values) > 1]
-    base = loaded.base if isinstance(loaded.base, str) else dict(loaded.base)
-    found: dict[str, _Point] = {}
-    for values in itertools.product(*loaded.set.values()):
-        settings = dict(zip(loaded.set, values, strict=True))
-        sets = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-        for budget in loaded.budgets:
-            words = [budget, *(_word(settings[key]) for key in varied)]
-            name = "-".join(re.sub(r"[^\w.]+", "_", word) for word in words)
-            if name in found:
-                name = f"{name}-{len(found)}"
-            folder = loaded.workdir / "points" / name / "run"
-            config = load_config(base, [*sets, *budget_assignments(budget)])
-            run = config.run.model_copy(update={"workdir": folder})
-            config = config.model_copy(update={"run": run})
-            shown = {key: settings[key] for key in varied}
-            found[name] = _Point(name, budget, shown, config)
-    return list(found.values())
+def _write(work: WorkDir, data: Mapping[str, Any]) -> None:
+    """Write what is known so far, so that a long sweep can be watched."""
+    work.write_json("sweep.json", data)
+    write_atomically(work.root / "pareto.svg", render_svg(data).encode())
+    write_atomically(work.root / "sweep.html", render_sweep(data).encode())
+    if can_draw():
+        write_atomically(work.root / "pareto.png", render_png(data))
 
 
-def _word(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text.strip('{}[]"/ ').rpartition("/")[2][:_WORD] or "none"
+def _time_left(seconds: float, made: int, waiting: int) -> str:
+    """Return how long the rest takes if points take what they took; empty at first."""
+    if not made:
+        return ""
+    return f", about {duration(seconds / made * (waiting - made))} left"
 
 
-def _digest(point: _Point, loaded: SweepConfig) -> str:
+def _digest(point: SweepPoint, loaded: SweepConfig) -> str:
     config = point.config.model_dump(mode="json")
     version = provenance.versions()["compress"]
-    return provenance.digest_of([config, loaded.export, version])
+    return provenance.digest_of([config, loaded.export, loaded.speed, version])
 
 
-def _finished(point: _Point, loaded: SweepConfig) -> dict[str, Any] | None:
+def _finished(point: SweepPoint, loaded: SweepConfig) -> dict[str, Any] | None:
     path = loaded.workdir / "points" / point.name / "point.json"
     if not path.is_file():
         return None
@@ -168,7 +158,7 @@ def _finished(point: _Point, loaded: SweepConfig) -> dict[str, Any] | None:
         return None
 
 
-def _check(points: Sequence[_Point]) -> None:
+def _check(points: Sequence[SweepPoint]) -> None:
     """Raise all that can be known before work: no export, or a budget too small."""
     problems = []
     for point in points:
@@ -180,67 +170,84 @@ def _check(points: Sequence[_Point]) -> None:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
 
 
-def _run(point: _Point, loaded: SweepConfig, *, overwrite: bool) -> dict[str, Any]:
+def _run(point: SweepPoint, loaded: SweepConfig) -> dict[str, Any]:
     config, folder = point.config, point.config.run.workdir
     found: dict[str, Any] = {
         "name": point.name,
         "model": config.model.path,
-        "budget": point.budget,
+        "size": point.size,
         "settings": dict(point.settings),
     }
     if config.evaluate is None and not loaded.export:
         outcome = pipeline.search(config)
         WorkDir(folder).write_json("search.json", outcome.to_dict())
-        record, failures = outcome.record, []
-        text, figures = "text of the search", {"kl": record["measured_kl"]}
-        size = record["file_bytes"]
+        measured = {"text": SEARCH_TEXT, "kl": outcome.record["measured_kl"]}
+        found |= _searched(outcome.record) | measured | {"failures": []}
     else:
-        result = pipeline.run(
-            config, resume=True, overwrite=overwrite, write_exports=loaded.export
-        )
-        record, failures = result.report["allocation"], result.failures
-        entry = result.report["exports"].get(record["format"], {})
-        size = entry.get("size_bytes", record["file_bytes"])
-        text, figures = _measured(result.report, record)
-    found |= {
+        result = pipeline.run(config, resume=True, write_exports=loaded.export)
+        found |= _of_report(result.report) | {"failures": result.failures}
+        if loaded.speed:
+            (file,) = (folder / "export" / "gguf").glob("*.gguf")
+            found |= _timed(file, loaded.speed)
+    found["workdir"] = str(folder)
+    return {"with": _digest(point, loaded), "point": found}
+
+
+def _searched(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a search says of its point."""
+    return {
         "budget_bytes": record["budget_bytes"],
-        "bytes": size,
-        "text": text,
-        **figures,
+        "bytes": record["file_bytes"],
         "predicted_kl": record["predicted_kl"],
         "search_kl": record["measured_kl"],
         "evaluations": record["evaluations"],
         "seconds": sum(record["seconds"].values()),
-        "failures": failures,
-        "workdir": str(folder),
     }
-    return {"with": _digest(point, loaded), "point": found}
+
+
+def _of_report(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run says of its point, and of the original beside it."""
+    record = report["allocation"]
+    found: dict[str, Any] = {}
+    if record is None:
+        name = report["config"]["export"][0]["format"]
+        found["bytes"] = report["predicted"]["size_bytes"][name]
+    else:
+        name = record["format"]
+        found |= _searched(record)
+    if name in report["exports"]:
+        found["bytes"] = report["exports"][name]["size_bytes"]
+    base = report["metrics"]["base"]
+    if base is not None:
+        figures = next(iter(base["texts"].values()))
+        found["original"] = {
+            "bytes": report["size_bytes"]["base"],
+            "bits_per_byte": figures["bits_per_byte"],
+        }
+    found["seconds"] = sum(report["seconds"].values())
+    return found | _measured(report, record)
+
+
+def _timed(file: Path, tokens: int) -> dict[str, float]:
+    """Return the median speed of a file in llama.cpp, and how far apart runs were."""
+    rates = generation_speeds(file, tokens=tokens, repeats=3)
+    return {
+        "tokens_per_second": statistics.median(rates),
+        "tokens_per_second_spread": max(rates) - min(rates),
+    }
 
 
 def _measured(
-    report: Mapping[str, Any], record: Mapping[str, Any]
-) -> tuple[str, dict[str, float]]:
+    report: Mapping[str, Any], record: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """Return the first text that was evaluated, and the figures on it."""
     texts = (report["metrics"]["compressed"] or {}).get("texts", {})
     for name, figures in texts.items():
         if "kl" in figures:
-            return name, {key: figures[key] for key in _FIGURES if key in figures}
-    return "text of the search", {"kl": record["measured_kl"]}
-
-
-def _with_front(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the points, each marked whether none of its model is smaller and closer.
-
-    Fewest bytes first. Of equal points the first is on the front.
-    """
-    found = []
-    best: dict[str, float] = {}
-    for point in sorted(points, key=lambda p: (p["bytes"], p["kl"])):
-        is_better = point["kl"] < best.get(point["model"], float("inf"))
-        if is_better:
-            best[point["model"]] = point["kl"]
-        found.append({**point, "on_front": is_better})
-    return found
+            kept = {key: figures[key] for key in _FIGURES if key in figures}
+            return {"text": name, **kept}
+    assert record is not None  # sweep_points checks it
+    return {"text": SEARCH_TEXT, "kl": record["measured_kl"]}
 
 
 def _foreign_points(path: str) -> list[dict[str, Any]]:

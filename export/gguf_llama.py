@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import sys
+import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -106,8 +107,38 @@ def _tokens(llama: Any, path: str) -> Iterator[Answer]:
     yield {"tokens": list(tokens[:count])}, b""
 
 
+def _speed(
+    llama: Any, path: str, threads: str, tokens: str, repeats: str
+) -> Iterator[Answer]:
+    """Write tokens one at a time, as a chat does, and say how long each round took.
+
+    Which token follows is not asked: every step costs the same, whatever it is.
+    """
+    size = int(tokens)
+    with ExitStack() as cleanup:
+        model = _load(llama, path)
+        cleanup.callback(llama.llama_model_free, model)
+        context = _open_context(llama, model, size, threads=int(threads))
+        if not context:
+            raise ExportError(f"llama.cpp cannot make a context of {size} tokens")
+        cleanup.callback(llama.llama_free, context)
+        batch = llama.llama_batch_init(1, 0, 1)
+        cleanup.callback(llama.llama_batch_free, batch)
+        for round_ in range(int(repeats) + 1):  # the first one reads the file
+            llama.llama_memory_clear(llama.llama_get_memory(context), True)
+            started = time.perf_counter()
+            for place in range(size):
+                _fill_(batch, array("i", [1 + place % 97]))
+                batch.pos[0] = place
+                if llama.llama_decode(context, batch) != 0:
+                    raise ExportError(f"llama.cpp failed on token {place}")
+            llama.llama_synchronize(context)
+            if round_:
+                yield {"seconds": time.perf_counter() - started}, b""
+
+
 _COMMANDS: dict[str, Callable[..., Iterator[Answer]]]
-_COMMANDS = {"logits": _logits, "decode": _decode, "tokens": _tokens}
+_COMMANDS = {"logits": _logits, "decode": _decode, "tokens": _tokens, "speed": _speed}
 
 
 def _import_llama() -> Any:

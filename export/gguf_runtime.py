@@ -87,6 +87,21 @@ def llamacpp_tokens(path: Path, text: str) -> list[int]:
     return [int(token) for token in answer["tokens"]]
 
 
+def llamacpp_seconds(path: Path, *, tokens: int, repeats: int) -> list[float]:
+    """Return the seconds that llama.cpp takes to write tokens one by one, by round.
+
+    On the CPU, with torch's number of threads, float32 keys and values and no weights
+    repacked for the processor: stock llama.cpp may be faster, for all files alike.
+
+    Raises:
+        MissingDependencyError: llama-cpp-python is not installed.
+        ExportError: llama.cpp refuses the file, or crashes.
+    """
+    numbers = torch.get_num_threads(), tokens, repeats
+    answers = _answers("speed", path, *numbers, shown=path)
+    return [float(answer["seconds"]) for answer in answers]
+
+
 def _logits(path: Path, windows: Tensor, *, shown: Path) -> Iterator[Tensor]:
     numbers = (torch.get_num_threads(), *windows.shape)
     given = windows.to(torch.int32).numpy().tobytes()

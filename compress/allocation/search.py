@@ -9,12 +9,14 @@ are kept in the cache, so that another budget or allocator begins with the searc
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from compress.allocation.assemble import Assembly, assembled_model
 from compress.allocation.budget import budget_bytes, format_of_budget
@@ -36,11 +38,13 @@ from compress.allocation.text import reward_windows
 from compress.config.budget_sections import AllocateSection, BudgetSection
 from compress.config.plugins import create_allocator
 from compress.core.allocation import (
+    Allocation,
     AllocationProblem,
     Choice,
     Traits,
     Unit,
 )
+from compress.core.contracts import Allocator
 from compress.core.errors import ConfigError, PlanError
 from compress.core.plan import LayerPlan
 from compress.model.streaming import StreamedModel
@@ -130,7 +134,7 @@ class Search:
         )
         with timed(self.seconds, "search"):
             found = self._run.team.led(
-                lambda measure: allocator.allocate(replace(problem, measure=measure)),
+                lambda measure: _searched(allocator, replace(problem, measure=measure)),
                 problem.measure,
             )
         if not problem.fits(found.assignment):
@@ -317,6 +321,26 @@ class Search:
             sum(level.input_mean for level in levels) / count,
             max(level.input_max for level in levels),
         )
+
+
+def _searched(allocator: Allocator, problem: AllocationProblem) -> Allocation:
+    """Run an allocator, with a bar of the models that it measures."""
+    total = getattr(allocator.options, "evaluations", None)
+    best = math.inf
+    bar = tqdm(
+        desc="search", unit="model", total=total, leave=False, disable=None, delay=1
+    )
+
+    def measure(assignment: Sequence[int], share: float) -> float:
+        nonlocal best
+        value = problem.measure(assignment, share)
+        best = min(best, value)
+        bar.update(share)
+        bar.set_postfix(best_kl=f"{best:.4f}", refresh=False)
+        return value
+
+    with bar:
+        return allocator.allocate(replace(problem, measure=measure))
 
 
 def _unmeasured(assignment: Sequence[int], share: float) -> float:

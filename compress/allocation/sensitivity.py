@@ -70,7 +70,9 @@ def measured_slopes(
     The worst choice is the furthest above the noise of few tokens.
     """
     slopes = []
-    for i, unit in enumerate(tqdm(units, desc="sensitivity", leave=False)):
+    for i, unit in enumerate(
+        tqdm(units, desc="sensitivity", leave=False, disable=None)
+    ):
         worst = max(range(len(unit.options)), key=errors[i].__getitem__)
         alone = [worst if j == i else None for j in range(len(units))]
         error = errors[i][worst]

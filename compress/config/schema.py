@@ -299,6 +299,21 @@ class EvaluateSection(Section):
     kl: bool = Field(
         default=True, description="KL divergence and agreement with the base."
     )
+    generate: int = Field(
+        default=0,
+        ge=0,
+        le=512,
+        description="Tokens that base and compressed model write after each prompt, "
+        "greedily, for the report. Each model is in memory as a whole for that; 0 "
+        "writes nothing.",
+    )
+    prompts: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)] | None = (
+        Field(
+            default=None,
+            description="Plain texts that `generate` goes on with; null takes four "
+            "stored ones.",
+        )
+    )
 
 
 class ExportEntry(BaseModel):

@@ -70,6 +70,7 @@ def seconds(
     evaluated = work.evaluation[0] * work.evaluation[1]
     if evaluated:
         total += 2 * _scored(shapes, evaluated, exact_speeds)
+    total += 2 * work.generated * shapes.parameters * a_pass
     for passes, files in (
         (_PASSES_TO_EXPORT, work.exports),
         (_PASSES_TO_VERIFY, work.verified),

@@ -57,6 +57,8 @@ def peak_bytes(shapes: Shapes, work: Work, *, dtype: torch.dtype) -> int:
         stages.append(in_use)
     if work.evaluation[0]:
         stages.append(_comparison(shapes, work.evaluation))
+    if work.generated:
+        stages.append(_FLOAT * shapes.parameters)
     if work.verified:
         whole = _FLOAT * shapes.parameters if work.loads_whole else 0
         stages.append(whole + _comparison(shapes, _VERIFY))

@@ -25,6 +25,7 @@ class Work:
         verified: Number of them that are read back and compared.
         loads_whole: Whether one is read back by a program that holds the whole model
             in this process.
+        generated: Tokens that each model, whole in memory, writes one by one.
     """
 
     calibration: tuple[int, int] | None = None
@@ -33,6 +34,7 @@ class Work:
     exports: int = 0
     verified: int = 0
     loads_whole: bool = False
+    generated: int = 0
 
 
 @dataclass(frozen=True)

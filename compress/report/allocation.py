@@ -94,7 +94,7 @@ def unit_table(report: Report) -> Table:
         )
     headers = ("unit", "scheme", "bytes", "bits per weight", "predicted KL", "error")
     caption = _LOSS_NOTE if rows else ""
-    return Table("Choice of each unit", headers, "lrrrrr", tuple(rows), caption)
+    return Table("Choice of each unit", headers, "llrrrr", tuple(rows), caption)
 
 
 def unit_name(layers: Sequence[str]) -> str:

@@ -8,7 +8,15 @@ from html import escape
 from typing import Any
 
 from compress.report.svg import element
-from compress.report.wording import MISSING, fixed, number_at, significant, size
+from compress.report.wording import (
+    MISSING,
+    branch,
+    fixed,
+    nats,
+    number_at,
+    significant,
+    size,
+)
 
 Layer = Mapping[str, Any]
 
@@ -28,15 +36,17 @@ class _Column:
 
 _COLUMNS = (
     _Column("layer", "name"),
-    _Column("role", "role"),
-    _Column("method", "method"),
     _Column("scheme", "scheme"),
-    _Column("shape", "shape"),
     _Column("bits per weight", "bits_per_weight", fixed),
-    _Column("before", "bytes_before", size),
     _Column("after", "bytes_after", size),
     _Column("error", "error", significant),
     _Column("weight error", "weight_error", significant),
+    _Column("sensitivity", "sensitivity", nats),
+    _Column("predicted KL", "predicted_kl", nats),
+    _Column("role", "role"),
+    _Column("method", "method"),
+    _Column("shape", "shape"),
+    _Column("before", "bytes_before", size),
     _Column("seconds", "seconds", fixed),
     _Column("notes", "notes"),
 )
@@ -44,7 +54,11 @@ _COLUMNS = (
 
 def layer_table(report: Mapping[str, Any]) -> str:
     """Return the table as HTML; columns that no layer fills are left out."""
-    layers = list(report.get("layers") or [])
+    losses = _losses(report)
+    layers = [
+        {**layer, **losses.get(str(layer.get("name")), {})}
+        for layer in report.get("layers") or []
+    ]
     columns = [
         c for c in _COLUMNS if any(_shown(c, layer) != MISSING for layer in layers)
     ]
@@ -75,6 +89,26 @@ def layer_table(report: Mapping[str, Any]) -> str:
         role="region",
         aria_label="Every layer",
     )
+
+
+SENSITIVITY_NOTE = (
+    "Predicted KL, in nats a token, is that of a layer's choice alone; sensitivity is "
+    "what its smallest choice would have cost. Layers that must agree share both."
+)
+
+
+def _losses(report: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Return what the search predicted for each layer, by name."""
+    found: dict[str, dict[str, float | None]] = {}
+    for unit in branch(report, "allocation").get("units") or []:
+        choices = unit["choices"]
+        smallest = min(choices, key=lambda choice: float(choice["bytes"]))
+        losses = {
+            "predicted_kl": number_at(choices[unit["chosen"]], "loss"),
+            "sensitivity": number_at(smallest, "loss"),
+        }
+        found |= {str(name): losses for name in unit.get("layers") or []}
+    return found
 
 
 def _shown(column: _Column, layer: Layer) -> str:

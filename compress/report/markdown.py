@@ -6,6 +6,7 @@ import re
 
 from compress.report.allocation import budget_table, scheme_table
 from compress.report.pruning import block_table, pruning_table, recovery_table
+from compress.report.samples import samples_table
 from compress.report.serving import cache_table, parts_table, upgrades_table
 from compress.report.tables import (
     Report,
@@ -55,6 +56,7 @@ def render_markdown(report: Report) -> str:
     parts += _section(distance_table(report))
     for table in (parts_table(report), upgrades_table(report), cache_table(report)):
         parts += _section(table)
+    parts += _section(samples_table(report))
     parts += [*_section(export_table(report)), *_export_notes(report)]
     parts += [*_section(pruning_table(report)), *_section(block_table(report))]
     parts += _section(recovery_table(report))

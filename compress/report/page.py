@@ -8,13 +8,15 @@ from html import escape
 from compress.report.allocation import budget_table, scheme_table, unit_table
 from compress.report.allocation_plots import bits_map, budget_bar, progress_plot
 from compress.report.html import document, draw, paragraph
-from compress.report.layers import layer_table
+from compress.report.layers import SENSITIVITY_NOTE, layer_table
 from compress.report.plots import histogram_plots, ladder_plot, layer_plot, size_plot
 from compress.report.pruning import block_table, pruning_table, recovery_table
+from compress.report.samples import samples_section
 from compress.report.serving import cache_table, parts_table, upgrades_table
 from compress.report.svg import element
 from compress.report.tables import (
     Report,
+    Table,
     distance_table,
     export_table,
     group_table,
@@ -24,6 +26,7 @@ from compress.report.tables import (
     size_table,
     verdict,
 )
+from compress.report.training_plots import training_plot
 from compress.report.transforms import transform_table
 from compress.report.tuning import tuning_table
 from compress.report.wording import (
@@ -51,14 +54,15 @@ def render_page(report: Report) -> str:
     sections = {
         "size": ("Size", _size_section(report)),
         "quality": ("Quality", _quality_section(report)),
+        "samples": ("Samples", samples_section(report)),
         "pruning": (
             "Pruning",
             draw(pruning_table(report))
-            + draw(recovery_table(report))
-            + draw(block_table(report)),
+            + _training(report, "recovery", recovery_table(report))
+            + _headed(block_table(report), class_="tall"),
         ),
         "transforms": ("Transforms", draw(transform_table(report))),
-        "tuning": ("Tuning", draw(tuning_table(report))),
+        "tuning": ("Tuning", _training(report, "tuning", tuning_table(report))),
         "serving": ("Inputs and cache", _serving_section(report)),
         "budget": ("Budget", _budget_section(report)),
         "layers": ("Layers", _layer_section(report)),
@@ -220,15 +224,28 @@ def _quality_section(report: Report) -> str:
         parts.append(_lamps())
         plots = [ladder, *histogram_plots(report)]
         parts.append(element("div", *plots, class_="figures"))
-        parts += [element("h3", distance.title), draw(distance)]
+        parts.append(_headed(distance))
     return "".join(parts)
+
+
+def _headed(table: Table, *, class_: str = "") -> str:
+    """Return a table under its title; nothing without rows."""
+    drawn = draw(table, class_=class_)
+    return element("h3", escape(table.title)) + drawn if drawn else ""
+
+
+def _training(report: Report, key: str, table: Table) -> str:
+    """Return the table of a training stage beside its curves."""
+    plot = training_plot(branch(report, key), title=key.title())
+    drawn = draw(table)
+    if not plot:
+        return drawn
+    return element("div", element("div", drawn), plot, class_="figures")
 
 
 def _serving_section(report: Report) -> str:
     tables = parts_table(report), upgrades_table(report), cache_table(report)
-    return "".join(
-        element("h3", table.title) + draw(table) for table in tables if table.rows
-    )
+    return "".join(map(_headed, tables))
 
 
 def _lamps() -> str:
@@ -253,15 +270,15 @@ def _budget_section(report: Report) -> str:
     if not branch(report, "allocation"):
         return ""
     schemes, units = scheme_table(report), unit_table(report)
-    plots = budget_bar(report), bits_map(report), progress_plot(report)
+    plots = budget_bar(report), progress_plot(report)
     notes = branch(report, "allocation").get("notes") or []
     left_out = element("ul", *(element("li", escape(str(note))) for note in notes))
     return "".join(
         [
             draw(budget_table(report)),
             element("div", *plots, class_="figures"),
-            element("h3", schemes.title) + draw(schemes) if schemes.rows else "",
-            element("h3", units.title) + draw(units, class_="tall"),
+            _headed(schemes),
+            _headed(units, class_="tall"),
             element("h3", "Candidates left out") + left_out if notes else "",
         ]
     )
@@ -271,7 +288,9 @@ def _layer_section(report: Report) -> str:
     groups = group_table(report)
     if not groups.rows:
         return ""
+    losses = f" {SENSITIVITY_NOTE}" if branch(report, "allocation") else ""
     plots = [
+        bits_map(report),
         layer_plot(
             report,
             "error",
@@ -287,11 +306,10 @@ def _layer_section(report: Report) -> str:
     ]
     return "".join(
         [
-            element("div", *plots, class_="figures") if any(plots) else "",
-            element("h3", groups.title),
-            draw(groups),
+            element("div", *plots, class_="figures layers") if any(plots) else "",
+            _headed(groups, class_="tall"),
             element("h3", "Every layer"),
-            paragraph("Choose a column's heading to sort by it.", "caption"),
+            paragraph(f"Choose a column's heading to sort by it.{losses}", "caption"),
             layer_table(report),
         ]
     )

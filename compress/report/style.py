@@ -17,7 +17,7 @@ STYLE = """
   --c4: #a8508a; --c5: #2f8cc9; --c6: #4a4f55; --c7: #7d7300;
   --p0: #0072b2; --p1: #e0a030; --p2: #00806a; --p3: #8a8f96;
   --t0: #ffffff; --t1: #1b1f24; --t2: #ffffff; --t3: #1b1f24;
-  --green: #00704f; --amber: #8a5a00; --red: #b3261e;
+  --green: #00704f; --amber: #8a5a00; --red: #b3261e; --mark: #fde6d3;
 }
 @media (prefers-color-scheme: dark) {
   :root {
@@ -28,7 +28,7 @@ STYLE = """
     --c4: #e59ac6; --c5: #a9d8fb; --c6: #d3d7db; --c7: #e3d84f;
     --p0: #58aee8; --p1: #f0b440; --p2: #3cc7a0; --p3: #a3abb4;
     --t0: #14171a; --t1: #14171a; --t2: #14171a; --t3: #14171a;
-    --green: #4fd0a5; --amber: #f0b440; --red: #ff8f85;
+    --green: #4fd0a5; --amber: #f0b440; --red: #ff8f85; --mark: #4a2c18;
   }
 }
 * { box-sizing: border-box; }
@@ -59,11 +59,12 @@ nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; list-style: none;
 .cards .value { font-size: 1.45rem; font-weight: 650; line-height: 1.25;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 .cards .more { font-size: .85rem; overflow-wrap: anywhere; }
-.figures { display: grid; gap: 1.2rem; margin-top: 1rem;
+.figures { display: grid; gap: 1.2rem; margin-top: 1rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
 figure { margin: 0; padding: .9rem 1rem; background: var(--panel); min-width: 0;
   border: 1px solid var(--rule); border-radius: 8px; }
 .figures > * { min-width: 0; }
+.figures.layers > :first-child { grid-row: span 2; }
 .figures > figure:only-child { max-width: 620px; }
 figcaption { font-weight: 600; margin-bottom: .5rem; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
@@ -100,7 +101,8 @@ svg text.on4, svg text.on5 { fill: #ffffff; }
 .legend li { display: inline-flex; align-items: center; gap: .4rem; }
 .legend svg { width: 30px; height: 14px; }
 .legend.marks svg { width: 14px; }
-.swatch { width: 14px; height: 14px; border-radius: 3px; }
+.swatch { width: 14px; height: 14px; border-radius: 3px;
+  outline: 1px solid var(--rule); }
 .scroll { overflow-x: auto; border: 1px solid var(--rule); border-radius: 8px; }
 .scroll.tall { max-height: 34rem; overflow-y: auto; }
 table { overflow-wrap: normal; border-collapse: collapse; width: 100%; font-size: .9rem;
@@ -122,6 +124,14 @@ th button:focus-visible { outline: 3px solid var(--focus); outline-offset: 2px; 
 th button::after { content: "\\a0\\2195"; color: var(--soft); font-weight: 400; }
 th[aria-sort="ascending"] button::after { content: "\\a0\\2191"; color: var(--ink); }
 th[aria-sort="descending"] button::after { content: "\\a0\\2193"; color: var(--ink); }
+.sample h3, .written { white-space: pre-wrap; }
+.sample { margin-top: 1.2rem; }
+.sample .pair { display: grid; gap: .6rem; grid-template-columns: 1fr 1fr; }
+.sample .pair > div { background: var(--panel); border: 1px solid var(--rule);
+  border-radius: 8px; padding: .6rem .8rem; min-width: 0; }
+.sample .what { font-size: .85rem; color: var(--soft); }
+.sample .written { margin: .2rem 0 0; font-size: .95rem; }
+mark { background: var(--mark); color: inherit; border-bottom: 2px solid var(--c3); }
 .light { font-weight: 650; white-space: nowrap; }
 .light.green { color: var(--green); } .light.amber { color: var(--amber); }
 .light.red { color: var(--red); } .failed { color: var(--bad); font-weight: 650; }
@@ -139,6 +149,7 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .875rem; }
   .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .6rem; }
   .cards li { padding: .6rem .7rem; }
   .cards .value { font-size: 1.15rem; }
+  .sample .pair { grid-template-columns: 1fr; }
   figure { padding: .7rem; }
   svg text, svg text.inside { font-size: 17px; }
   svg text.small { font-size: 15.5px; }

@@ -257,8 +257,9 @@ def group_table(report: Report) -> Table:
         keys = (str(layer.get(name)) for name in ("role", "method", "scheme"))
         role, method, scheme = keys
         groups.setdefault((role, method, scheme), []).append(layer)
+    roles = list(dict.fromkeys(role for role, _, _ in groups))
     rows = []
-    for key, layers in groups.items():
+    for key, layers in sorted(groups.items(), key=lambda g: roles.index(g[0][0])):
         errors = _numbers(layers, "error") or []
         weight_errors = _numbers(layers, "weight_error")
         rows.append(

@@ -30,6 +30,7 @@ REPORT_KEYS = {
     *("kv_cache", "layers", "exports", "pruning", "recovery"),
     *("one_plan_two_files", "seconds", "peak_memory_bytes", "predicted", "warnings"),
     "experts",
+    "samples",
     "allocation",
     "tuning",
 }

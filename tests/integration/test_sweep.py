@@ -135,6 +135,7 @@ def test_the_command_line_writes_table_page_and_figure(folder: Path) -> None:
     result = call("sweep", file)
     assert result.exit_code == 0, result.output
     assert "other <Q4>" in result.stdout and "8bpw" in result.stdout
+    assert "\r" not in result.stderr and "point 2 of 2" in result.stderr  # no bars
     page = (folder / "sweep/sweep.html").read_text()
     assert "other &lt;Q4&gt;" in page and "<Q4>" not in page
     ElementTree.parse(folder / "sweep/pareto.svg")
@@ -145,3 +146,87 @@ def test_every_budget_that_nothing_fits_is_told_before_work(folder: Path) -> Non
     with pytest.raises(CompressError, match="(?s)100B: .*\n1KB: "):
         compress.sweep(changes)
     assert not (folder / "sweep").exists()
+
+
+def wide_sweep(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Return two models, pruned or not, under a budget and in one scheme."""
+    save_checkpoint(folder / "other", intermediate_size=160)
+    evaluate = {
+        "perplexity": [str(folder / "text.txt")],
+        "windows": 2,
+        "sequence_length": 32,
+    }
+    base = base_of(folder, evaluate=evaluate)
+    base["prune"] = {"method": "maw", "sparsity": 0.5, "round_to": 32}
+    return sweep_of(
+        folder,
+        **{
+            "base": base,
+            "models": [str(folder / "model"), str(folder / "other")],
+            "sparsities": [0, 0.5],
+            "budgets": ["9bpw"],
+            "schemes": ["q4_0", "q8_0"],
+        }
+        | changes,
+    )
+
+
+def test_models_sparsities_budgets_and_schemes_are_all_combined(folder: Path) -> None:
+    data = compress.sweep(wide_sweep(folder, fits=["200KB", "1B"])).data
+    points = {point["name"]: point for point in data["points"]}
+    assert len(points) == 2 * 2 * (1 + 2)
+    whole, pruned = points["q8_0-model-0"], points["q8_0-model-0.5"]
+    assert pruned["bytes"] < whole["bytes"] and pruned["kl"] > whole["kl"]
+    assert whole["settings"] == {
+        "model.path": str(folder / "model"),
+        "prune.sparsity": 0,
+    }
+    originals = {point["original"]["bytes"] for point in points.values()}
+    assert len(originals) == 2
+    text = compress.sweep(wide_sweep(folder, fits=["200KB", "1B"])).text()
+    assert "200KB: take " in text and "1B: no point is that small" in text
+    best = min(
+        (p for p in points.values() if p["bytes"] <= 200_000),
+        key=lambda p: float(p["bits_per_byte"]),
+    )
+    assert f"200KB: take {best['name']} (" in text
+
+
+def test_points_that_prune_alike_share_the_pruned_model(folder: Path) -> None:
+    changes = {"models": [], "sparsities": [0.5], "budgets": []}
+    points = compress.sweep(wide_sweep(folder, **changes)).data["points"]
+    places = [Path(point["workdir"]) / "pruned" for point in points]
+    (first, *others) = [
+        {f.name: f.stat().st_ino for f in place.glob("*.safetensors")}
+        for place in places
+    ]
+    assert first and others == [first]
+
+
+def test_a_scheme_without_a_measure_is_told_before_work(folder: Path) -> None:
+    with pytest.raises(CompressError, match=r"schemes: q4_0: .*evaluate\.perplexity"):
+        compress.sweep(sweep_of(folder, schemes=["q4_0"]))
+    assert not (folder / "sweep").exists()
+
+
+def test_an_option_of_the_search_makes_no_second_point_of_a_scheme(
+    folder: Path,
+) -> None:
+    changes = {"models": [], "sparsities": [], "budgets": [], "schemes": ["q8_0"]}
+    data = compress.sweep(
+        wide_sweep(folder, **changes, set={"allocate.method": ["ilp", "greedy"]})
+    ).data
+    assert len(data["points"]) == 1
+
+
+def test_speed_is_measured_in_llamacpp(folder: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    changes = {"models": [], "sparsities": [0], "budgets": []}
+    data = compress.sweep(wide_sweep(folder, **changes, export=True, speed=8)).data
+    assert [point["tokens_per_second"] > 0 for point in data["points"]] == [True] * 2
+    assert "tokens/s" in (folder / "sweep/sweep.html").read_text()
+
+
+def test_speed_without_files_is_an_error_with_its_place(folder: Path) -> None:
+    with pytest.raises(CompressError, match="set export: true"):
+        compress.sweep(wide_sweep(folder, speed=8))

@@ -28,6 +28,7 @@ class Pipeline(types.ModuleType):
         self.failure: BaseException | None = None
         self.answer = answer = types.SimpleNamespace(
             summary=lambda: "the summary",
+            report={"model": {"label": "m"}},
             failures=[],
             text=lambda: "the text",
             to_dict=lambda: {"a": 1},
@@ -64,6 +65,21 @@ def config(tmp_path: Path) -> str:
 
 def call(*arguments: str) -> Result:
     return CliRunner().invoke(app, arguments)
+
+
+@pytest.mark.parametrize(
+    ("words", "printed"),
+    [
+        (("run", "CONFIG"), {"model": {"label": "m"}}),
+        (("run", "CONFIG", "--dry-run"), {"a": 1}),
+        (("export", "work", "--to", "gguf"), {"model": {"label": "m"}}),
+    ],
+)
+def test_json_is_all_that_stdout_gets(
+    words: tuple[str, ...], printed: object, pipeline: Pipeline, config: str
+) -> None:
+    given = [config if word == "CONFIG" else word for word in words]
+    assert json.loads(call(*given, "--json").stdout) == printed
 
 
 def test_run_hands_the_config_over_and_prints_the_summary(

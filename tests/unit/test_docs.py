@@ -110,3 +110,13 @@ def test_mkdocs_lists_every_page() -> None:
 
     pages = {p.name for p in (ROOT / "docs").glob("*.md")}
     assert set(files(site["nav"])) == pages
+
+
+def test_the_page_on_commands_names_every_command() -> None:
+    import typer
+
+    from compress.cli import app
+
+    text = (ROOT / "docs" / "commands.md").read_text("utf-8")
+    group = typer.main.get_command(app)
+    assert [n for n in group.commands if f"| `compress {n}" not in text] == []  # type: ignore[attr-defined]

@@ -65,6 +65,10 @@ def test_rounding_holds_gate_and_up_at_once_and_the_codes_of_a_block() -> None:
     assert memory(Work()) - (400 << 20) == expected
 
 
+def test_writing_samples_holds_one_whole_model_in_float32() -> None:
+    assert memory(Work(generated=40)) - (400 << 20) == 4 * LLAMA_7B.parameters
+
+
 def test_calibration_grows_with_tokens_and_with_drift() -> None:
     few, more, most = (memory(Work(calibration=(n, 512))) for n in (128, 192, 256))
     assert most - more == more - few > 0

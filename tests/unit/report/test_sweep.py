@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import struct
+from collections.abc import Callable
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from report_fixtures import full_sweep
 
-from compress.report.sweep import point_table, render_svg, render_sweep
-from compress.sweeping import _with_front
+from compress.report.front import with_front
+from compress.report.sweep import answers, point_table, render_sweep
+from compress.report.sweep_plots import names_of_series, render_svg
+from compress.report.sweep_png import render_png
 
 
 def made_up(**changes: Any) -> dict[str, Any]:
@@ -34,7 +39,7 @@ def made_up(**changes: Any) -> dict[str, Any]:
         )
     ]
     foreign = [{"name": "Q4 & co", "bytes": 75_000_000, "kl": 0.2}]
-    data = {"points": _with_front(points), "foreign": foreign, "command": "<run>"}
+    data = {"points": with_front(points), "foreign": foreign, "command": "<run>"}
     return data | changes
 
 
@@ -57,7 +62,7 @@ def test_the_front_is_what_no_other_point_beats() -> None:
 
 def test_each_model_has_a_front_of_its_own() -> None:
     points = [{**p, "model": p["name"]} for p in made_up()["points"]]
-    assert all(p["on_front"] for p in _with_front(points))
+    assert all(p["on_front"] for p in with_front(points))
 
 
 def test_the_figure_has_a_mark_for_each_point_at_its_place() -> None:
@@ -100,3 +105,53 @@ def test_odd_distances_do_not_break_the_figure(kl: float) -> None:
     data = made_up(foreign=[])
     data["points"] = [{**data["points"][0], "kl": kl}]
     assert len(marks(render_svg(data))) == 1
+
+
+def test_models_are_drawn_on_one_front_by_bits_per_byte() -> None:
+    data = full_sweep()
+    page = render_sweep(data)
+    assert "bits per byte" in page and "tokens a second" in page
+    drawn_names = {(e[0].text or "").partition(":")[0] for e in marks(render_svg(data))}
+    assert drawn_names == {point["name"] for point in data["points"]}
+    assert "Q4_K_M" in page  # in the table, though it has no bits per byte
+
+
+def test_the_table_holds_the_originals() -> None:
+    rows = {row[0]: row for row in point_table(full_sweep()).rows}
+    assert rows["original made-up/360m"][2] == "540,000,000"
+
+
+def test_a_size_is_answered_with_the_best_point_that_fits() -> None:
+    data = full_sweep()
+    (large, small) = answers(data)
+    best = min(data["points"], key=lambda p: float(p["bits_per_byte"]))
+    assert large.startswith(f"1GB: take {best['name']} (")
+    assert small.startswith("100MB: take 95MB-135m")
+    data["config"]["fits"] = ["1MB"]
+    assert answers(data) == [
+        "1MB: no point is that small; the smallest has 80,000,000 bytes"
+    ]
+
+
+def test_an_unfinished_sweep_says_so() -> None:
+    data = full_sweep() | {"is_complete": False}
+    assert "The sweep is not finished" in render_sweep(data)
+    assert "not finished" not in render_sweep(full_sweep())
+
+
+def test_budgets_and_plain_schemes_are_series_of_their_own() -> None:
+    data = made_up()
+    del data["points"][0]["budget_bytes"]
+    assert {name.rpartition(", ")[2] for name in names_of_series(data)} == {
+        "budget",
+        "one scheme",
+        "other tools",
+    }
+
+
+@pytest.mark.parametrize("make", [made_up, full_sweep])
+def test_the_figure_is_drawn_as_png_too(make: Callable[[], dict[str, Any]]) -> None:
+    pytest.importorskip("matplotlib", reason="the extra plots is not installed")
+    picture = render_png(make())
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", picture[16:24]) == (1280, 900)
