@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from compress.cli_compare import compare
 from compress.core.errors import CompressError
 from compress.log import set_up_logging
 
@@ -54,7 +55,7 @@ def _fail(message: str, code: int) -> None:
 def _interrupted(command: str | None) -> str:
     if command == "run":
         return "interrupted; continue with the same command and --resume"
-    if command == "sweep":
+    if command in ("sweep", "compare"):
         return "interrupted; the same command continues"
     return "interrupted"
 
@@ -212,6 +213,9 @@ def evaluate(
         _print(metrics)
     else:
         _table(["metric", "value"], _flat_rows(metrics))
+
+
+app.command()(compare)
 
 
 @app.command()

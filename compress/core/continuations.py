@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 COMMON = -1
 """Owner of the tokens that all branches see."""
@@ -93,11 +94,9 @@ def lay_out(continuations: Sequence[Continuation]) -> Branches:
     )
 
 
-def _common_length(inputs: Sequence[Sequence[int]]) -> int:
-    first, last = min(inputs), max(inputs)  # the two that differ first
-    pairs = zip(first, last, strict=False)
-    same = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-    return min(len(first), len(last)) if same is None else same
+def _common_length(inputs: Sequence[tuple[int, ...]]) -> int:
+    columns = zip(*inputs, strict=False)  # ends with the shortest
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def totals(

@@ -127,7 +127,7 @@ def _scored(
     """Return likelihoods of continuations by final states ``[T, C]``."""
     nats: list[float] = []
     greedy: list[bool] = []
-    for part in torch.tensor(layout.reads).split(_POSITIONS):
+    for part in torch.split(torch.tensor(layout.reads), _POSITIONS):
         place, true, _ = part.T
         logits = head(hidden[place.to(hidden.device)])
         true = true.to(logits.device)

@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 
 from compress.evaluation.divergence import Scores, compare_many, summarize
-from compress.evaluation.perplexity import TokenWindows, cut_windows
+from compress.evaluation.perplexity import (
+    TokenWindows,
+    cut_windows,
+    first_windows,
+)
 from compress.evaluation.texts import evaluation_text
 
 _HIDDEN_BYTES = 1 << 29
@@ -44,9 +48,25 @@ class PreparedText:
 
 
 def prepare_texts(
-    names: Sequence[str], tokenizer: Any, *, protocol: str, count: int, length: int
+    names: Sequence[str],
+    tokenizer: Any,
+    *,
+    protocol: str,
+    count: int = 10,
+    length: int = 1024,
+    most_tokens: int | None = None,
 ) -> list[PreparedText]:
-    """Tokenize and cut texts; the arguments are those of :func:`cut_windows`."""
+    """Tokenize and cut texts.
+
+    Args:
+        names: Bundled texts or files.
+        tokenizer: Of the model.
+        protocol: As for :func:`cut_windows`.
+        count: Windows at most, for ``windows`` only.
+        length: Tokens of a window, for ``windows`` only.
+        most_tokens: Windows beyond these are left out, and the name of the protocol
+            says so; at least one stays.
+    """
     prepared = []
     for name in names:
         text = evaluation_text(name)
@@ -58,6 +78,8 @@ def prepare_texts(
             length=length,
             name=name,
         )
+        if most_tokens is not None:
+            windows = first_windows(windows, most_tokens)
         counted = windows.ids[:, windows.first + 1 :]
         pieces = tokenizer.batch_decode(counted, clean_up_tokenization_spaces=False)
         size = sum(len(piece.encode()) for piece in pieces)
@@ -103,6 +125,32 @@ def evaluate_candidates(
         hidden_size: Width of hidden states, which bounds how many windows run at once.
         kl: Report distances too, not only the candidates' perplexity.
     """
+    bases, scores = score_candidates(texts, base, candidates, hidden_size=hidden_size)
+    own: dict[str, Any] = {}
+    others: dict[str, dict[str, Any]] = {name: {} for name in candidates}
+    for text in texts:
+        size = text.counted_bytes
+        own[text.name] = summarize(bases[text.name], base=None, text_bytes=size)
+        for name, figures in others.items():
+            figures[text.name] = summarize(
+                scores[name][text.name],
+                base=bases[text.name] if kl else None,
+                text_bytes=size,
+            )
+    return own, others
+
+
+def score_candidates(
+    texts: Sequence[PreparedText],
+    base: Predictor,
+    candidates: Mapping[str, Predictor],
+    *,
+    hidden_size: int,
+) -> tuple[dict[str, Scores], dict[str, dict[str, Scores]]]:
+    """Return scores by text, of the base and of each candidate.
+
+    The arguments are those of :func:`evaluate_candidates`.
+    """
     length = texts[0].windows.ids.shape[1]
     models = max(2, 1 + len(candidates)) / 2  # the bound is of a base and one more
     most = max(1, int(_HIDDEN_BYTES / models) // (length * hidden_size * 4))
@@ -117,17 +165,14 @@ def evaluate_candidates(
             n = len(piece.ids)
             mine = {key: _take(q, n) for key, q in qs.items()}
             parts[name].append(compare_many(piece, _take(p, n), mine))
-    own: dict[str, Any] = {}
-    others: dict[str, dict[str, Any]] = {name: {} for name in candidates}
-    for text in texts:
-        bases = _joined([b for b, _ in parts[text.name]])
-        own[text.name] = summarize(bases, base=None, text_bytes=text.counted_bytes)
-        for name, figures in others.items():
-            figures[text.name] = summarize(
-                _joined([scores[name] for _, scores in parts[text.name]]),
-                base=bases if kl else None,
-                text_bytes=text.counted_bytes,
-            )
+    own = {name: _joined([b for b, _ in pairs]) for name, pairs in parts.items()}
+    others = {
+        key: {
+            name: _joined([scores[key] for _, scores in pairs])
+            for name, pairs in parts.items()
+        }
+        for key in candidates
+    }
     return own, others
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -77,7 +78,10 @@ def bootstrap(
         seed: Of the draws.
     """
     counts = sizes or [torch.ones_like(v) for v in values]
-    pairs = [(v.double().cpu(), s.double().cpu()) for v, s in zip(values, counts)]
+    pairs = [
+        (v.double().cpu(), s.double().cpu())
+        for v, s in zip(values, counts, strict=True)
+    ]
     value = sum(float(v.sum() / s.sum()) for v, s in pairs) / len(pairs)
     if any(len(v) < FEWEST for v, _ in pairs):
         return Interval(value, math.nan, math.nan)
@@ -111,7 +115,7 @@ def mcnemar(lost: int, gained: int) -> float:
     """
     total, few = lost + gained, min(lost, gained)
     tail = sum(math.comb(total, k) for k in range(few + 1))
-    return min(1.0, 2 * tail / 2**total)
+    return min(1.0, float(Fraction(2 * tail, 1 << total)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Rows of well-known question sets, as contexts and continuations to score.
+r"""Rows of well-known question sets, as contexts and continuations to score.
 
 The prompts are those of lm-evaluation-harness, so that figures can be compared; which
 set a row is of shows in its keys. Where the harness lets a model choose a letter
@@ -7,7 +7,7 @@ set a row is of shows in its keys. Where the harness lets a model choose a lette
 Rows of your own may have either form::
 
     {"context": "2 + 2 =", "choices": [" 3", " 4"], "answer": 1}
-    {"context": "Question: ...\\nAnswer:", "answer": " the reference answer"}
+    {"context": "Question: ...\nAnswer:", "answer": " the reference answer"}
 
 Source: EleutherAI/lm-evaluation-harness, task files of version 0.4.
 """

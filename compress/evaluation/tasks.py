@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.core.errors import ConfigError
 from compress.core.continuations import Continuation
+from compress.core.errors import ConfigError
 from compress.evaluation.task_rows import Item, Row, RowForm, form_of
 
 _log = logging.getLogger(__name__)
@@ -183,10 +183,9 @@ def _files(source: Path) -> _Raw:
         by_name.setdefault(name, {}).setdefault(split, []).append(file)
     found: _Raw = {}
     for name, splits in by_name.items():
-        split = next((s for s in ("", "validation", "test") if s in splits), None)
-        if source.is_file():
-            split = next(iter(splits))
-        if split is None:
+        scored = splits if source.is_file() else ("", "validation", "test")
+        split = next((s for s in scored if s in splits), "train")
+        if split not in splits or (split == "train" and source.is_dir()):
             continue
         rows = [row for file in splits[split] for row in _rows(file)]
         where = str(splits[split][0])
@@ -218,7 +217,7 @@ def _name_and_split(file: Path) -> tuple[str, str]:
 
 
 def _rows(file: Path) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     with file.open(encoding="utf-8") as lines:
         try:
             for number, line in enumerate(lines, 1):
@@ -237,7 +236,9 @@ def _hub(source: str) -> _Raw:
 
     name = source.removeprefix("hub:")
     if name not in HUB:
-        raise ConfigError(f"unknown task {source!r}; there are hub:{', hub:'.join(HUB)}")
+        raise ConfigError(
+            f"unknown task {source!r}; there are hub:{', hub:'.join(HUB)}"
+        )
     path, part, split = HUB[name]
     try:
         rows = list(datasets.load_dataset(path, part, split=split))
@@ -272,7 +273,10 @@ def encoded(task: Task, tokenizer: Any, *, longest: int) -> list[list[Continuati
     wholes = tokenizer([whole for _, whole in pairs], verbose=False)["input_ids"]
     rest = iter(zip(wholes, starts, strict=True))
     return [
-        [cut(ids, len(start), longest) for ids, start in islice(rest, len(item.contexts))]
+        [
+            cut(ids, len(start), longest)
+            for ids, start in islice(rest, len(item.contexts))
+        ]
         for item in task.items
     ]
 

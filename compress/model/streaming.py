@@ -111,7 +111,7 @@ class StreamedModel:
         Args:
             batches: ``input_ids`` int64 ``[N, T]``, and what else the model is to be
                 called with, the same for all ``N``: ``position_ids`` ``[1, T]``, or an
-                ``attention_mask`` that is added to the scores, ``[1, 1, T, T]``.
+                ``attention_mask`` that is added to scores, ``[1, 1, T, T]``, of dtype.
         """
         family = self.description.family
         with self._loaded(family.embedding), self._loaded(family.final_norm):
@@ -121,10 +121,7 @@ class StreamedModel:
         calls: list[BlockCall] = [{} for _ in self._blocks]
         width = int(self.description.config["hidden_size"])
         hidden = allocate((*input_ids.shape, width), self._dtype, self._device)
-        given = {
-            name: value.to(self._device, self._dtype if value.is_floating_point() else None)
-            for name, value in others.items()
-        }
+        given = _moved(others, self._device)
         with _recorded(self._blocks, calls) as first:
             for number, window in enumerate(input_ids):
                 ids = window.unsqueeze(0).to(self._device)
