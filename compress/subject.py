@@ -66,6 +66,11 @@ class Subject:
         """Config of the architecture."""
         return dict(self.handle.description.config)
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether inputs of layers or the cache are rounded."""
+        return self._served is not None and self._served.is_more_than_weights
+
     @cached_property
     def identity(self) -> str:
         """Digest of the model and of what runs it."""

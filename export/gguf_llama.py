@@ -116,6 +116,75 @@ def _scores(
             at = end
 
 
+def _generate(
+    llama: Any, path: str, threads: str, length: str, most: str, stops: str
+) -> Iterator[Answer]:
+    """Answer each prompt of stdin, its length before its tokens, greedily.
+
+    An answer ends at ``most`` tokens, where the context is full, at a token that ends
+    generation, or once its text holds one of ``stops``, a JSON list.
+    """
+    given = array("i", sys.stdin.buffer.read())
+    marks = [text.encode() for text in json.loads(stops)]
+    with ExitStack() as cleanup:
+        model = _load(llama, path)
+        cleanup.callback(llama.llama_model_free, model)
+        size = int(length)
+        context = _open_context(llama, model, size, threads=int(threads))
+        if not context:
+            raise ExportError(f"llama.cpp cannot make a context of {size} tokens")
+        cleanup.callback(llama.llama_free, context)
+        batch = llama.llama_batch_init(size, 0, 1)
+        cleanup.callback(llama.llama_batch_free, batch)
+        at = 0
+        while at < len(given):
+            prompt = given[at + 1 : at + 1 + given[at]]
+            at += 1 + given[at]
+            llama.llama_memory_clear(llama.llama_get_memory(context), True)
+            yield (
+                {
+                    "tokens": _go_on(
+                        llama, model, context, batch, prompt, int(most), marks
+                    )
+                },
+                b"",
+            )
+
+
+def _go_on(
+    llama: Any,
+    model: Any,
+    context: Any,
+    batch: Any,
+    prompt: array[int],
+    most: int,
+    stops: Sequence[bytes],
+) -> list[int]:
+    import numpy as np  # comes with llama_cpp
+
+    vocabulary = llama.llama_model_get_vocab(model)
+    count = llama.llama_vocab_n_tokens(vocabulary)
+    piece = ctypes.create_string_buffer(256)
+    found: list[int] = []
+    text, tokens, past = b"", prompt, 0
+    while len(found) < most and past + len(tokens) <= llama.llama_n_ctx(context):
+        _fill_(batch, tokens, past=past)
+        if llama.llama_decode(context, batch) != 0:
+            raise ExportError(f"llama.cpp failed at token {past}")
+        past += len(tokens)
+        pointer = llama.llama_get_logits_ith(context, len(tokens) - 1)
+        token = int(np.ctypeslib.as_array(pointer, (count,)).argmax())
+        if llama.llama_vocab_is_eog(vocabulary, token):
+            break
+        found.append(token)
+        size = llama.llama_token_to_piece(vocabulary, token, piece, 256, 0, True)
+        text += piece.raw[: max(0, size)]
+        if any(stop in text for stop in stops):
+            break
+        tokens = array("i", [token])
+    return found
+
+
 def _lay_(batch: Any, layout: array[int], branches: int) -> None:
     """Put a layout into a batch, where no token asks for logits yet."""
     batch.n_tokens = len(layout) // 3
@@ -182,6 +251,7 @@ _COMMANDS: dict[str, Callable[..., Iterator[Answer]]]
 _COMMANDS = {
     "logits": _logits,
     "scores": _scores,
+    "generate": _generate,
     "decode": _decode,
     "tokens": _tokens,
 }
@@ -227,11 +297,11 @@ def _open_context(
     return llama.llama_init_from_model(model, params)
 
 
-def _fill_(batch: Any, tokens: array[int]) -> None:
+def _fill_(batch: Any, tokens: array[int], *, past: int = 0) -> None:
     batch.n_tokens = len(tokens)
     for position, token in enumerate(tokens):
         batch.token[position] = token
-        batch.pos[position] = position
+        batch.pos[position] = past + position
         batch.n_seq_id[position] = 1
         batch.seq_id[position][0] = 0
         batch.logits[position] = True

@@ -88,6 +88,34 @@ def llamacpp_scores(
         yield totals(layout, answer["nats"], answer["greedy"])
 
 
+def llamacpp_generate(
+    path: Path, prompts: Sequence[Sequence[int]], *, most: int, stops: Sequence[str]
+) -> Iterator[list[int]]:
+    """Go on with prompts greedily in llama.cpp on the CPU.
+
+    Args:
+        path: The file.
+        prompts: Token ids.
+        most: Tokens of an answer at most.
+        stops: An answer ends once its text holds one of them.
+
+    Yields:
+        Tokens of each answer, without the one that ended it.
+
+    Raises:
+        MissingDependencyError: llama-cpp-python is not installed.
+        ExportError: llama.cpp refuses the file, or crashes.
+    """
+    given = array("i")
+    for prompt in prompts:
+        given.extend([len(prompt), *prompt])
+    length = max(len(prompt) for prompt in prompts) + most
+    words = (torch.get_num_threads(), length, most, json.dumps(list(stops)))
+    answers = _answers("generate", path, *words, given=given.tobytes(), shown=path)
+    for _, answer in zip(prompts, answers, strict=True):
+        yield answer["tokens"]
+
+
 def decoded_logits(path: Path, windows: Tensor) -> Iterator[Tensor]:
     """Run windows through a float32 copy of a GGUF file that llama.cpp makes itself.
 

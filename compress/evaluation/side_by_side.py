@@ -25,7 +25,7 @@ class Measurements:
     Attributes:
         texts: Windows of a text under a protocol each.
         tasks: With their items.
-        records: For each text a record of :func:`~compress.evaluation.paired.text_record`.
+        records: For each text what :func:`~compress.evaluation.paired.text_record` made.
         scores: For each task.
     """
 
