@@ -64,7 +64,7 @@ class CompressLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self._cache = tempfile.TemporaryDirectory(prefix="compress-lm-eval-")
-        self._device = choose_device(device or "auto")
+        self._device = _device(device)
         self._subject = Subject(
             pretrained, name="model", device=self._device, cache=Path(self._cache.name)
         )
@@ -197,6 +197,18 @@ class CompressLM(TemplateLM):  # type: ignore[misc]
         if self._subject.rounds_inputs:
             _log.warning("generation leaves inputs and cache exact; scores round them")
         return load(self._subject.file, device=self._device)
+
+
+def _device(wanted: str | None) -> str:
+    """Return where torch runs; the harness asks for ``cuda:0`` if nobody says."""
+    import torch
+
+    if wanted and wanted.startswith("cuda") and not torch.cuda.is_available():
+        _log.warning(
+            "there is no CUDA device for %s; the model runs on the CPU", wanted
+        )
+        return "cpu"
+    return choose_device(wanted or "auto")
 
 
 def _limits(options: dict[str, Any]) -> tuple[list[str], int]:

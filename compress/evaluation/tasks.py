@@ -297,7 +297,7 @@ def scores_of(task: Task, nats: Sequence[Sequence[float]]) -> TaskScores:
     """
     rows = []
     for item, values in zip(task.items, nats, strict=True):
-        lengths = [len(text.lstrip()) for text in item.continuations]
+        lengths = [len(text.removeprefix(" ")) for text in item.continuations]
         rates = [value / size for value, size in zip(values, lengths, strict=True)]
         best, best_rate = values.index(max(values)), rates.index(max(rates))
         rows.append(
