@@ -233,48 +233,43 @@ class _Job:
 
     def _measure_text(self, text: PreparedText) -> None:
         """Run the base once for all candidates that lack the text."""
-        name, key = _part(text), self._text_key(text)
-        lacking = [m for m in self._models if not self._files[m.name].part(name, key)]
+        key = self._text_key(text)
+        lacking = [m for m in self._models if not self._files[m.name].part(key)]
         if not lacking:
             return
+        name = f"{text.name}, {text.windows.protocol}"
+        _log.info("%s: %s", name, ", ".join(model.name for model in lacking))
         base, *others = self._models
         pending = [model for model in others if model in lacking]
-        _log.info("%s: %s", name, ", ".join(model.name for model in lacking))
         own, found = score_candidates(
             [text],
             base.logits,
             {model.name: model.logits for model in pending},
             hidden_size=int(base.config["hidden_size"]),
         )
-        scores = own[text.name]
-        record = text_record(scores, None, text.counted_bytes)
-        self._files[base.name].add(name, key, record)
+        scores, size = own[text.name], text.counted_bytes
+        self._files[base.name].add(key, name, text_record(scores, None, size))
         for model in pending:
-            mine = found[model.name][text.name]
-            record = text_record(mine, scores, text.counted_bytes)
-            self._files[model.name].add(name, key, record)
+            record = text_record(found[model.name][text.name], scores, size)
+            self._files[model.name].add(key, name, record)
 
     def _task_key(self, task: Task) -> str:
         # The tokens follow from the base's tokenizer, and that from its identity.
-        return provenance.digest_of(
-            [task.digest, self._models[0].identity, self._version]
-        )
+        base = self._models[0].identity
+        return provenance.digest_of([task.digest, base, self._version])
 
     def _measure_task(
         self, model: Subject, task: Task, groups: Sequence[Sequence[Continuation]]
     ) -> None:
-        file, name, key = (
-            self._files[model.name],
-            f"task/{task.name}",
-            self._task_key(task),
-        )
-        if file.part(name, key):
+        file, key = self._files[model.name], self._task_key(task)
+        if file.part(key):
             return
-        _log.info("%s: %s", name, model.name)
+        _log.info("%s, %d questions: %s", task.name, len(groups), model.name)
         started = time.monotonic()
         found = model.likelihoods(groups)
         nats = [[one.nats for one in group] for group in found]
-        file.add(name, key, {"nats": nats, "seconds": time.monotonic() - started})
+        data = {"nats": nats, "seconds": time.monotonic() - started}
+        file.add(key, task.name, data)
 
     def data(self) -> dict[str, Any]:
         """Return the figures of all models."""
@@ -298,15 +293,11 @@ class _Job:
         }
 
     def _text(self, model: Subject, text: PreparedText) -> Mapping[str, Any]:
-        record = self._files[model.name].part(_part(text), self._text_key(text))
+        record = self._files[model.name].part(self._text_key(text))
         assert record is not None, "measured before"
         return record
 
     def _scores(self, model: Subject, task: Task) -> TaskScores:
-        found = self._files[model.name].part(f"task/{task.name}", self._task_key(task))
+        found = self._files[model.name].part(self._task_key(task))
         assert found is not None, "measured before"
         return scores_of(task, found["nats"])
-
-
-def _part(text: PreparedText) -> str:
-    return f"text/{text.name}/{text.windows.protocol}"

@@ -29,6 +29,7 @@ class Continuation:
     start: int
 
     def __post_init__(self) -> None:
+        """Check that there is something to see and something to score."""
         assert 1 <= self.start < len(self.ids), "context and answer have tokens"
 
 

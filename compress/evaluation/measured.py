@@ -1,7 +1,7 @@
 """What was measured of a model, in a file, so that it is not measured again.
 
-A part is one text under one protocol, or one task. It carries the digest of all that it
-depends on; a part with another digest is none. The file is written after each part.
+A part is one text under one protocol, or one task. Its key is the digest of all that it
+depends on: tokens, questions, base. The file is written after each part.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 class Measured:
-    """Parts of one model.
+    """Parts of one model, by key.
 
     Args:
         path: The file; read if it is there.
@@ -31,14 +31,14 @@ class Measured:
         if path.is_file() and not overwrite:
             self._parts = _read(path)
 
-    def part(self, name: str, key: str) -> Mapping[str, Any] | None:
+    def part(self, key: str) -> Mapping[str, Any] | None:
         """Return what was measured under ``key``, or ``None``."""
-        found = self._parts.get(name)
-        return found["data"] if found and found["key"] == key else None
+        found = self._parts.get(key)
+        return found["data"] if found else None
 
-    def add(self, name: str, key: str, data: Mapping[str, Any]) -> None:
-        """Keep a part, in the file at once."""
-        self._parts[name] = {"key": key, "data": dict(data)}
+    def add(self, key: str, name: str, data: Mapping[str, Any]) -> None:
+        """Keep a part, in the file at once; ``name`` is for readers of the file."""
+        self._parts[key] = {"name": name, "data": dict(data)}
         text = json.dumps({"version": 1, "parts": self._parts})
         write_atomically(self._path, text.encode())
 
@@ -46,7 +46,7 @@ class Measured:
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         parts = json.loads(path.read_text("utf-8"))["parts"]
-        return {name: {"key": p["key"], "data": p["data"]} for name, p in parts.items()}
+        return {k: {"name": p["name"], "data": p["data"]} for k, p in parts.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _log.warning("%s is damaged, its parts are measured again: %s", path, error)
         return {}

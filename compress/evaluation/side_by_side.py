@@ -25,7 +25,8 @@ class Measurements:
     Attributes:
         texts: Windows of a text under a protocol each.
         tasks: With their items.
-        records: For each text what :func:`~compress.evaluation.paired.text_record` made.
+        records: For each text what
+            :func:`~compress.evaluation.paired.text_record` made.
         scores: For each task.
     """
 
