@@ -15,7 +15,8 @@ Row = Mapping[str, Any]
 _WIDTH, _TOP, _STEP, _BAR = 900, 50.0, 34.0, 14.0
 _PANELS = ((150.0, 330.0), (390.0, 620.0), (680.0, 880.0))
 _TITLE = "Size, distance to the base, and accuracy"
-_MARGIN = 1.15
+_MARGIN, _KEY = 1.15, 18.0
+_TASK, _MEAN = 0, 3  # markers
 
 
 def comparison_svg(data: Data) -> str:
@@ -28,7 +29,8 @@ def comparison_svg(data: Data) -> str:
         body += label(_PANELS[0][0] - 10, _y(index) + 4, _cut(name), anchor="end")
     body += _sizes(data, bottom) + _distances(data, names, bottom)
     body += _accuracies(data, names, bottom)
-    drawn = figure(body, width=_WIDTH, height=round(bottom + 44), title=_TITLE)
+    height = bottom + 50 + _KEY * max(1, len(_kinds(data)))
+    drawn = figure(body, width=_WIDTH, height=round(height), title=_TITLE)
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{drawn}\n'
 
 
@@ -36,8 +38,9 @@ def _y(index: int) -> float:
     return _TOP + _STEP * (index + 0.5)
 
 
-def _cut(name: str) -> str:
-    return name if len(name) <= 20 else name[:19] + "…"
+def _cut(name: str, most: int = 20) -> str:
+    """Return a name of at most ``most`` letters; its end tells more than its start."""
+    return name if len(name) <= most else "…" + name[1 - most :]
 
 
 def _sizes(data: Data, bottom: float) -> str:
@@ -63,18 +66,20 @@ def _sizes(data: Data, bottom: float) -> str:
 def _distances(data: Data, names: Sequence[str], bottom: float) -> str:
     """Return mean KL of each text and protocol with its interval, on decades."""
     rows = [row for row in data["texts"] if branch(row, "kl_interval")]
-    kinds = list(dict.fromkeys((row["text"], row["protocol"]) for row in rows))
+    kinds = _kinds(data)
     ends = [_ends(branch(row, "kl_interval")) for row in rows]
     known = [value for found in ends for value in found if value > 0]
     if not known:
         return ""
     axis = Axis.over(known, *_PANELS[1], is_log=True)
     body = _panel(axis, bottom, "KL, nats a token", "Distance to the base")
+    for index, kind in enumerate(kinds):
+        body += _key(index, axis.start, bottom, index, _cut(", ".join(kind), 48))
     for row, (value, low, high) in zip(rows, ends, strict=True):
-        kind = kinds.index((row["text"], row["protocol"]))
-        y = _y(names.index(row["model"])) + _offset(kind, len(kinds))
+        series = kinds.index((row["text"], row["protocol"]))
+        y = _y(names.index(row["model"])) + _offset(series, len(kinds))
         hint = f"{row['text']}, {row['protocol']}: {nats(value)}"
-        body += _whisker(kind, axis.at, (value, low, high), y, hint)
+        body += _whisker(series, axis.at, (value, low, high), y, hint)
     return body
 
 
@@ -90,14 +95,31 @@ def _accuracies(data: Data, names: Sequence[str], bottom: float) -> str:
     axis = Axis(-reach, reach, *_PANELS[2])
     body = _panel(axis, bottom, "points", "Accuracy less the base's")
     body += line(axis.at(0), _TOP, axis.at(0), bottom, class_="axis")
+    body += _key(_MEAN, axis.start, bottom, 0, "mean and 95 % of it")
+    body += _key(_TASK, axis.start + 150, bottom, 0, "a task", hollow=True)
     for row, value in zip(tasks, dots, strict=True):
         hint = f"{row['task']}: {value:+.1f}, flips {percent(row['flips'])}"
         y = _y(names.index(row["model"]))
-        body += marker(6, axis.at(value), y, hint=hint, hollow=True)
+        body += marker(_TASK, axis.at(value), y, hint=hint, hollow=True)
     for row, found in zip(means, ends, strict=True):
         hint = f"mean of {row['tasks']} tasks: {found[0]:+.1f}"
-        body += _whisker(3, axis.at, found, _y(names.index(row["model"])), hint)
+        body += _whisker(_MEAN, axis.at, found, _y(names.index(row["model"])), hint)
     return body
+
+
+def _kinds(data: Data) -> list[tuple[str, str]]:
+    """Return each text with its protocol."""
+    pairs = ((str(row["text"]), str(row["protocol"])) for row in data["texts"])
+    return list(dict.fromkeys(pairs))
+
+
+def _key(
+    series: int, x: float, bottom: float, row: int, text: str, *, hollow: bool = False
+) -> str:
+    """Return a marker and what it stands for, below a panel."""
+    y = bottom + 56 + _KEY * row
+    mark = marker(series, x, y - 4, hollow=hollow, scale=1.3)
+    return mark + label(x + 10, y, text, class_="small")
 
 
 def _offset(kind: int, kinds: int) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_fixtures import save_checkpoint
+from pipeline_fixtures import config_of, save_checkpoint, write_text
 from task_fixtures import ROWS, write_rows
 
 from compress.evaluation.likelihood import likelihoods
@@ -168,3 +168,35 @@ def test_the_command_knows_the_model(model: Path, rows: Path, tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr
     assert "acc_norm" in done.stdout
+
+
+def test_a_gguf_file_is_scored_and_written_with_by_llamacpp(
+    model: Path, tmp_path: Path
+) -> None:
+    from lm_eval.api.instance import Instance
+
+    import compress
+    from compress.export.gguf_runtime import llamacpp_generate, llamacpp_logits
+    from compress.lm_eval_adapter import CompressLM
+
+    config = config_of(model, write_text(tmp_path), tmp_path / "run", evaluate=None)
+    compress.run({**config, "export": [{"format": "gguf", "embedding": "f16"}]})
+    (file,) = (tmp_path / "run" / "export" / "gguf").glob("*.gguf")
+    ours = CompressLM(str(tmp_path / "run"))
+
+    request = Instance("loglikelihood", {}, ("Which way", " is it"), 0)
+    ((found, _),) = ours.loglikelihood([request], disable_tqdm=True)
+    ids = torch.tensor([ours.tok_encode("Which way is it")])
+    start = len(ours.tok_encode("Which way"))
+    (logits,) = llamacpp_logits(file, ids)
+    logp = logits[start - 1 : -1].double().log_softmax(-1)
+    expected = float(logp.gather(1, ids[0, start:, None]).sum())
+    # llama.cpp takes one path or another by the number of tokens.
+    assert found == pytest.approx(expected, abs=0.02)
+
+    options = {"until": [], "max_gen_toks": 4}
+    request = Instance("generate_until", {}, ("Which way", options), 0)
+    (answer,) = ours.generate_until([request])
+    prompt = ours.tok_encode("Which way")
+    (tokens,) = llamacpp_generate(file, [prompt], most=4, stops=[])
+    assert answer == ours.tokenizer.decode(tokens, skip_special_tokens=True)
