@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 
 from compress.evaluation.divergence import Scores, summarize
-from compress.evaluation.significance import Interval, bootstrap, mcnemar
+from compress.evaluation.significance import (
+    CONFIDENCE,
+    Interval,
+    bootstrap,
+    mcnemar,
+)
 from compress.evaluation.tasks import TaskScores
 
 
@@ -61,12 +66,14 @@ class Difference:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, with the shares and the p-value of McNemar's test."""
+        p = mcnemar(self.lost, self.gained)
         return {
             "lost": self.lost,
             "gained": self.gained,
             "flips": (self.lost + self.gained) / self.count,
             "changed": self.changed / self.count,
-            "p": mcnemar(self.lost, self.gained),
+            "p": p,
+            "significant": p < 1 - CONFIDENCE,
             "accuracy_difference": self.accuracy.to_dict(),
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,12 @@ from task_fixtures import write_tasks
 import compress
 from compress import comparing
 from compress.core.continuations import Continuation
-from compress.core.errors import CheckpointError, CompressError, ConfigError
+from compress.core.errors import (
+    CheckpointError,
+    CompressError,
+    ConfigError,
+    MissingDependencyError,
+)
 from compress.export.gguf_runtime import (
     llamacpp_generate,
     llamacpp_logits,
@@ -188,6 +194,16 @@ def test_an_unreadable_candidate_is_refused_before_anything_runs(
         compared(ground, tmp_path / "out", str(tmp_path / candidate))
     assert ran == []
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_file_without_llamacpp_is_refused_before_anything_runs(
+    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    ran = counting(monkeypatch)
+    with pytest.raises(MissingDependencyError, match=r"compress-llm\[verify\]"):
+        compared(ground, tmp_path, f"gguf={gguf_of(ground)}")
+    assert ran == []
 
 
 def make_bad(ground: Ground, target: Path) -> None:

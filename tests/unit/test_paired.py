@@ -37,7 +37,16 @@ def test_flips_count_both_directions_and_changes_any_other_choice() -> None:
     plain = found.to_dict()
     assert plain["flips"] == 0.4
     assert plain["p"] == mcnemar(3, 1)
+    assert plain["significant"] is False
     assert plain["accuracy_difference"]["value"] == pytest.approx(-0.2)
+
+
+def test_losses_in_one_direction_alone_are_significant() -> None:
+    worse = answers("0000000000", "2222222222")
+    found = differences([BASE, BASE], [worse, worse]).to_dict()
+    assert (found["lost"], found["gained"]) == (10, 0)
+    assert found["p"] == 2 / 2**10
+    assert found["significant"] is True
 
 
 def test_a_model_does_not_differ_from_itself() -> None:
