@@ -49,6 +49,7 @@ _log = logging.getLogger(__name__)
 
 PROTOCOLS = ("hf2048", "llamacpp512")
 _PROBE = "The quick brown fox, 2 + 2 = 4:\n    def f(x): return x"
+_Groups = Sequence[Sequence[Continuation]]
 _FILES = ("compare.json", "compare.md", "compare.svg")
 
 
@@ -138,8 +139,10 @@ def compare(
             )
         ]
         root = Path(folder)
-        job = _Job(models, windows, loaded, root, overwrite=overwrite)
-        job.measure(tokenizer)
+        longest = int(models[0].config["max_position_embeddings"])
+        groups = [encoded(task, tokenizer, longest=longest) for task in loaded]
+        job = _Job(models, windows, loaded, groups, root, overwrite=overwrite)
+        job.measure()
         data = job.data()
     data |= {
         "command": command or "compress.compare(base, candidates)",
@@ -201,11 +204,13 @@ class _Job:
         models: Sequence[Subject],
         texts: Sequence[PreparedText],
         tasks: Sequence[Task],
+        groups: Sequence[_Groups],
         root: Path,
         *,
         overwrite: bool,
     ) -> None:
         self._models, self._texts, self._tasks = models, texts, tasks
+        self._groups = groups
         self._files = {
             model.name: Measured(
                 root / "measured" / f"{model.name}-{model.identity[:12]}.json",
@@ -214,15 +219,22 @@ class _Job:
             for model in models
         }
         self._version = provenance.versions()["compress"]
+        self._task_keys = {
+            task.name: provenance.digest_of(
+                [
+                    task.digest,
+                    [[vars(one) for one in g] for g in choices],
+                    self._version,
+                ]
+            )
+            for task, choices in zip(tasks, groups, strict=True)
+        }
 
-    def measure(self, tokenizer: Any) -> None:
+    def measure(self) -> None:
         """Measure what is not in the files."""
         for text in self._texts:
             self._measure_text(text)
-        for task in self._tasks:
-            config = self._models[0].config
-            longest = int(config["max_position_embeddings"])
-            groups = encoded(task, tokenizer, longest=longest)
+        for task, groups in zip(self._tasks, self._groups, strict=True):
             for model in self._models:
                 self._measure_task(model, task, groups)
 
@@ -253,15 +265,8 @@ class _Job:
             record = text_record(found[model.name][text.name], scores, size)
             self._files[model.name].add(key, name, record)
 
-    def _task_key(self, task: Task) -> str:
-        # The tokens follow from the base's tokenizer, and that from its identity.
-        base = self._models[0].identity
-        return provenance.digest_of([task.digest, base, self._version])
-
-    def _measure_task(
-        self, model: Subject, task: Task, groups: Sequence[Sequence[Continuation]]
-    ) -> None:
-        file, key = self._files[model.name], self._task_key(task)
+    def _measure_task(self, model: Subject, task: Task, groups: _Groups) -> None:
+        file, key = self._files[model.name], self._task_keys[task.name]
         if file.part(key):
             return
         _log.info("%s, %d questions: %s", task.name, len(groups), model.name)
@@ -298,6 +303,6 @@ class _Job:
         return record
 
     def _scores(self, model: Subject, task: Task) -> TaskScores:
-        found = self._files[model.name].part(self._task_key(task))
+        found = self._files[model.name].part(self._task_keys[task.name])
         assert found is not None, "measured before"
         return scores_of(task, found["nats"])

@@ -184,11 +184,11 @@ def _files(source: Path) -> _Raw:
     found: _Raw = {}
     for name, splits in by_name.items():
         scored = splits if source.is_file() else ("", "validation", "test")
-        split = next((s for s in scored if s in splits), "train")
-        if split not in splits or (split == "train" and source.is_dir()):
+        chosen = next((splits[s] for s in scored if s in splits), [])
+        if not chosen:
             continue
-        rows = [row for file in splits[split] for row in _rows(file)]
-        where = str(splits[split][0])
+        rows = [row for file in chosen for row in _rows(file)]
+        where = str(chosen[0])
         if not rows or form_of(rows[0]) is None:
             keys = ", ".join(rows[0]) if rows else "none"
             _log.warning("%s: rows of no known form (keys: %s), left out", where, keys)
@@ -271,6 +271,11 @@ def encoded(task: Task, tokenizer: Any, *, longest: int) -> list[list[Continuati
     ]
     starts = tokenizer([start for start, _ in pairs], verbose=False)["input_ids"]
     wholes = tokenizer([whole for _, whole in pairs], verbose=False)["input_ids"]
+    if cuts := sum(len(ids) - 1 > longest for ids in wholes):
+        _log.warning(
+            "%s: %d of %d contexts are longer than %d tokens and lose their start",
+            *(task.name, cuts, len(wholes), longest),
+        )
     rest = iter(zip(wholes, starts, strict=True))
     return [
         [

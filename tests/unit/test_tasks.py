@@ -168,6 +168,13 @@ def test_long_contexts_lose_their_start() -> None:
     assert (answer_alone.ids, answer_alone.start) == ((4, 5, 6, 7), 1)
 
 
+def test_lost_starts_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    item = Item(("abcdefgh", "ab"), (" x", " y"), 0)
+    ((first, second),) = encoded(task_of(item), byte_tokenizer(), longest=6)
+    assert (len(first.ids), len(second.ids)) == (7, 4)
+    assert "t: 1 of 2 contexts are longer than 6 tokens" in caplog.text
+
+
 def test_scores_by_hand() -> None:
     items = Item(("c",) * 2, (" ab", " abcdefgh"), 1), Item(("c",) * 2, (" é", " b"), 0)
     scores = scores_of(task_of(*items), [[-3.0, -4.0], [-2.0, -1.0]])
