@@ -136,7 +136,11 @@ def _text_table(data: Data, protocol: str) -> Table:
 
 def _task_table(data: Data) -> Table:
     rows = []
-    means = [{"task": f"mean of {row['tasks']}", **row} for row in data["means"]]
+    means = [
+        {"task": f"mean of {row['tasks']}", **row}
+        for row in data["means"]
+        if row["tasks"] > 1
+    ]
     for row in [*data["tasks"], *means]:
         of = row.get("of")
         rows.append(

@@ -109,6 +109,14 @@ def test_only_what_is_significant_is_starred(data: dict[str, Any]) -> None:
     assert row[-1] == "+0.050 [-0.020, +0.120]"
 
 
+def test_the_mean_of_several_tasks_has_a_row(data: dict[str, Any]) -> None:
+    tasks = next(t for t in comparison_tables(data) if t.title == "Tasks")
+    assert len(tasks.rows) == 3
+    data["means"] = [{**row, "tasks": 2} for row in data["means"]]
+    tasks = next(t for t in comparison_tables(data) if t.title == "Tasks")
+    assert [row[0] for row in tasks.rows[3:]] == ["mean of 2"] * 3
+
+
 def test_no_texts_or_no_tasks_leave_their_tables_out(data: dict[str, Any]) -> None:
     titles = [t.title for t in comparison_tables({**data, "texts": []})]
     assert titles == ["Summary", "Tasks", "Candidates against each other"]
