@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,11 +25,16 @@ Data = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 _STAR = "*"
+_RISE = "rise of it"
+_WIDE = ("median", "90 %", "95 %", "99.9 %", "changed")
 
 
 def comparison_text(data: Data) -> str:
-    """Return all tables, and how to read them, for a terminal."""
-    parts = [draw_table(table) for table in comparison_tables(data)]
+    """Return the tables, and how to read them, for a terminal of 120 columns.
+
+    Some columns are in Markdown and JSON alone.
+    """
+    parts = [draw_table(_narrow(table)) for table in comparison_tables(data)]
     return "\n\n".join([*parts, *_notes(data)])
 
 
@@ -165,9 +171,10 @@ def _task_table(data: Data) -> Table:
         "difference",
         "flips",
         "changed",
-    ) + ("p", "bits/byte of the answer", "difference")
+    ) + ("p", "bits/byte", _RISE)
     caption = (
         "Questions are evenly spread over the file. Accuracy is the task's usual one; "
+        "bits/byte is of the right answer; "
         "flips: right in just one of the two; changed: another choice; p: McNemar's "
         "exact test, starred if below 5 % after Holm's correction for all tasks."
     )
@@ -187,6 +194,21 @@ def _pair_table(data: Data) -> Table:
             rows.append((name, where, kl, *ends))
     columns = ("candidates", "text", "KL", "accuracy, mean of tasks", "p")
     return _table("Candidates against each other", columns, rows, left=2)
+
+
+def _narrow(table: Table) -> Table:
+    """Return a table without :data:`_WIDE` columns, and bits without intervals."""
+    kept = [i for i, header in enumerate(table.headers) if header not in _WIDE]
+    rows = [
+        tuple(
+            re.sub(r" \[.*\]", "", row[i]) if table.headers[i] == _RISE else row[i]
+            for i in kept
+        )
+        for row in table.rows
+    ]
+    headers = tuple(table.headers[i] for i in kept)
+    align = "".join(table.align[i] for i in kept)
+    return Table(table.title, headers, align, tuple(rows), table.caption)
 
 
 def _notes(data: Data) -> list[str]:

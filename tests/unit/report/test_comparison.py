@@ -137,6 +137,15 @@ def test_a_terminal_gets_ascii_and_a_note_on_llamacpp(data: dict[str, Any]) -> N
     assert "llama.cpp" not in comparison_text(data)
 
 
+def test_a_terminal_gets_fewer_columns_than_markdown(data: dict[str, Any]) -> None:
+    text, markdown = comparison_text(data), comparison_markdown(data)
+    assert "median" in markdown and "median" not in text
+    assert r"+0.050 \[-0.020, +0.120\]" in markdown
+    assert "+0.050" in text and "+0.120" not in text
+    tables = text[: text.index("[a, b]")].splitlines()
+    assert max(map(len, tables)) <= 120
+
+
 def test_names_of_others_are_escaped(data: dict[str, Any]) -> None:
     assert r"a\|&lt;b&gt;" in comparison_markdown(data)
     drawn = ElementTree.fromstring(comparison_svg(data).encode())
