@@ -90,14 +90,18 @@ def summary_table(data: Data) -> Table:
                 percent(number_at(mean, "flips")),
             )
         )
-    columns = ("model", "size", "of base", "bits/weight", "KL", "same top-1") + (
-        "perplexity ratio",
+    columns = ("model", "size", "of base", "bits", "KL", "top-1") + (
+        "perplexity",
         "accuracy",
         "difference",
         "flips",
     )
     first = next(iter(texts.values()), None)
-    where = f"KL, top-1 and perplexity: {first['text']}, {chosen}. " if first else ""
+    where = (
+        f"KL, top-1 and perplexity (as a multiple of the base's): {first['text']}, {chosen}. "
+        if first
+        else ""
+    )
     mean = next(iter(means.values()), None)
     if mean:
         questions = count(mean["items"])
@@ -133,7 +137,7 @@ def _text_table(data: Data, protocol: str) -> Table:
         "KL",
         "median",
         "90 %",
-    ) + ("95 %", "99 %", "99.9 %", "max", "same top-1", "flips")
+    ) + ("95 %", "99 %", "99.9 %", "max", "top-1", "flips")
     total = sum(r["tokens"] for r in data["texts"] if r["protocol"] == protocol)
     models = len(data["models"])
     caption = f"{count(total / models)} predicted tokens a model."
@@ -276,7 +280,8 @@ def _ranged(interval: Row, write: Callable[[float], str]) -> str:
         return MISSING
     if low is None or high is None:
         return write(value)
-    return f"{write(value)} [{write(low)}, {write(high)}]"
+    ends = (write(end).removeprefix("×") for end in (low, high))
+    return f"{write(value)} [{', '.join(ends)}]"
 
 
 def _factor(ratio: float) -> str:
