@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,18 +25,22 @@ from compress.report.wording import (
 Data = Mapping[str, Any]
 Row = Mapping[str, Any]
 
+_WIDTH = 110
 _STAR = "*"
 _RISE = "rise of it"
 _WIDE = ("median", "90 %", "95 %", "99.9 %", "changed")
 
 
 def comparison_text(data: Data) -> str:
-    """Return the tables, and how to read them, for a terminal of 120 columns.
+    """Return the tables, and how to read them, for a terminal of about 120 columns.
 
     Some columns are in Markdown and JSON alone.
     """
-    parts = [draw_table(_narrow(table)) for table in comparison_tables(data)]
-    return "\n\n".join([*parts, *_notes(data)])
+    parts = []
+    for table in comparison_tables(data):
+        caption = textwrap.wrap(table.caption, _WIDTH)
+        parts.append("\n".join([draw_table(_narrow(table)), *caption]))
+    return "\n\n".join([*parts, *(textwrap.fill(n, _WIDTH) for n in _notes(data))])
 
 
 def comparison_markdown(data: Data) -> str:
@@ -97,11 +102,9 @@ def summary_table(data: Data) -> Table:
         "flips",
     )
     first = next(iter(texts.values()), None)
-    where = (
-        f"KL, top-1 and perplexity (as a multiple of the base's): {first['text']}, {chosen}. "
-        if first
-        else ""
-    )
+    where = ""
+    if first:
+        where = f"Text: {first['text']}, {chosen}; perplexity: over the base's. "
     mean = next(iter(means.values()), None)
     if mean:
         questions = count(mean["items"])
