@@ -20,9 +20,9 @@ def compare(
         ),
     ],
     candidates: Annotated[
-        list[str],
-        typer.Argument(help="The same, one or more.", show_default=False),
-    ],
+        list[str] | None,
+        typer.Argument(help="The same, any number.", show_default=False),
+    ] = None,
     text: Annotated[
         list[str] | None,
         typer.Option("--text", help="Bundled text or .txt file; repeatable."),
@@ -62,7 +62,7 @@ def compare(
 
     found = comparing.compare(
         base,
-        candidates,
+        candidates or (),
         texts=text if text is not None else ("wikitext2",),
         protocols=protocol or comparing.PROTOCOLS,
         tokens=tokens or None,

@@ -77,7 +77,7 @@ class Comparison:
 
 def compare(
     base: str | Path,
-    candidates: Sequence[str | Path],
+    candidates: Sequence[str | Path] = (),
     *,
     texts: Sequence[str] = ("wikitext2",),
     protocols: Sequence[str] = PROTOCOLS,
@@ -95,7 +95,7 @@ def compare(
     Args:
         base: HF folder or id, GGUF file, work directory of a run, ``builtin:NAME``;
             ``NAME=PATH`` names it in tables.
-        candidates: The same, at least one, of the base's vocabulary.
+        candidates: The same, of the base's vocabulary.
         texts: Bundled texts or files.
         protocols: ``hf2048``, ``llamacpp512`` or both.
         tokens: The first of each text that are used, in whole windows; all if ``None``.

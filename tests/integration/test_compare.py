@@ -225,6 +225,15 @@ def make_bad(ground: Ground, target: Path) -> None:
             save_file(state, weights)
 
 
+def test_a_base_alone_has_figures_of_its_own(ground: Ground, tmp_path: Path) -> None:
+    found = compared(ground, tmp_path)
+    (text,), (mean,) = found.data["texts"], found.data["means"]
+    assert text["perplexity"] > 1 and "kl" not in text
+    assert 0 <= mean["accuracy"] <= 1 and "flips" not in mean
+    assert "base" in found.text()
+    ElementTree.parse(tmp_path / "compare.svg")
+
+
 def test_two_models_of_one_name_are_refused(ground: Ground, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="two models are called 'base'"):
         compared(ground, tmp_path, f"base={ground.model}")
