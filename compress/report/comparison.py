@@ -292,7 +292,7 @@ def _factor(ratio: float) -> str:
 
 
 def _points(share: float) -> str:
-    return f"{100 * share:+.1f}"
+    return f"{round(100 * share, 1) + 0.0:+.1f}"  # no -0.0
 
 
 def _signed(value: float) -> str:

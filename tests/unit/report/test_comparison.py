@@ -101,6 +101,11 @@ def test_the_summary_has_a_row_a_model(data: dict[str, Any]) -> None:
     assert row["difference"] == "-9.0 [-13.0, -5.0]*"
 
 
+def test_a_difference_of_nothing_has_no_minus(data: dict[str, Any]) -> None:
+    data["means"][1] |= {"accuracy_difference": interval(-1e-9, 0, significant=False)}
+    assert "+0.0 [+0.0, +0.0]" in comparison_tables(data)[0].rows[1]
+
+
 def test_only_what_is_significant_is_starred(data: dict[str, Any]) -> None:
     tasks = next(t for t in comparison_tables(data) if t.title == "Tasks")
     row = tasks.rows[1]
