@@ -14,6 +14,7 @@ from compress.runtime.hook import install as _install
 if TYPE_CHECKING:
     from compress.api import quantize
     from compress.api_prune import prune
+    from compress.comparing import compare
     from compress.core.errors import CompressError
     from compress.pipeline import evaluate, plan, run
     from compress.runtime.accelerate import accelerate
@@ -26,6 +27,7 @@ __all__ = [
     "CompressError",
     "__version__",
     "accelerate",
+    "compare",
     "evaluate",
     "load",
     "plan",
@@ -38,6 +40,7 @@ __all__ = [
 _HOME = {
     "CompressError": "compress.core.errors",
     "accelerate": "compress.runtime.accelerate",
+    "compare": "compress.comparing",
     "evaluate": "compress.pipeline",
     "load": "compress.runtime.load",
     "plan": "compress.pipeline",

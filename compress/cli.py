@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from compress.bench.commands import app as bench_app
+from compress.cli_compare import compare
 from compress.cli_setup import init, list_plugins
 from compress.core.errors import CompressError
 from compress.log import is_first, set_up_logging
@@ -57,7 +58,7 @@ def _fail(message: str, code: int) -> None:
 def _interrupted(command: str | None) -> str:
     if command == "run":
         return "interrupted; continue with the same command and --resume"
-    if command == "sweep":
+    if command in ("sweep", "compare"):
         return "interrupted; the same command continues"
     return "interrupted"
 
@@ -219,6 +220,9 @@ def evaluate(
         _print(metrics)
     else:
         _table(["metric", "value"], _flat_rows(metrics))
+
+
+app.command()(compare)
 
 
 @app.command()

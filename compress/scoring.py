@@ -78,35 +78,45 @@ def _figures(
     served = served_as(handle)
     candidates: dict[str, Predictor] = {}
     if base is not None:
-        candidates["texts"] = _predictor(handle, "model", served)
+        candidates["texts"] = predictor_of(handle, "model", served)
         if served.is_more_than_weights:
-            candidates["weights_only_texts"] = _streamed(handle, "weights")
+            candidates["weights_only_texts"] = partial(
+                streamed(handle).logits, name="weights"
+            )
     own, others = evaluate_candidates(
         texts,
-        _predictor(handle, "model", served)
+        predictor_of(handle, "model", served)
         if base is None
-        else _streamed(base, "base"),
+        else partial(streamed(base).logits, name="base"),
         candidates,
         hidden_size=int(handle.description.config["hidden_size"]),
     )
     return own, others
 
 
-def _predictor(handle: ModelHandle, name: str, served: Served) -> Predictor:
+def predictor_of(
+    handle: ModelHandle, name: str, served: Served, *, device: str = "cpu"
+) -> Predictor:
+    """Return what runs a model as it is served: a GGUF file in llama.cpp."""
     if handle.description.source_gguf is not None:
         from compress.export.gguf_runtime import llamacpp_logits
 
         return partial(llamacpp_logits, handle.description.source_gguf)
-    return _streamed(handle, name, served)
+    return partial(streamed(handle, served, device=device).logits, name=name)
 
 
-def _streamed(
-    handle: ModelHandle, name: str, served: Served | None = None
-) -> Predictor:
+def streamed(
+    handle: ModelHandle, served: Served | None = None, *, device: str = "cpu"
+) -> StreamedModel:
+    """Return a model that runs block by block in torch, in float32.
+
+    Raises:
+        CheckpointError: A weight is missing or misshapen.
+    """
     check_tensors(handle)
     options = {} if served is None else vars(served)
-    streamed = StreamedModel(handle.description, handle.source, **options)
-    return partial(streamed.logits, name=name)
+    source = handle.source
+    return StreamedModel(handle.description, source, device=device, **options)
 
 
 def generation_speeds(path: Path, *, tokens: int, repeats: int) -> list[float]:
@@ -177,17 +187,7 @@ def inspect(path: str | Path) -> Inspection:
     Raises:
         CheckpointError: There is no checkpoint.
     """
-    where = Path(path)
-    if (where / "state.json").is_file():
-        exports = sorted((where / "export").glob("*")) if where.is_dir() else []
-        if not exports:
-            raise CheckpointError(f"{where}: a work directory without exports yet")
-        where = exports[-1] if exports[-1].name == "safetensors" else exports[0]
-        if any(where.glob("*.gguf")):
-            from compress.export.gguf_files import only_file
-
-            where = only_file(where)
-    file = locate(str(where) if where.exists() else str(path))
+    file = locate(checkpoint_of(path))
     if file.suffix == ".gguf":
         return _inspect_gguf(file)
     with tempfile.TemporaryDirectory() as cache:
@@ -216,6 +216,26 @@ def inspect(path: str | Path) -> Inspection:
         sum(shard.stat().st_size for shard in file.glob("*.safetensors")),
         tuple(layers),
     )
+
+
+def checkpoint_of(path: str | Path) -> str:
+    """Return the path of a model; of a work directory that of its export.
+
+    Raises:
+        CheckpointError: A work directory has no export yet.
+    """
+    where = Path(path)
+    if not (where / "state.json").is_file():
+        return str(path)
+    exports = sorted((where / "export").glob("*"))
+    if not exports:
+        raise CheckpointError(f"{where}: a work directory without exports yet")
+    where = exports[-1] if exports[-1].name == "safetensors" else exports[0]
+    if any(where.glob("*.gguf")):
+        from compress.export.gguf_files import only_file
+
+        where = only_file(where)
+    return str(where)
 
 
 def _inspect_gguf(file: Path) -> Inspection:

@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
@@ -76,6 +76,147 @@ def _logits(
             kind = ctypes.POINTER(ctypes.c_float * (size * vocabulary))
             values = ctypes.cast(llama.llama_get_logits(context), kind).contents
             yield {"logits": [size, vocabulary]}, memoryview(values).cast("B")
+
+
+def _scores(
+    llama: Any, path: str, threads: str, length: str, branches: str
+) -> Iterator[Answer]:
+    """Answer each layout of stdin: log-likelihoods of its reads, and which are greedy.
+
+    A layout is its number of tokens and of reads, then token, position and owner of
+    each token, then place and token of each read.
+    """
+    given = array("i", sys.stdin.buffer.read())
+    with ExitStack() as cleanup:
+        model = _load(llama, path)
+        cleanup.callback(llama.llama_model_free, model)
+        size, count = int(length), int(branches)
+        context = _open_context(
+            llama, model, size, threads=int(threads), sequences=count
+        )
+        if not context:
+            raise ExportError(f"llama.cpp cannot make a context of {size} tokens")
+        cleanup.callback(llama.llama_free, context)
+        vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+        batch = llama.llama_batch_init(size, 0, count)
+        cleanup.callback(llama.llama_batch_free, batch)
+        at = 0
+        while at < len(given):
+            tokens, reads = given[at], given[at + 1]
+            middle, end = at + 2 + 3 * tokens, at + 2 + 3 * tokens + 2 * reads
+            _lay_(batch, given[at + 2 : middle], count)
+            places, wanted = given[middle:end:2], given[middle + 1 : end : 2]
+            if max(*batch.token[:tokens], *wanted) >= vocabulary:
+                raise ExportError(f"a token is beyond its vocabulary of {vocabulary}")
+            for place in places:
+                batch.logits[place] = True
+            llama.llama_memory_clear(llama.llama_get_memory(context), True)
+            if llama.llama_decode(context, batch) != 0:
+                raise ExportError(f"llama.cpp failed on a sequence of {tokens} tokens")
+            yield _read_off(llama, context, places, wanted, vocabulary), b""
+            at = end
+
+
+def _generate(
+    llama: Any, path: str, threads: str, length: str, most: str, stops: str
+) -> Iterator[Answer]:
+    """Answer each prompt of stdin, its length before its tokens, greedily.
+
+    An answer ends at ``most`` tokens, where the context is full, at a token that ends
+    generation, or once its text holds one of ``stops``, a JSON list.
+    """
+    given = array("i", sys.stdin.buffer.read())
+    marks = [text.encode() for text in json.loads(stops)]
+    with ExitStack() as cleanup:
+        model = _load(llama, path)
+        cleanup.callback(llama.llama_model_free, model)
+        size = int(length)
+        context = _open_context(llama, model, size, threads=int(threads))
+        if not context:
+            raise ExportError(f"llama.cpp cannot make a context of {size} tokens")
+        cleanup.callback(llama.llama_free, context)
+        batch = llama.llama_batch_init(size, 0, 1)
+        cleanup.callback(llama.llama_batch_free, batch)
+        at = 0
+        while at < len(given):
+            prompt = given[at + 1 : at + 1 + given[at]]
+            at += 1 + given[at]
+            llama.llama_memory_clear(llama.llama_get_memory(context), True)
+            yield (
+                {
+                    "tokens": _go_on(
+                        llama, model, context, batch, prompt, int(most), marks
+                    )
+                },
+                b"",
+            )
+
+
+def _go_on(
+    llama: Any,
+    model: Any,
+    context: Any,
+    batch: Any,
+    prompt: array[int],
+    most: int,
+    stops: Sequence[bytes],
+) -> list[int]:
+    import numpy as np  # comes with llama_cpp
+
+    vocabulary = llama.llama_model_get_vocab(model)
+    count = llama.llama_vocab_n_tokens(vocabulary)
+    piece = ctypes.create_string_buffer(256)
+    found: list[int] = []
+    text, tokens, past = b"", prompt, 0
+    while len(found) < most and past + len(tokens) <= llama.llama_n_ctx(context):
+        _fill_(batch, tokens, past=past)
+        if llama.llama_decode(context, batch) != 0:
+            raise ExportError(f"llama.cpp failed at token {past}")
+        past += len(tokens)
+        pointer = llama.llama_get_logits_ith(context, len(tokens) - 1)
+        token = int(np.ctypeslib.as_array(pointer, (count,)).argmax())
+        if llama.llama_vocab_is_eog(vocabulary, token):
+            break
+        found.append(token)
+        size = llama.llama_token_to_piece(vocabulary, token, piece, 256, 0, True)
+        text += piece.raw[: max(0, size)]
+        if any(stop in text for stop in stops):
+            break
+        tokens = array("i", [token])
+    return found
+
+
+def _lay_(batch: Any, layout: array[int], branches: int) -> None:
+    """Put a layout into a batch, where no token asks for logits yet."""
+    batch.n_tokens = len(layout) // 3
+    for index in range(batch.n_tokens):
+        token, position, owner = layout[3 * index : 3 * index + 3]
+        owners = range(branches) if owner < 0 else (owner,)
+        batch.token[index] = token
+        batch.pos[index] = position
+        batch.n_seq_id[index] = len(owners)
+        for number, sequence in enumerate(owners):
+            batch.seq_id[index][number] = sequence
+        batch.logits[index] = False
+
+
+def _read_off(
+    llama: Any,
+    context: Any,
+    places: Sequence[int],
+    wanted: Sequence[int],
+    vocabulary: int,
+) -> dict[str, Any]:
+    import numpy as np  # comes with llama_cpp
+
+    nats, greedy = [], []
+    for place, token in zip(places, wanted, strict=True):
+        pointer = llama.llama_get_logits_ith(context, place)
+        logits = np.ctypeslib.as_array(pointer, (vocabulary,)).astype(np.float64)
+        top = logits.max()
+        nats.append(float(logits[token] - top - np.log(np.exp(logits - top).sum())))
+        greedy.append(bool(logits.argmax() == token))
+    return {"nats": nats, "greedy": greedy}
 
 
 def _decode(llama: Any, path: str, threads: str, copy: str) -> Iterator[Answer]:
@@ -138,7 +279,14 @@ def _speed(
 
 
 _COMMANDS: dict[str, Callable[..., Iterator[Answer]]]
-_COMMANDS = {"logits": _logits, "decode": _decode, "tokens": _tokens, "speed": _speed}
+_COMMANDS = {
+    "logits": _logits,
+    "scores": _scores,
+    "generate": _generate,
+    "decode": _decode,
+    "tokens": _tokens,
+    "speed": _speed,
+}
 
 
 def _import_llama() -> Any:
@@ -167,10 +315,13 @@ def _load(llama: Any, path: str, *, vocabulary_only: bool = False) -> Any:
     return model
 
 
-def _open_context(llama: Any, model: Any, length: int, *, threads: int) -> Any:
+def _open_context(
+    llama: Any, model: Any, length: int, *, threads: int, sequences: int = 1
+) -> Any:
     params = llama.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = length
-    params.n_seq_max = 1
+    params.n_seq_max = sequences
+    params.kv_unified = True  # a token may be part of several sequences
     params.n_threads = params.n_threads_batch = threads
     params.type_k = params.type_v = _F32
     params.flash_attn_type = _NO_FLASH_ATTENTION
@@ -178,11 +329,11 @@ def _open_context(llama: Any, model: Any, length: int, *, threads: int) -> Any:
     return llama.llama_init_from_model(model, params)
 
 
-def _fill_(batch: Any, tokens: array[int]) -> None:
+def _fill_(batch: Any, tokens: array[int], *, past: int = 0) -> None:
     batch.n_tokens = len(tokens)
     for position, token in enumerate(tokens):
         batch.token[position] = token
-        batch.pos[position] = position
+        batch.pos[position] = past + position
         batch.n_seq_id[position] = 1
         batch.seq_id[position][0] = 0
         batch.logits[position] = True

@@ -16,18 +16,22 @@ reader. The second says whether the file holds the model (4e-11 in the same sett
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from compress.core.continuations import Continuation, Likelihood, lay_out, totals
 from compress.core.errors import ExportError, MissingDependencyError
 
 _FLOAT_BYTES = 4
@@ -49,6 +53,67 @@ def llamacpp_logits(path: Path, windows: Tensor) -> Iterator[Tensor]:
         ExportError: llama.cpp refuses the file, or crashes.
     """
     yield from _logits(path, windows, shown=path)
+
+
+def llamacpp_scores(
+    path: Path, groups: Sequence[Sequence[Continuation]]
+) -> Iterator[list[Likelihood]]:
+    """Score continuations in llama.cpp on the CPU.
+
+    Args:
+        path: The file.
+        groups: Continuations, those of one context together: they share its pass.
+
+    Yields:
+        The likelihoods of each group.
+
+    Raises:
+        MissingDependencyError: llama-cpp-python is not installed.
+        ExportError: llama.cpp refuses the file, or crashes, or logits are not finite.
+    """
+    layouts = [lay_out(group) for group in groups]
+    given = array("i")
+    for layout in layouts:
+        given.extend([len(layout.tokens), len(layout.reads)])
+        columns = zip(layout.tokens, layout.positions, layout.owners, strict=True)
+        given.extend(chain.from_iterable(columns))
+        given.extend(chain.from_iterable(read[:2] for read in layout.reads))
+    length = max(len(layout.tokens) for layout in layouts)
+    branches = max(layout.count for layout in layouts)
+    numbers = (torch.get_num_threads(), length, branches)
+    answers = _answers("scores", path, *numbers, given=given.tobytes(), shown=path)
+    for layout, answer in zip(layouts, answers, strict=True):
+        if not all(map(math.isfinite, answer["nats"])):
+            raise ExportError(f"{path}: llama.cpp yields NaN or infinite logits")
+        yield totals(layout, answer["nats"], answer["greedy"])
+
+
+def llamacpp_generate(
+    path: Path, prompts: Sequence[Sequence[int]], *, most: int, stops: Sequence[str]
+) -> Iterator[list[int]]:
+    """Go on with prompts greedily in llama.cpp on the CPU.
+
+    Args:
+        path: The file.
+        prompts: Token ids.
+        most: Tokens of an answer at most.
+        stops: An answer ends once its text holds one of them.
+
+    Yields:
+        Tokens of each answer, without the one that ended it.
+
+    Raises:
+        MissingDependencyError: llama-cpp-python is not installed.
+        ExportError: llama.cpp refuses the file, or crashes.
+    """
+    given = array("i")
+    for prompt in prompts:
+        given.extend([len(prompt), *prompt])
+    length = max(len(prompt) for prompt in prompts) + most
+    words = (torch.get_num_threads(), length, most, json.dumps(list(stops)))
+    answers = _answers("generate", path, *words, given=given.tobytes(), shown=path)
+    for _, answer in zip(prompts, answers, strict=True):
+        yield answer["tokens"]
 
 
 def decoded_logits(path: Path, windows: Tensor) -> Iterator[Tensor]:

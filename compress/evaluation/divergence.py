@@ -15,7 +15,7 @@ quantities match ``llama-perplexity --kl-divergence``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,9 +87,10 @@ def compare_many(
     if candidates:
         streams = zip(*candidates.values(), strict=True)
     for ids, p, qs in zip(windows.ids, base, streams, strict=True):
-        base_nll.append(_nll(p, ids, windows.first))
-        for name, q in zip(rows, qs, strict=True):
-            rows[name].append(_distance(p, q, ids, windows.first))
+        nll, columns = _window(p, qs, ids, windows.first)
+        base_nll.append(nll)
+        for name, found in zip(rows, columns, strict=True):
+            rows[name].append(found)
     own = Scores(windows.protocol, torch.stack(base_nll))
     return own, {
         name: Scores(
@@ -105,36 +106,43 @@ def _finite(logits: Tensor, who: str) -> None:
         raise CompressError(f"the {who} model yields NaN or infinite logits")
 
 
-def _nll(logits: Tensor, ids: Tensor, first: int) -> Tensor:
-    _finite(logits, "base")
-    logp = torch.log_softmax(logits[first:-1].float(), -1)
-    return -logp.gather(1, ids[first + 1 :, None])[:, 0].double()
+def _window(
+    p: Tensor, qs: Sequence[Tensor], ids: Tensor, first: int
+) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    """Return the base's NLL on one window, and the columns of each candidate.
 
-
-def _distance(p: Tensor, q: Tensor, ids: Tensor, first: int) -> tuple[Tensor, ...]:
-    if p.shape != q.shape:
-        raise CompressError(
-            f"the models' logits differ in shape: base {tuple(p.shape)}, "
-            f"compressed {tuple(q.shape)}; they must share one vocabulary"
-        )
-    _finite(q, "compressed")
-    parts = []
+    What is the base's own is computed once, however many candidates there are.
+    """
+    _finite(p, "base")
+    for q in qs:
+        if p.shape != q.shape:
+            raise CompressError(
+                f"the models' logits differ in shape: base {tuple(p.shape)}, "
+                f"compressed {tuple(q.shape)}; they must share one vocabulary"
+            )
+        _finite(q, "compressed")
+    nll: list[Tensor] = []
+    parts: list[list[tuple[Tensor, ...]]] = [[] for _ in qs]
     targets = ids[first + 1 :]
     for start in range(first, len(ids) - 1, _POSITIONS_AT_ONCE):
         stop = min(start + _POSITIONS_AT_ONCE, len(ids) - 1)
-        logp = torch.log_softmax(p[start:stop].float(), -1)
-        logq = torch.log_softmax(q[start:stop].float(), -1)
         true = targets[start - first : stop - first, None]
-        kl = (logp.exp() * (logp - logq)).sum(-1, dtype=torch.float64).clamp(min=0)
-        top_p, top_q = logp.argmax(-1), logq.argmax(-1)
-        hit_p, hit_q = top_p == true[:, 0], top_q == true[:, 0]
-        lp, lq = (
-            logp.gather(1, true)[:, 0].double(),
-            logq.gather(1, true)[:, 0].double(),
-        )
-        columns = (-lq, kl, top_p == top_q, hit_p != hit_q, lq.exp() - lp.exp())
-        parts.append(tuple(column.double() for column in columns))
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        logp = torch.log_softmax(p[start:stop].float(), -1)
+        lp = logp.gather(1, true)[:, 0].double()
+        nll.append(-lp)
+        if qs:
+            mass, top_p = logp.exp(), logp.argmax(-1)
+        for part, q in zip(parts, qs, strict=True):
+            logq = torch.log_softmax(q[start:stop].float(), -1)
+            kl = (mass * (logp - logq)).sum(-1, dtype=torch.float64).clamp(min=0)
+            top_q = logq.argmax(-1)
+            hit_p, hit_q = top_p == true[:, 0], top_q == true[:, 0]
+            lq = logq.gather(1, true)[:, 0].double()
+            columns = (-lq, kl, top_p == top_q, hit_p != hit_q, lq.exp() - lp.exp())
+            part.append(tuple(column.double() for column in columns))
+    return torch.cat(nll), [
+        tuple(torch.cat(column) for column in zip(*part, strict=True)) for part in parts
+    ]
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

@@ -15,7 +15,11 @@ from torch import Tensor
 
 from compress.distributed.team import Team
 from compress.evaluation.divergence import Scores, compare_many, summarize
-from compress.evaluation.perplexity import TokenWindows, cut_windows
+from compress.evaluation.perplexity import (
+    TokenWindows,
+    cut_windows,
+    first_windows,
+)
 from compress.evaluation.texts import evaluation_text
 
 _HIDDEN_BYTES = 1 << 29
@@ -45,9 +49,25 @@ class PreparedText:
 
 
 def prepare_texts(
-    names: Sequence[str], tokenizer: Any, *, protocol: str, count: int, length: int
+    names: Sequence[str],
+    tokenizer: Any,
+    *,
+    protocol: str,
+    count: int = 10,
+    length: int = 1024,
+    most_tokens: int | None = None,
 ) -> list[PreparedText]:
-    """Tokenize and cut texts; the arguments are those of :func:`cut_windows`."""
+    """Tokenize and cut texts.
+
+    Args:
+        names: Bundled texts or files.
+        tokenizer: Of the model.
+        protocol: As for :func:`cut_windows`.
+        count: Windows at most, for ``windows`` only.
+        length: Tokens of a window, for ``windows`` only.
+        most_tokens: Windows beyond these are left out, and the name of the protocol
+            says so; at least one stays.
+    """
     prepared = []
     for name in names:
         text = evaluation_text(name)
@@ -59,6 +79,8 @@ def prepare_texts(
             length=length,
             name=name,
         )
+        if most_tokens is not None:
+            windows = first_windows(windows, most_tokens)
         counted = windows.ids[:, windows.first + 1 :]
         pieces = tokenizer.batch_decode(counted, clean_up_tokenization_spaces=False)
         size = sum(len(piece.encode()) for piece in pieces)
@@ -106,6 +128,35 @@ def evaluate_candidates(
         kl: Report distances too, not only the candidates' perplexity.
         team: The processes that do it together, each on its share of the windows.
     """
+    bases, scores = score_candidates(
+        texts, base, candidates, hidden_size=hidden_size, team=team
+    )
+    own: dict[str, Any] = {}
+    others: dict[str, dict[str, Any]] = {name: {} for name in candidates}
+    for text in texts:
+        size = text.counted_bytes
+        own[text.name] = summarize(bases[text.name], base=None, text_bytes=size)
+        for name, figures in others.items():
+            figures[text.name] = summarize(
+                scores[name][text.name],
+                base=bases[text.name] if kl else None,
+                text_bytes=size,
+            )
+    return own, others
+
+
+def score_candidates(
+    texts: Sequence[PreparedText],
+    base: Predictor,
+    candidates: Mapping[str, Predictor],
+    *,
+    hidden_size: int,
+    team: Team | None = None,
+) -> tuple[dict[str, Scores], dict[str, dict[str, Scores]]]:
+    """Return scores by text, of the base and of each candidate.
+
+    The arguments are those of :func:`evaluate_candidates`.
+    """
     team = team or Team()
     length = texts[0].windows.ids.shape[1]
     models = max(2, 1 + len(candidates)) / 2  # the bound is of a base and one more
@@ -123,18 +174,15 @@ def evaluate_candidates(
             parts[name].append(compare_many(piece, _take(p, n), mine))
     every = team.gather(parts)
     parts = {text.name: [x for own in every for x in own[text.name]] for text in texts}
-    own: dict[str, Any] = {}
-    others: dict[str, dict[str, Any]] = {name: {} for name in candidates}
-    for text in texts:
-        bases = _joined([b for b, _ in parts[text.name]])
-        own[text.name] = summarize(bases, base=None, text_bytes=text.counted_bytes)
-        for name, figures in others.items():
-            figures[text.name] = summarize(
-                _joined([scores[name] for _, scores in parts[text.name]]),
-                base=bases if kl else None,
-                text_bytes=text.counted_bytes,
-            )
-    return own, others
+    joined = {name: _joined([b for b, _ in pairs]) for name, pairs in parts.items()}
+    others = {
+        key: {
+            name: _joined([scores[key] for _, scores in pairs])
+            for name, pairs in parts.items()
+        }
+        for key in candidates
+    }
+    return joined, others
 
 
 def _shared(text: PreparedText, team: Team) -> PreparedText:

@@ -83,6 +83,19 @@ def cut_windows(
     return TokenWindows(protocol, windows, length // 2 if llamacpp else 0)
 
 
+def first_windows(windows: TokenWindows, tokens: int) -> TokenWindows:
+    """Return the windows within the first ``tokens``, at least one.
+
+    If some are left out the name of the protocol says so, since it is another figure.
+    """
+    total, length = windows.ids.shape
+    kept = min(total, max(1, tokens // length))
+    if kept == total:
+        return windows
+    protocol = f"{windows.protocol}, first {kept} of {total} windows"
+    return TokenWindows(protocol, windows.ids[:kept], windows.first)
+
+
 def _bos(tokenizer: Any) -> int | None:
     """Return BOS if the tokenizer puts it before a text."""
     bos = tokenizer.bos_token_id

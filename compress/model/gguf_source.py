@@ -210,7 +210,7 @@ def _warn_if_coarse(file: GGUFFile) -> None:
     kinds = {t.type for t in file.tensors.values() if len(t.shape) > 1} - _FINE_TYPES
     if kinds:
         _log.warning(
-            "%s holds %s: re-quantising an already quantised model; the original "
+            "%s holds %s: already quantised; to compress it again, the original "
             "checkpoint gives better results",
             file.path,
             ", ".join(sorted(kind.upper() for kind in kinds)),

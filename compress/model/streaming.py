@@ -9,7 +9,7 @@ recorders: so every architecture keeps its own rules, and none is copied here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
@@ -100,19 +100,33 @@ class StreamedModel:
             other._heads = self._heads
         return other
 
-    @torch.no_grad()
     def embed(self, windows: Tensor) -> Activations:
         """Return the inputs of block 0 for token windows int64 ``[N, T]``."""
+        return self.embed_all([{"input_ids": windows}])[0]
+
+    @torch.no_grad()
+    def embed_all(self, batches: Iterable[Mapping[str, Tensor]]) -> list[Activations]:
+        """Return the inputs of block 0 for each of several batches of windows.
+
+        Args:
+            batches: ``input_ids`` int64 ``[N, T]``, and what else the model is to be
+                called with, the same for all ``N``: ``position_ids`` ``[1, T]``, or an
+                ``attention_mask`` that is added to scores, ``[1, 1, T, T]``, of dtype.
+        """
         family = self.description.family
+        with self._loaded(family.embedding), self._loaded(family.final_norm):
+            return [self._embedded(**batch) for batch in batches]
+
+    def _embedded(self, input_ids: Tensor, **others: Tensor) -> Activations:
         calls: list[BlockCall] = [{} for _ in self._blocks]
         width = int(self.description.config["hidden_size"])
-        hidden = allocate((*windows.shape, width), self._dtype, self._device)
-        with self._loaded(family.embedding), self._loaded(family.final_norm):
-            with _recorded(self._blocks, calls) as first:
-                for number, window in enumerate(windows):
-                    ids = window.unsqueeze(0).to(self._device)
-                    self._body(input_ids=ids, use_cache=False)
-                    hidden[number] = first.pop()[0]
+        hidden = allocate((*input_ids.shape, width), self._dtype, self._device)
+        given = _moved(others, self._device)
+        with _recorded(self._blocks, calls) as first:
+            for number, window in enumerate(input_ids):
+                ids = window.unsqueeze(0).to(self._device)
+                self._body(input_ids=ids, use_cache=False, **given)
+                hidden[number] = first.pop()[0]
         return Activations(hidden, calls)
 
     def copy(self, activations: Activations) -> Activations:

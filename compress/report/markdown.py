@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from compress.report.allocation import budget_table, scheme_table
 from compress.report.pruning import block_table, pruning_table, recovery_table
@@ -67,6 +68,11 @@ def render_markdown(report: Report) -> str:
     parts += [*_section(run_table(report)), *_section(provenance_table(report))]
     parts += _rerun(report)
     return "\n\n".join(parts) + "\n"
+
+
+def table_sections(tables: Iterable[Table]) -> list[str]:
+    """Return heading, table and caption of each table that has rows."""
+    return [part for table in tables for part in _section(table)]
 
 
 def _section(table: Table) -> list[str]:

@@ -1,0 +1,303 @@
+"""A comparison as tables: for a terminal, and in Markdown."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from compress.report.markdown import table_sections
+from compress.report.tables import Table
+from compress.report.terminal import draw_table
+from compress.report.wording import (
+    MISSING,
+    branch,
+    count,
+    fixed,
+    nats,
+    number_at,
+    percent,
+    size,
+    times,
+)
+
+Data = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+_WIDTH = 110
+_STAR = "*"
+_RISE = "rise of it"
+_WIDE = ("median", "90 %", "95 %", "99.9 %", "changed")
+
+
+def comparison_text(data: Data) -> str:
+    """Return the tables, and how to read them, for a terminal of about 120 columns.
+
+    Some columns are in Markdown and JSON alone.
+    """
+    parts = []
+    for table in comparison_tables(data):
+        caption = textwrap.wrap(table.caption, _WIDTH)
+        parts.append("\n".join([draw_table(_narrow(table)), *caption]))
+    return "\n\n".join([*parts, *(textwrap.fill(n, _WIDTH) for n in _notes(data))])
+
+
+def comparison_markdown(data: Data) -> str:
+    """Return the same in Markdown, with what was run."""
+    hardware, versions = branch(data, "hardware"), branch(data, "versions")
+    about = (
+        f"`{data['command']}`, {data['date']}, {hardware.get('cpu')}, "
+        f"{hardware.get('cores')} cores, {hardware.get('device')}; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+    )
+    parts = ["# Comparison", *table_sections(comparison_tables(data))]
+    return "\n\n".join([*parts, *_notes(data), about]) + "\n"
+
+
+def comparison_tables(data: Data) -> list[Table]:
+    """Return the tables that there is something to say in."""
+    protocols = dict.fromkeys(str(row["protocol"]) for row in data["texts"])
+    tables = [
+        summary_table(data),
+        *(_text_table(data, protocol) for protocol in protocols),
+        _task_table(data),
+        _pair_table(data),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def summary_table(data: Data) -> Table:
+    """Return a row for each model: size, and the first figures of each kind."""
+    protocols = dict.fromkeys(str(row["protocol"]) for row in data["texts"])
+    chosen = next((p for p in protocols if p.startswith("llamacpp512")), None)
+    chosen = chosen or next(iter(protocols), None)
+    texts = {}
+    for row in reversed([r for r in data["texts"] if r["protocol"] == chosen]):
+        texts[row["model"]] = row
+    means = {row["model"]: row for row in data["means"]}
+    base = number_at(data["models"][0], "size_bytes")
+    rows = []
+    for model in data["models"]:
+        text, mean = texts.get(model["name"], {}), means.get(model["name"], {})
+        bytes_ = number_at(model, "size_bytes")
+        rows.append(
+            (
+                model["name"],
+                size(bytes_),
+                percent(bytes_ / base) if base and bytes_ is not None else MISSING,
+                fixed(number_at(model, "bits_per_weight")),
+                nats(number_at(text, "kl")),
+                percent(number_at(text, "top1")),
+                _starred(text, "ppl_ratio_interval", _factor),
+                percent(number_at(mean, "accuracy")),
+                _starred(mean, "accuracy_difference", _points),
+                percent(number_at(mean, "flips")),
+            )
+        )
+    columns = ("model", "size", "of base", "bits", "KL", "top-1") + (
+        "perplexity",
+        "accuracy",
+        "difference",
+        "flips",
+    )
+    first = next(iter(texts.values()), None)
+    where = ""
+    if first:
+        where = f"Text: {first['text']}, {chosen}; perplexity: over the base's. "
+    mean = next(iter(means.values()), None)
+    if mean:
+        questions = count(mean["items"])
+        where += f"Accuracy: mean of {mean['tasks']} tasks, {questions} questions."
+    return _table("Summary", columns, rows, left=1, caption=where)
+
+
+def _text_table(data: Data, protocol: str) -> Table:
+    rows = []
+    for row in data["texts"]:
+        if row["protocol"] != protocol:
+            continue
+        rows.append(
+            (
+                row["text"],
+                row["model"],
+                fixed(number_at(row, "perplexity")),
+                _starred(row, "ppl_ratio_interval", _factor),
+                fixed(number_at(row, "bits_per_byte"), 3),
+                _ranged(branch(row, "kl_interval"), nats),
+                *(nats(number_at(row, f"kl_{q}")) for q in ("median", "p90", "p95")),
+                *(nats(number_at(row, f"kl_{q}")) for q in ("p99", "p999", "max")),
+                percent(number_at(row, "top1")),
+                percent(number_at(row, "flips")),
+            )
+        )
+    columns = (
+        "text",
+        "model",
+        "perplexity",
+        "ratio",
+        "bits/byte",
+        "KL",
+        "median",
+        "90 %",
+    ) + ("95 %", "99 %", "99.9 %", "max", "top-1", "flips")
+    total = sum(r["tokens"] for r in data["texts"] if r["protocol"] == protocol)
+    models = len(data["models"])
+    caption = f"{count(total / models)} predicted tokens a model."
+    return _table(f"Texts, {protocol}", columns, rows, left=2, caption=caption)
+
+
+def _task_table(data: Data) -> Table:
+    rows = []
+    means = [
+        {"task": f"mean of {row['tasks']}", **row}
+        for row in data["means"]
+        if row["tasks"] > 1
+    ]
+    for row in [*data["tasks"], *means]:
+        of = row.get("of")
+        rows.append(
+            (
+                row["task"],
+                row["model"],
+                count(number_at(row, "items")) + (f" of {count(of)}" if of else ""),
+                _accuracy(row),
+                _starred(row, "accuracy_difference", _points),
+                percent(number_at(row, "flips")),
+                percent(number_at(row, "changed")),
+                _p_value(row),
+                fixed(number_at(row, "bits_per_byte"), 3),
+                _starred(row, "bits_per_byte_difference", _signed),
+            )
+        )
+    columns = (
+        "task",
+        "model",
+        "questions",
+        "accuracy",
+        "difference",
+        "flips",
+        "changed",
+    ) + ("p", "bits/byte", _RISE)
+    caption = (
+        "Questions are evenly spread over the file. Accuracy is the task's usual one; "
+        "bits/byte is of the right answer; "
+        "flips: right in just one of the two; changed: another choice; p: McNemar's "
+        "exact test, starred if below 5 % after Holm's correction for all tasks."
+    )
+    return _table("Tasks", columns, rows, left=2, caption=caption)
+
+
+def _pair_table(data: Data) -> Table:
+    rows = []
+    for row in data["pairs"]:
+        name = f"{row['second']} - {row['first']}"
+        tasks = branch(row, "tasks")
+        accuracy = _starred(tasks, "accuracy_difference", _points)
+        for index, text in enumerate(row["texts"] or [{}]):
+            where = f"{text['text']}, {text['protocol']}" if text else MISSING
+            kl = _starred(text, "kl_difference", _signed_nats)
+            ends = (accuracy, _p_value(tasks)) if index == 0 else (MISSING, MISSING)
+            rows.append((name, where, kl, *ends))
+    columns = ("candidates", "text", "KL", "accuracy, mean of tasks", "p")
+    return _table("Candidates against each other", columns, rows, left=2)
+
+
+def _narrow(table: Table) -> Table:
+    """Return a table without :data:`_WIDE` columns, and bits without intervals."""
+    kept = [i for i, header in enumerate(table.headers) if header not in _WIDE]
+    rows = [
+        tuple(
+            re.sub(r" \[.*\]", "", row[i]) if table.headers[i] == _RISE else row[i]
+            for i in kept
+        )
+        for row in table.rows
+    ]
+    headers = tuple(table.headers[i] for i in kept)
+    align = "".join(table.align[i] for i in kept)
+    return Table(table.title, headers, align, tuple(rows), table.caption)
+
+
+def _notes(data: Data) -> list[str]:
+    notes = [
+        "[a, b] holds 95 % of paired bootstrap means, over windows or questions; a "
+        "star marks a significant difference from the base. KL is in nats a token, "
+        "differences of accuracy are in points."
+    ]
+    if any(model["runs_in"] == "llama.cpp" for model in data["models"]):
+        notes.append(
+            "GGUF files run in llama.cpp on the CPU, which rounds activations to 8 "
+            "bits; that alone is a KL of a few thousandths."
+        )
+    return notes
+
+
+def _table(
+    title: str,
+    columns: tuple[str, ...],
+    rows: Iterable[tuple[str, ...]],
+    *,
+    left: int,
+    caption: str = "",
+) -> Table:
+    """Return a table without empty columns, the first ``left`` ones left-aligned."""
+    cells = list(rows)
+    kept = [i for i in range(len(columns)) if any(row[i] != MISSING for row in cells)]
+    return Table(
+        title,
+        tuple(columns[i] for i in kept),
+        "".join("l" if i < left else "r" for i in kept),
+        tuple(tuple(row[i] for i in kept) for row in cells),
+        caption,
+    )
+
+
+def _accuracy(row: Row) -> str:
+    accuracy, error = number_at(row, "accuracy"), number_at(row, "accuracy_se")
+    if accuracy is None:
+        return MISSING
+    return percent(accuracy) if error is None else _with_error(accuracy, error)
+
+
+def _with_error(share: float, error: float) -> str:
+    return f"{100 * share:.1f} ± {100 * error:.1f} %"
+
+
+def _p_value(row: Row) -> str:
+    p = number_at(row, "p")
+    if p is None:
+        return MISSING
+    shown = f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
+    return shown + (_STAR if row.get("significant") else "")
+
+
+def _starred(row: Row, key: str, write: Callable[[float], str]) -> str:
+    interval = branch(row, key)
+    star = _STAR if interval.get("significant") else ""
+    return _ranged(interval, write) + star
+
+
+def _ranged(interval: Row, write: Callable[[float], str]) -> str:
+    value, low, high = (number_at(interval, k) for k in ("value", "low", "high"))
+    if value is None:
+        return MISSING
+    if low is None or high is None:
+        return write(value)
+    ends = (write(end).removeprefix("×") for end in (low, high))
+    return f"{write(value)} [{', '.join(ends)}]"
+
+
+def _factor(ratio: float) -> str:
+    return times(ratio)
+
+
+def _points(share: float) -> str:
+    return f"{round(100 * share, 1) + 0.0:+.1f}"  # no -0.0
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}"
+
+
+def _signed_nats(value: float) -> str:
+    return f"{value:+.4f}"
