@@ -2,12 +2,11 @@
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed (also
 where everything was written and an export then failed its check), 2 bad usage or
-config, 130 interrupted.
+config, 130 interrupted, 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from typer.core import TyperGroup
 
 from compress.core.errors import CompressError
 from compress.log import set_up_logging
+from compress.stopping import Terminated, ending_in_order, explained
 
 if TYPE_CHECKING:
     from compress.pipeline import Result
@@ -34,15 +34,14 @@ class _ReportingGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with ending_in_order(), explained():
+                return super().invoke(ctx)
         except CompressError as error:
             _fail(str(error), error.exit_code)
+        except Terminated:
+            _fail(f"stopped by SIGTERM: {_interrupted(ctx.invoked_subcommand)}", 143)
         except KeyboardInterrupt:
             _fail(_interrupted(ctx.invoked_subcommand), 130)
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise
-            _fail(_os_message(error), 1)
 
 
 def _fail(message: str, code: int) -> None:
@@ -57,17 +56,6 @@ def _interrupted(command: str | None) -> str:
     if command == "sweep":
         return "interrupted; the same command continues"
     return "interrupted"
-
-
-def _os_message(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
-        return (
-            f"the disk is full{where}; free some space, then continue the run with "
-            "--resume"
-        )
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}"
 
 
 app = typer.Typer(

@@ -29,6 +29,7 @@ from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.errors import ConfigError
 from compress.core.plan import Plan
 from compress.core.tensors import QuantizedTensor
+from compress.locking import locked
 from compress.model.devices import choose_device, choose_dtype
 from compress.model.loading import ModelHandle, check_tensors, locate
 from compress.planning.planner import make_plan, resolve_scale_dtype
@@ -37,6 +38,7 @@ from compress.report import write_report
 from compress.reporting import build_report
 from compress.result import Result
 from compress.scoring import evaluate, inspect
+from compress.stopping import explained
 from compress.timing import timed
 from compress.transform import CompressedSource, PlanRunner, part_of_layer
 from compress.transforms.chain import Transformed
@@ -320,11 +322,12 @@ def run(
         CompressError: One of its children, with what to do.
     """
     loaded = _prepared(config)
-    WorkDir(loaded.run.workdir).check(resume=resume, overwrite=overwrite)
-    current = Run(loaded, command)
-    if current.pruning is not None:
-        current, overwrite = _pruned(current, overwrite=overwrite), False
-    return current.execute(overwrite=overwrite, write_exports=write_exports)
+    with explained(), locked(loaded.run.workdir):
+        WorkDir(loaded.run.workdir).check(resume=resume, overwrite=overwrite)
+        current = Run(loaded, command)
+        if current.pruning is not None:
+            current, overwrite = _pruned(current, overwrite=overwrite), False
+        return current.execute(overwrite=overwrite, write_exports=write_exports)
 
 
 def _pruned(provisional: Run, *, overwrite: bool) -> Run:

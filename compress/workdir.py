@@ -90,11 +90,8 @@ class WorkDir:
         """Raise if the folder cannot take this run.
 
         Raises:
-            ConfigError: It holds a run and the user did not say what to do with it, or
-                it is no folder, or it holds nothing to resume.
+            ConfigError: It holds a run and the user did not say what to do with it.
         """
-        if self.root.exists() and not self.root.is_dir():
-            raise ConfigError(f"run.workdir: {self.root} is a file, not a folder")
         places = (self.root, *(self.root / name for name in _STAGES))
         has_run = any((place / "state.json").is_file() for place in places)
         if has_run and not (resume or overwrite):
@@ -286,7 +283,11 @@ class WorkDir:
         except BaseException:  # whatever it was, no half folder stays behind
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        # Never half of the old folder under its name: a kill while it is removed would
+        # leave what looks like a finished one.
+        old = target.with_name(f"{target.name}.old{_TEMPORARY}")
         if target.exists():
-            shutil.rmtree(target)
+            os.replace(target, old)
         os.replace(temporary, target)
+        shutil.rmtree(old, ignore_errors=True)
         return result

@@ -85,13 +85,6 @@ def test_a_second_run_needs_a_decision(tmp_path: Path) -> None:
     work.check(resume=False, overwrite=True)
 
 
-def test_a_file_is_no_work_directory(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.touch()
-    with pytest.raises(ConfigError, match="is a file, not a folder"):
-        WorkDir(path).check(resume=False, overwrite=False)
-
-
 def test_what_changed_is_named(tmp_path: Path) -> None:
     work = WorkDir(tmp_path)
     work.begin(FINGERPRINT, overwrite=False)
