@@ -1,4 +1,4 @@
-"""Kill runs at random moments, resume them, and compare every file with an unbroken run.
+"""Kill runs at random moments, resume them, compare every file with an unbroken run.
 
 A tiny random Llama goes through each kind of stage. A run is forked, waits until the
 stage begins, and is sent SIGKILL after a random share of the time that the stage takes;
@@ -99,7 +99,7 @@ _SEARCHED = {
     "schemes": ["q4_0", "q5_0", "q8_0"],
     "samples": 8,
     "windows": 2,
-    "options": {"generations": 6, "offspring": 8},
+    "options": {"evaluations": 60, "offspring": 8},
 }
 
 
@@ -125,9 +125,11 @@ class Clock:
         self._shared = mmap.mmap(-1, 4096)
 
     def forget(self) -> None:
+        """Begin anew."""
         self._shared[:] = bytes(4096)
 
     def stages(self) -> list[str]:
+        """Return the stages that the child has entered."""
         return bytes(self._shared).rstrip(b"\0").decode().split("\n")[:-1]
 
     def watch(self, stages: tuple[str, ...]) -> None:
@@ -171,6 +173,7 @@ def forked(work: Callable[[], Any], log: Path) -> int:
 
 
 def ended(child: int) -> int:
+    """Wait for a child; return its exit code, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
