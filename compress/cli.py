@@ -105,14 +105,22 @@ def run(
     overwrite: Annotated[
         bool, typer.Option(help="Replace an earlier run in the work directory.")
     ] = False,
+    redo: Annotated[
+        bool,
+        typer.Option(
+            "--redo",
+            help="Continue a run whose config has changed: compute again what that "
+            "affects, keep the rest.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option(help="Print plan, sizes, memory and time; compute nothing.")
     ] = False,
     sets: Sets = None,
 ) -> None:
     """Run the whole pipeline of a config: calibrate, quantize, evaluate, export."""
-    if resume and overwrite:
-        raise typer.BadParameter("--resume and --overwrite exclude each other")
+    if sum((resume, overwrite, redo)) > 1:
+        raise typer.BadParameter("--resume, --redo and --overwrite exclude each other")
     from compress.config import load_config
 
     loaded = load_config(config, sets or ())
@@ -122,7 +130,9 @@ def run(
         typer.echo(pipeline.dry_run(loaded).text())
         return
     command = shlex.join(["compress", *sys.argv[1:]])
-    result = pipeline.run(loaded, resume=resume, overwrite=overwrite, command=command)
+    result = pipeline.run(
+        loaded, resume=resume, overwrite=overwrite, redo=redo, command=command
+    )
     _print_result(result)
 
 

@@ -31,7 +31,7 @@ from compress.core.plan import Plan
 from compress.core.tensors import QuantizedTensor
 from compress.locking import locked
 from compress.model.devices import choose_device, choose_dtype
-from compress.model.loading import ModelHandle, check_tensors, locate
+from compress.model.loading import ModelHandle, check_tensors
 from compress.planning.planner import make_plan, resolve_scale_dtype
 from compress.planning.rerun import config_of_export
 from compress.report import write_report
@@ -72,6 +72,7 @@ class Run:
         assets: Folder for tokenizer files made from a GGUF source.
         pruned: The model that pruning made, and what it did; without it, a config that
             prunes is set up on a model of the size to come, and cannot be executed.
+        redo: Replace what an earlier run made from another config.
     """
 
     def __init__(
@@ -80,9 +81,12 @@ class Run:
         command: str | None = None,
         assets: Path | None = None,
         pruned: tuple[ModelHandle, Mapping[str, Any]] | None = None,
+        *,
+        redo: bool = False,
     ) -> None:
         self.config = config
         self.command = command
+        self.redo = redo
         self.workdir = WorkDir(config.run.workdir)
         self.seconds: dict[str, float] = {}
         self.device = choose_device(config.run.device)
@@ -167,7 +171,7 @@ class Run:
         check_tensors(self.subject)
         tokens = self._calibration_tokens()
         fingerprint = provenance.fingerprint(self, tokens)
-        self.workdir.begin(fingerprint, overwrite=overwrite)
+        self.workdir.begin(fingerprint, overwrite=overwrite, redo=self.redo)
         self.workdir.write_json("results/predicted.json", self._predicted())
         write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
         windows = tokens.tokens if tokens else None
@@ -266,13 +270,6 @@ class Run:
             return None
         return self.load_tokens()
 
-    def subject_digest(self) -> str:
-        """Return a digest of the weights that are compressed."""
-        path = locate(self.config.model.path)
-        if self.pruned is not None and self.pruning is not None:
-            path = self.pruning.root / str(self.pruned["folder"])
-        return provenance.model_digest(self.subject.description, path)
-
     def load_tokens(self) -> CalibrationTokens:
         """Return the calibration tokens of the config."""
         section = self.config.calibration
@@ -306,6 +303,7 @@ def run(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    redo: bool = False,
     write_exports: bool = True,
     command: str | None = None,
 ) -> Result:
@@ -315,6 +313,8 @@ def run(
         config: What to do.
         resume: Continue a run that was interrupted.
         overwrite: Replace an earlier run in the work directory.
+        redo: Continue a run whose config has changed: what that affects is computed
+            again, the rest is kept.
         write_exports: Without, exports only bind the plan and are counted for it.
         command: How the run was started, for the report.
 
@@ -323,8 +323,8 @@ def run(
     """
     loaded = _prepared(config)
     with explained(), locked(loaded.run.workdir):
-        WorkDir(loaded.run.workdir).check(resume=resume, overwrite=overwrite)
-        current = Run(loaded, command)
+        WorkDir(loaded.run.workdir).check(resume=resume or redo, overwrite=overwrite)
+        current = Run(loaded, command, redo=redo)
         if current.pruning is not None:
             current, overwrite = _pruned(current, overwrite=overwrite), False
         return current.execute(overwrite=overwrite, write_exports=write_exports)
@@ -336,7 +336,9 @@ def _pruned(provisional: Run, *, overwrite: bool) -> Run:
     if overwrite:
         provisional.workdir.clear()
     made = reshaping.carry_out(provisional)
-    final = Run(provisional.config, provisional.command, pruned=made)
+    final = Run(
+        provisional.config, provisional.command, pruned=made, redo=provisional.redo
+    )
     final.seconds = provisional.seconds | final.seconds
     return final
 

@@ -118,6 +118,16 @@ def model_digest(model: ModelDescription, path: Path) -> str:
     return digest.hexdigest()
 
 
+def subject_digest(run: Run) -> str:
+    """Return a digest of the weights that a run compresses."""
+    from compress.model.loading import locate
+
+    path = locate(run.config.model.path)
+    if run.pruned is not None and run.pruning is not None:
+        path = run.pruning.root / str(run.pruned["folder"])
+    return model_digest(run.subject.description, path)
+
+
 def reshaping_fingerprint(config: Config) -> dict[str, str]:
     """Return digests of what is told to pruning and recovery, known at the start."""
     sections = {"prune": config.prune, "recover": config.recover}

@@ -29,7 +29,7 @@ from compress.pruning.budgets import cfsp_weights
 from compress.pruning.dealing import check_budgets
 from compress.pruning.depth import turns_of
 from compress.pruning.stage import FOLDER as PRUNED
-from compress.pruning.stage import Pruning
+from compress.pruning.stage import WORK, Pruning
 from compress.pruning.target import target_of
 from compress.recovery.recover import recover
 from compress.recovery.text import load_recovery_text
@@ -121,8 +121,10 @@ def carry_out(run: Run) -> tuple[ModelHandle, dict[str, Any]]:
     """
     pruning = run.pruning
     assert pruning is not None
-    run.workdir.compare(provenance.reshaping_fingerprint(run.config), only=True)
     windows, fingerprint = _inputs(run, pruning)
+    if run.redo:
+        _forget_changed(run, fingerprint)
+    run.workdir.compare(provenance.reshaping_fingerprint(run.config), only=True)
     for caution in cautions(pruning, 0 if windows is None else windows.numel()):
         _log.warning(caution)
     with run.timed("prune"):
@@ -204,8 +206,7 @@ def _recovered(
     options = recover_options(section)
     student = _opened(root / PRUNED, run.handle)
     work = WorkDir(root / RECOVERY)
-    chosen = {"recover": provenance.digest_of(section.model_dump(mode="json"))}
-    work.begin({**pruned, **chosen}, overwrite=False)
+    work.begin(_recovery_fingerprint(section, pruned), overwrite=False)
 
     def train() -> dict[str, Any]:
         sources = data if isinstance(data, str) else list(data)
@@ -222,6 +223,30 @@ def _recovered(
 
     stored: dict[str, Any] = work.stage("record", train)
     return stored
+
+
+def _recovery_fingerprint(
+    section: RecoverSection, pruned: Mapping[str, str]
+) -> dict[str, str]:
+    chosen = {"recover": provenance.digest_of(section.model_dump(mode="json"))}
+    return {**pruned, **chosen}
+
+
+def _forget_changed(run: Run, fingerprint: Mapping[str, str]) -> None:
+    """Remove what a changed config or model makes invalid, from pruning on."""
+    root, section = run.workdir.root, run.config.recover
+    changed = WorkDir(root / WORK).changed(fingerprint)
+    if changed:
+        _log.info("%s changed: the model is pruned again", ", ".join(changed))
+        run.workdir.forget_pruning()
+        return
+    if section is not None:
+        wanted = _recovery_fingerprint(section, fingerprint)
+        changed = WorkDir(root / RECOVERY).changed(wanted)
+    known = provenance.reshaping_fingerprint(run.config)
+    if changed or run.workdir.changed(known, only=True):
+        _log.info("recover changed: what follows pruning is done again")
+        run.workdir.forget_recovery()
 
 
 def _importances(

@@ -8,6 +8,7 @@ continues.
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 import threading
@@ -62,12 +63,14 @@ def explained() -> Iterator[None]:
         if error.errno == errno.EPIPE:
             raise
         raise StorageError(storage_message(error)) from error
-    except MemoryError as error:
-        raise MemoryLimitError(_memory_message(str(error))) from error
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
             raise
         raise MemoryLimitError(_memory_message(str(error))) from error
+    except Exception as error:  # safetensors has an error of its own for files
+        if not _is_unwritable(error):
+            raise
+        raise StorageError(f"{error}; free some space; {_RESUME}") from error
 
 
 def storage_message(error: OSError) -> str:
@@ -91,6 +94,13 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
     return any(words in str(error) for words in _NO_MEMORY)
+
+
+def _is_unwritable(error: Exception) -> bool:
+    library = sys.modules.get("safetensors")
+    if library is None or not isinstance(error, library.SafetensorError):
+        return False
+    return any(os.strerror(number) in str(error) for number in (*_FULL, errno.EROFS))
 
 
 def _memory_message(said: str) -> str:

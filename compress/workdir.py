@@ -9,9 +9,10 @@ that decides the codes; a run only resumes into a directory with the same finger
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,15 @@ from compress.core.errors import CheckpointError, ConfigError
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 
+_log = logging.getLogger(__name__)
 _TRANSFORMS = "transforms.safetensors"
-_OURS = (
-    "state.json",
-    "plan.json",
-    _TRANSFORMS,
-    "blocks",
-    "results",
-    "export",
-    "pruning",
-    "pruned",
-    "recovery",
-    "recovered",
-    "tuning",
-    "tuned",
-)
+_STATE = "state.json"
+# What the stages leave, in their order. Of each the result comes before the state, so
+# that no result is ever there without the state that says what it was made from.
+_PRUNING = ("pruned", "pruning")
+_RECOVERY = ("recovered", "recovery")
+_TUNING = ("results/tuning.json", "tuned", "tuning")
+_CODES = ("plan.json", "results", _TRANSFORMS, "blocks", *_TUNING)
 _STAGES = ("pruning", "recovery")  # have a state of their own, before the run's
 _REPORTS = ("report.json", "report.md", "report.html")
 _TEMPORARY = ".part"
@@ -93,19 +88,23 @@ class WorkDir:
             ConfigError: It holds a run and the user did not say what to do with it.
         """
         places = (self.root, *(self.root / name for name in _STAGES))
-        has_run = any((place / "state.json").is_file() for place in places)
+        has_run = any((place / _STATE).is_file() for place in places)
         if has_run and not (resume or overwrite):
             raise ConfigError(
                 f"run.workdir: {self.root} holds an earlier run; continue it with "
                 "--resume, replace it with --overwrite, or set another run.workdir"
             )
 
-    def begin(self, fingerprint: Mapping[str, str], *, overwrite: bool) -> None:
+    def begin(
+        self, fingerprint: Mapping[str, str], *, overwrite: bool, redo: bool = False
+    ) -> None:
         """Start or continue a run.
 
         Args:
             fingerprint: Digest of each thing that decides the codes, by name.
             overwrite: Drop whatever an earlier run left.
+            redo: Drop what changes invalidate: with ``tune`` alone what was tuned, else
+                all codes.
 
         Raises:
             ConfigError: An unfinished run here was made from something else; the
@@ -113,9 +112,16 @@ class WorkDir:
         """
         if overwrite:
             self.clear()
-        self.compare(fingerprint)
+        changed = self.changed(fingerprint)
+        if not redo:
+            self.compare(fingerprint)
+        elif changed:
+            _log.info("%s changed: what follows is computed again", ", ".join(changed))
+            self.forget_codes(tuned_only=changed == ["tune"])
+        if not (self.root / _STATE).is_file():  # whatever is here, nobody vouches for
+            self.forget_codes()
         self._sweep()
-        self.write_json("state.json", {"version": 1, "fingerprint": dict(fingerprint)})
+        self.write_json(_STATE, {"version": 1, "fingerprint": dict(fingerprint)})
 
     def compare(self, fingerprint: Mapping[str, str], *, only: bool = False) -> None:
         """Raise if an unfinished run here was made from something else.
@@ -127,26 +133,73 @@ class WorkDir:
         Raises:
             ConfigError: Names what changed.
         """
-        state = self.root / "state.json"
-        if not state.is_file():
-            return
-        earlier = self._read_json(state)["fingerprint"]
-        names = sorted({*fingerprint, *(() if only else earlier)})
-        changed = [n for n in names if earlier.get(n) != fingerprint.get(n)]
+        changed = self.changed(fingerprint, only=only)
         if changed:
             raise ConfigError(
                 f"cannot resume in {self.root}: {', '.join(changed)} changed since "
-                "that run began; use --overwrite to start again"
+                "that run began; --redo keeps what this does not affect and computes "
+                "the rest again, --overwrite starts from nothing"
             )
+
+    def changed(
+        self, fingerprint: Mapping[str, str], *, only: bool = False
+    ) -> list[str]:
+        """Return the names of what an unfinished run here was made from differently.
+
+        Args:
+            fingerprint: As for :meth:`begin`.
+            only: Compare what is in it and nothing else.
+        """
+        state = self.root / _STATE
+        if not state.is_file():
+            return []
+        earlier = self._read_json(state)["fingerprint"]
+        names = sorted({*fingerprint, *(() if only else earlier)})
+        return [n for n in names if earlier.get(n) != fingerprint.get(n)]
+
+    def forget_codes(self, *, tuned_only: bool = False) -> None:
+        """Remove the codes and all that was made from them.
+
+        Args:
+            tuned_only: Keep the calibrated ones, and the plan they follow.
+        """
+        if tuned_only:
+            results = self.root / "results"
+            after = [f for f in results.glob("*.json") if f.stem != "allocation"]
+            names = [str(file.relative_to(self.root)) for file in after]
+            self._drop((*names, *_TUNING, *_REPORTS))
+        else:
+            self._drop((*_CODES, *_REPORTS))
+
+    def forget_pruning(self) -> None:
+        """Remove the pruned model and all that was made from it."""
+        self.forget_codes()
+        self._drop((_STATE, *_RECOVERY, *_PRUNING))
+
+    def forget_recovery(self) -> None:
+        """Remove the recovered model and all that was made from it."""
+        self.forget_codes()
+        self._drop((_STATE, *_RECOVERY))
 
     def clear(self) -> None:
         """Remove whatever an earlier run left; nothing of others."""
-        for name in (*_OURS, *_REPORTS):
+        self.forget_pruning()
+        self._drop(("export",))
+
+    def _drop(self, names: Iterable[str]) -> None:
+        """Remove files and folders, each of them at once or not at all."""
+        for name in names:
             path = self.root / name
-            if path.is_dir():
-                shutil.rmtree(path)
+            if not path.exists():
+                continue
+            gone = path.with_name(f"{path.name}.gone{_TEMPORARY}")
+            if gone.is_dir():
+                shutil.rmtree(gone)
+            os.replace(path, gone)
+            if gone.is_dir():
+                shutil.rmtree(gone)
             else:
-                path.unlink(missing_ok=True)
+                gone.unlink()
 
     def _sweep(self) -> None:
         for leftover in self.root.glob(f"**/*{_TEMPORARY}"):

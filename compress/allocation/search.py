@@ -44,6 +44,7 @@ from compress.core.allocation import (
 from compress.core.errors import ConfigError, PlanError
 from compress.core.plan import LayerPlan
 from compress.model.streaming import StreamedModel
+from compress.provenance import subject_digest
 from compress.registry import get_allocator
 from compress.timing import timed
 
@@ -193,7 +194,7 @@ class Search:
             run.quantizers,
             self._store,
             {
-                "model": run.subject_digest(),
+                "model": subject_digest(run),
                 "transforms": run.chain.identity(),
                 "calibration": tokens.digest,
                 "dtype": str(run.runner.dtype),

@@ -133,7 +133,8 @@ class CheckpointFiles:
         return self.file.with_suffix(".json")
 
     def _own(self, step: int) -> Path:
-        return self.file.with_name(f"{self.file.stem}-{step}-{self.team.rank}.part")
+        # Not a temporary name: a run that goes on sweeps those away.
+        return self.file.with_stem(f"{self.file.stem}-{step}-{self.team.rank}")
 
     def load(self) -> Checkpoint | None:
         """Return the last complete checkpoint, if there is one.
@@ -177,7 +178,9 @@ class CheckpointFiles:
         self._delete_others(None)
 
     def _delete_others(self, kept: Path | None) -> None:
-        for path in self.file.parent.glob(f"{self.file.stem}-*-{self.team.rank}.part"):
+        for path in self.file.parent.glob(
+            f"{self.file.stem}-*-{self.team.rank}{self.file.suffix}"
+        ):
             if path != kept:
                 path.unlink(missing_ok=True)
 
