@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from compress.core.errors import ConfigError
+from compress.core.json_text import MALFORMED, parse_json
 
 _log = logging.getLogger(__name__)
 _NAME = "run.lock"
@@ -103,9 +104,9 @@ def _is_at(path: Path, descriptor: int) -> bool:
 def _holder(path: Path) -> str:
     """Return who holds a lock, in words; nothing if the file does not say."""
     try:
-        about = json.loads(path.read_text("utf-8"))
+        about = parse_json(path.read_text("utf-8"))
         return (
             f" (process {about['process']} on {about['host']}, since {about['since']})"
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *MALFORMED):
         return ""

@@ -31,6 +31,7 @@ from compress.config import (
     load_sweep,
 )
 from compress.core.errors import ConfigError
+from compress.core.json_text import MALFORMED, parse_json
 from compress.report.sweep import render_svg, render_sweep, sweep_text
 from compress.workdir import WorkDir, write_atomically
 
@@ -159,9 +160,9 @@ def _finished(point: _Point, loaded: SweepConfig) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        stored: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        stored: dict[str, Any] = parse_json(path.read_text("utf-8"))
         return stored if stored["with"] == _digest(point, loaded) else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *MALFORMED) as error:
         _log.warning("%s is damaged and made again: %s", path, error)
         return None
 
@@ -248,7 +249,7 @@ def _foreign_points(path: str) -> list[dict[str, Any]]:
         ConfigError: It is no list of objects with name, bytes and kl.
     """
     try:
-        data = json.loads(Path(path).read_text("utf-8"))
+        data = parse_json(Path(path).read_text("utf-8"))
         return [
             {
                 "name": str(point["name"]),
@@ -259,7 +260,7 @@ def _foreign_points(path: str) -> list[dict[str, Any]]:
         ]
     except OSError as error:
         raise ConfigError(f"points: {path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise ConfigError(
             f"points: {path} is no JSON list of objects with name, bytes and kl: "
             f"{type(error).__name__}: {error}"

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from compress.core.errors import CheckpointError, ConfigError
+from compress.core.json_text import MALFORMED, parse_json
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 
@@ -153,7 +154,12 @@ class WorkDir:
         state = self.root / _STATE
         if not state.is_file():
             return []
-        earlier = self._read_json(state)["fingerprint"]
+        try:
+            earlier = dict(self._read_json(state)["fingerprint"])
+        except MALFORMED as error:
+            raise CheckpointError(
+                f"{state} is damaged ({error!r}); start again with --overwrite"
+            ) from error
         names = sorted({*fingerprint, *(() if only else earlier)})
         return [n for n in names if earlier.get(n) != fingerprint.get(n)]
 
@@ -214,7 +220,7 @@ class WorkDir:
 
     def _read_json(self, path: Path) -> Any:
         try:
-            return json.loads(path.read_text("utf-8"))
+            return parse_json(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path} is damaged ({error}); start again with --overwrite"
@@ -275,8 +281,8 @@ class WorkDir:
         path = self._part(part)
         try:
             with safe_open(path, framework="pt") as file:
-                about: dict[str, dict[str, Any]] = json.loads(file.metadata()["layers"])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                about: dict[str, dict[str, Any]] = parse_json(file.metadata()["layers"])
+        except (SafetensorError, OSError, *MALFORMED) as error:
             raise CheckpointError(
                 f"{path} is damaged ({error}); delete it and run again with --resume"
             ) from error
@@ -315,9 +321,9 @@ class WorkDir:
             return {}, {}
         try:
             with safe_open(path, framework="pt") as file:
-                records: dict[str, Any] = json.loads(file.metadata()["records"])
+                records: dict[str, Any] = parse_json(file.metadata()["records"])
                 return {k: file.get_tensor(k).clone() for k in file.keys()}, records
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, *MALFORMED) as error:
             raise CheckpointError(
                 f"{path} is damaged ({error}); delete it and run again with --resume"
             ) from error

@@ -15,7 +15,6 @@ reader. The second says whether the file holds the model (4e-11 in the same sett
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import ExportError, MissingDependencyError
+from compress.core.json_text import parse_json
 
 _FLOAT_BYTES = 4
 
@@ -153,7 +153,7 @@ def _read(pipe: IO[bytes]) -> dict[str, Any] | None:
     line = pipe.readline()
     if not line.endswith(b"\n"):
         return None
-    answer: dict[str, Any] = json.loads(line)
+    answer: dict[str, Any] = parse_json(line)
     if "logits" in answer:
         shape = answer["logits"]
         values = bytearray(shape[0] * shape[1] * _FLOAT_BYTES)

@@ -16,6 +16,8 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from compress.core.json_text import MALFORMED, parse_json
+
 _log = logging.getLogger(__name__)
 
 Assignment = Sequence[int | None]
@@ -72,9 +74,9 @@ def _read(path: Path) -> tuple[dict[_Key, float], bool]:
         return known, True
     for line in text.splitlines():
         try:
-            indices, share, value = json.loads(line)
+            indices, share, value = parse_json(line)
             key = tuple(None if i is None else int(i) for i in indices), float(share)
             known[key] = float(value)
-        except (ValueError, TypeError):
+        except MALFORMED:
             continue  # measured again
     return known, bool(text) and not text.endswith("\n")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from compress.calibration.cache import cache_folder, place
 from compress.core.errors import CheckpointError, ConfigError
+from compress.core.json_text import MALFORMED, parse_json
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 
@@ -88,11 +89,11 @@ class LevelStore:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                level = Level(**json.loads(file.metadata()["level"]))
+                level = Level(**parse_json(file.metadata()["level"]))
             if level.key != key:
                 raise ValueError(f"it holds the entry {level.key}")
             return level
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, *MALFORMED) as error:
             _log.warning("%s is damaged and made again: %s", path, error)
             return None
 
@@ -134,12 +135,12 @@ class LevelStore:
         path = self._path(key)
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["about"])
+                about = parse_json(file.metadata()["about"])
                 parts = {name: file.get_tensor(name).clone() for name in file.keys()}
             parts[_CODES] = unpack(parts[_CODES], about)
             scheme = Scheme.from_dict(about["scheme"])
             return QuantizedTensor.from_state(parts, scheme, tuple(about["notes"]))
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, *MALFORMED) as error:
             raise CheckpointError(
                 f"{path} is damaged ({error}); delete it and run again with --resume"
             ) from error
@@ -148,7 +149,7 @@ class LevelStore:
         """Return plain data stored under a digest; ``None`` if there is none."""
         path = self._path(key).with_suffix(".json")
         try:
-            return json.loads(path.read_text("utf-8")) if path.is_file() else None
+            return parse_json(path.read_text("utf-8")) if path.is_file() else None
         except (OSError, ValueError) as error:
             _log.warning("%s is damaged and made again: %s", path, error)
             return None

@@ -7,7 +7,6 @@ checkpoint is run.
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.errors import CheckpointError, MissingDependencyError
 from compress.core.families import family_of
+from compress.core.json_text import parse_json
 from compress.core.shapes import blocks_differ, memory_config
 from compress.core.tensors import TORCH_DTYPES
 from compress.model.coded_source import open_coded
@@ -58,7 +58,7 @@ class ModelHandle:
             options["config"] = as_transformers(self.description.config)
         try:
             return AutoTokenizer.from_pretrained(folder, **options)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # of a library, on the files of a stranger
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{folder}: no usable tokenizer: {first}") from error
 
@@ -181,7 +181,7 @@ _Opened = tuple[str, dict[str, Any], TensorSource, str, Path]
 def _open_folder(path: str, folder: Path) -> _Opened:
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config = parse_json(file.read_text("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no config.json; not a model folder") from None
     except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import CheckpointError, ConfigError
+from compress.core.json_text import MALFORMED, parse_json
 from compress.recovery.parallel import Team
 from compress.workdir import write_atomically
 
@@ -88,13 +89,13 @@ class Checkpoint:
         parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "optimizer": {}}
         try:
             with safe_open(file, framework="pt") as opened:
-                about = json.loads(opened.metadata()["run"])
+                about = parse_json(opened.metadata()["run"])
                 for key in opened.keys():  # noqa: SIM118 - not a mapping
                     part, _, name = key.partition("/")
                     parts[part][name] = opened.get_tensor(key).clone()
             progress = Progress(**about["progress"])
             earlier = about["fingerprint"]
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, *MALFORMED) as error:
             raise CheckpointError(
                 f"{file} is damaged ({error}); delete it to start training again"
             ) from error
@@ -148,8 +149,8 @@ class CheckpointFiles:
         if not self._pointer.is_file():
             return None
         try:
-            step = int(json.loads(self._pointer.read_text())["step"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            step = int(parse_json(self._pointer.read_text())["step"])
+        except (OSError, *MALFORMED) as error:
             raise CheckpointError(
                 f"{self._pointer} is damaged ({error}); delete it to start again"
             ) from error
