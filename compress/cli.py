@@ -46,7 +46,8 @@ class _ReportingGroup(TyperGroup):
 
 def _fail(message: str, code: int) -> None:
     logger.debug("the error came from here", exc_info=True)
-    typer.echo(message, err=True)
+    # Names in files may hold half of a character, which no terminal takes.
+    typer.echo(message.encode("utf-8", "backslashreplace").decode(), err=True)
     raise typer.Exit(code)
 
 

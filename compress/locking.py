@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from compress.core.errors import ConfigError
-from compress.core.json_text import MALFORMED, parse_json
+from compress.core.foreign import MALFORMED, parse_json
 
 _log = logging.getLogger(__name__)
 _NAME = "run.lock"

@@ -31,7 +31,7 @@ from compress.config import (
     load_sweep,
 )
 from compress.core.errors import ConfigError
-from compress.core.json_text import MALFORMED, parse_json
+from compress.core.foreign import MALFORMED, parse_json
 from compress.report.sweep import render_svg, render_sweep, sweep_text
 from compress.workdir import WorkDir, write_atomically
 

@@ -19,8 +19,9 @@ from typing import Any
 
 from torch import Tensor
 
+from compress.checksums import checksum, sealed, unsealed
 from compress.core.errors import CheckpointError, ConfigError
-from compress.core.json_text import MALFORMED, parse_json
+from compress.core.foreign import MALFORMED, parse_json
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 
@@ -69,6 +70,15 @@ class LayerRecord:
     weight_error: float
     seconds: float
     tokens: int | None = None
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, by the rest of the name."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 class WorkDir:
@@ -266,12 +276,14 @@ class WorkDir:
         for name, tensor in tensors.items():
             for key, value in tensor.state().items():
                 flat[f"{name}.{key}"] = value.cpu().contiguous()
+            prefix = f"{name}."
             about[name] = {
+                "checksum": checksum(_below(flat, prefix)),
                 "scheme": tensor.scheme.to_dict(),
                 "notes": list(tensor.notes),
                 **vars(records[name]),
             }
-        data = save(flat, metadata={"layers": json.dumps(about)})
+        data = save(flat, metadata={"layers": sealed(json.dumps(about))})
         write_atomically(self._part(part), data)
 
     def records(self, part: str) -> dict[str, dict[str, Any]]:
@@ -281,7 +293,8 @@ class WorkDir:
         path = self._part(part)
         try:
             with safe_open(path, framework="pt") as file:
-                about: dict[str, dict[str, Any]] = parse_json(file.metadata()["layers"])
+                text = unsealed(file.metadata()["layers"])
+            about: dict[str, dict[str, Any]] = parse_json(text)
         except (SafetensorError, OSError, *MALFORMED) as error:
             raise CheckpointError(
                 f"{path} is damaged ({error}); delete it and run again with --resume"
@@ -289,17 +302,30 @@ class WorkDir:
         return about
 
     def read_layer(self, part: str, layer: str) -> QuantizedTensor:
-        """Return the stored codes of one layer."""
-        from safetensors import safe_open
+        """Return the stored codes of one layer.
 
-        about = self.records(part)[layer]
-        with safe_open(self._part(part), framework="pt") as file:
-            prefix = f"{layer}."
-            parts = {
-                key.removeprefix(prefix): file.get_tensor(key).clone()
-                for key in file.keys()
-                if key.startswith(prefix)
-            }
+        Raises:
+            CheckpointError: They are not there, or not those that were stored.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        records = self.records(part)
+        try:
+            about = records[layer]
+            with safe_open(self._part(part), framework="pt") as file:
+                prefix = f"{layer}."
+                parts = {
+                    key.removeprefix(prefix): file.get_tensor(key).clone()
+                    for key in file.keys()
+                    if key.startswith(prefix)
+                }
+            if checksum(parts) != about["checksum"]:
+                raise ValueError(f"the codes of {layer} are not those that were stored")
+        except (SafetensorError, OSError, *MALFORMED) as error:
+            raise CheckpointError(
+                f"{self._part(part)} is damaged ({error}); delete it and run again "
+                "with --resume"
+            ) from error
         scheme = Scheme.from_dict(about["scheme"])
         return QuantizedTensor.from_state(parts, scheme, tuple(about["notes"]))
 
@@ -309,7 +335,8 @@ class WorkDir:
         """Store the scales that transforms chose, and what the report says of them."""
         from safetensors.torch import save
 
-        data = save(dict(scales), metadata={"records": json.dumps(records)})
+        about = {"checksum": checksum(scales), "records": dict(records)}
+        data = save(dict(scales), metadata={"about": sealed(json.dumps(about))})
         write_atomically(self.root / _TRANSFORMS, data)
 
     def read_transforms(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -321,8 +348,11 @@ class WorkDir:
             return {}, {}
         try:
             with safe_open(path, framework="pt") as file:
-                records: dict[str, Any] = parse_json(file.metadata()["records"])
-                return {k: file.get_tensor(k).clone() for k in file.keys()}, records
+                about = parse_json(unsealed(file.metadata()["about"]))
+                scales = {k: file.get_tensor(k).clone() for k in file.keys()}
+            if checksum(scales) != about["checksum"]:
+                raise ValueError("its scales are not those that were stored")
+            return scales, dict(about["records"])
         except (SafetensorError, OSError, *MALFORMED) as error:
             raise CheckpointError(
                 f"{path} is damaged ({error}); delete it and run again with --resume"

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import ExportError, MissingDependencyError
-from compress.core.json_text import parse_json
+from compress.core.foreign import parse_json
 
 _FLOAT_BYTES = 4
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.core.errors import ExportError
-from compress.core.json_text import parse_json
+from compress.core.foreign import parse_json
 from compress.export.gguf_reader import MetadataValue
 from compress.export.gguf_sentencepiece import Piece, read_sentencepiece
 from compress.export.gguf_writer import boolean, reals, text, texts, whole, wholes

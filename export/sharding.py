@@ -28,7 +28,7 @@ from torch import Tensor
 from compress.core.artifact import TensorInfo
 from compress.core.contracts import Options
 from compress.core.errors import CheckpointError, ExportError
-from compress.core.json_text import MALFORMED, parse_json
+from compress.core.foreign import MALFORMED, parse_json
 from compress.core.sizes import parse_size as parse_size
 from compress.core.tensors import TORCH_DTYPES
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from compress.core import aqlm_format
 from compress.core import compressed_tensors as ct
 from compress.core.errors import CheckpointError, MissingDependencyError
-from compress.core.json_text import parse_json
+from compress.core.foreign import parse_json
 from compress.core.shapes import attention_of, memory_config, modeling_files
 
 _LOG = logging.getLogger(__name__)

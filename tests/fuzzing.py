@@ -103,6 +103,9 @@ def _batch(target: Target, numbers: list[int], place: Path, found: Outcome) -> i
         try:
             _work(target, numbers, place, shared, writer)
             code = 0
+        except BaseException:  # of the harness itself
+            line = json.dumps({"harness": traceback.format_exc()})
+            os.write(writer, f"{line}\n".encode())
         finally:
             os._exit(code)
     os.close(writer)
@@ -119,13 +122,16 @@ def _batch(target: Target, numbers: list[int], place: Path, found: Outcome) -> i
         time.sleep(0.002)
     with os.fdopen(reader, "rb") as pipe:
         lines = pipe.read().decode().splitlines()
-    for line in lines:
-        _add(found, json.loads(line))
+    for line in map(json.loads, lines):
+        if "harness" in line:
+            raise RuntimeError(line["harness"])
+        _add(found, line)
     at = int.from_bytes(shared[:8], "little")
     code = os.waitstatus_to_exitcode(status)
     if code == 0:
         return len(numbers)
     said = f"the process ended with {code}"
+    found.cases += at
     _add(found, {"case": numbers[at], "finding": said, "trace": said, "seconds": 0})
     return at + 1
 

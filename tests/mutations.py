@@ -204,6 +204,7 @@ def _damage_node(holder: Any, generator: random.Random) -> None:
     elif kind == 3 and isinstance(below, str):
         holder[key] = below[::-1] + generator.choice(("", "/../..", "\n", "{%", "%s"))
     elif kind == 4:
-        holder[key] = [below] * generator.choice((2, 3, 1000))
+        small = len(str(below)) < 1000
+        holder[key] = [below] * generator.choice((2, 3, 1000 if small else 4))
     else:
         holder[key] = generator.choice(_VALUES)

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from compress.core.json_text import MALFORMED, parse_json
+from compress.core.foreign import MALFORMED, parse_json
 
 _log = logging.getLogger(__name__)
 

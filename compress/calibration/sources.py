@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from compress.core.errors import CalibrationError
-from compress.core.json_text import parse_json
+from compress.core.foreign import parse_json
 from compress.data import MIX, read_text
 
 logger = logging.getLogger(__name__)

@@ -36,7 +36,7 @@ from torch import Tensor
 from compress.core import codebooks
 from compress.core.artifact import TensorInfo
 from compress.core.errors import CheckpointError, SchemeError
-from compress.core.json_text import MALFORMED
+from compress.core.foreign import MALFORMED
 from compress.core.packing import pack_bytes, packed_bytes, unpack_bytes
 from compress.core.scheme import (
     CODEBOOK,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.core.errors import PlanError
-from compress.core.json_text import MALFORMED, parse_json
+from compress.core.foreign import MALFORMED, parse_json
 from compress.core.scheme import Scheme
 
 PLAN_VERSION = 1

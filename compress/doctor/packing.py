@@ -20,7 +20,7 @@ from torch import Tensor
 
 from compress.core.compressed_tensors import QUANT_METHOD
 from compress.core.errors import CheckpointError
-from compress.core.json_text import parse_json
+from compress.core.foreign import parse_json
 from compress.core.packing import pack_codes, packed_words
 from compress.doctor.faults import Fault
 from compress.model.quantized_config import config_groups, group_of, quantization_of

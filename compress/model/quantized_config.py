@@ -15,7 +15,7 @@ from typing import Any
 
 from compress.core import compressed_tensors as ct
 from compress.core.errors import CheckpointError
-from compress.core.json_text import parse_json
+from compress.core.foreign import parse_json
 
 
 @dataclass(frozen=True)

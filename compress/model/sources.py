@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compress.core.artifact import TensorInfo, TensorSource
 from compress.core.errors import CheckpointError
 from compress.core.families import Family
-from compress.core.json_text import MALFORMED, parse_json
+from compress.core.foreign import MALFORMED, parse_json
 
 _DTYPES = {  # torch's name and bytes of the types whose sizes are checked
     "F64": ("float64", 8),

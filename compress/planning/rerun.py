@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.core.errors import CheckpointError, ConfigError
-from compress.core.json_text import MALFORMED, parse_json
+from compress.core.foreign import MALFORMED, parse_json
 
 
 def config_of_export(

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.checksums import checksum, sealed, unsealed
 from compress.core.errors import CheckpointError, ConfigError
-from compress.core.json_text import MALFORMED, parse_json
+from compress.core.foreign import MALFORMED, parse_json
 from compress.recovery.parallel import Team
 from compress.workdir import write_atomically
 
@@ -71,8 +72,13 @@ class Checkpoint:
             for part, values in parts.items()
             for name, tensor in values.items()
         }
-        about = {"progress": asdict(self.progress), "fingerprint": dict(fingerprint)}
-        write_atomically(file, save(tensors, metadata={"run": json.dumps(about)}))
+        about = {
+            "progress": asdict(self.progress),
+            "fingerprint": dict(fingerprint),
+            "checksum": checksum(tensors),
+        }
+        metadata = {"run": sealed(json.dumps(about))}
+        write_atomically(file, save(tensors, metadata=metadata))
 
     @classmethod
     def load(cls, file: Path, fingerprint: Mapping[str, str]) -> Checkpoint | None:
@@ -89,10 +95,13 @@ class Checkpoint:
         parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "optimizer": {}}
         try:
             with safe_open(file, framework="pt") as opened:
-                about = parse_json(opened.metadata()["run"])
-                for key in opened.keys():  # noqa: SIM118 - not a mapping
-                    part, _, name = key.partition("/")
-                    parts[part][name] = opened.get_tensor(key).clone()
+                about = parse_json(unsealed(opened.metadata()["run"]))
+                tensors = {k: opened.get_tensor(k).clone() for k in opened.keys()}
+            if checksum(tensors) != about["checksum"]:
+                raise ValueError("its values are not those that were stored")
+            for key, tensor in tensors.items():
+                part, _, name = key.partition("/")
+                parts[part][name] = tensor
             progress = Progress(**about["progress"])
             earlier = about["fingerprint"]
         except (SafetensorError, OSError, *MALFORMED) as error:

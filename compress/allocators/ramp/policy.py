@@ -23,7 +23,7 @@ from torch import nn
 
 from compress.allocators.ramp.features import LIMIT, SIZES
 from compress.core.errors import AllocationError
-from compress.core.json_text import MALFORMED, parse_json
+from compress.core.foreign import MALFORMED, parse_json
 
 FORMAT = 1
 """Version of the files."""
