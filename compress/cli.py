@@ -114,6 +114,10 @@ def run(
             "affects, keep the rest.",
         ),
     ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Export a result however bad its perplexity is."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option(help="Print plan, sizes, memory and time; compute nothing.")
     ] = False,
@@ -132,7 +136,12 @@ def run(
         return
     command = shlex.join(["compress", *sys.argv[1:]])
     result = pipeline.run(
-        loaded, resume=resume, overwrite=overwrite, redo=redo, command=command
+        loaded,
+        resume=resume,
+        overwrite=overwrite,
+        redo=redo,
+        force=force,
+        command=command,
     )
     _print_result(result)
 

@@ -17,13 +17,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import exporting, preparing, preview, provenance, reshaping, serving
+from compress import (
+    exporting,
+    guarding,
+    preparing,
+    preview,
+    provenance,
+    reshaping,
+    serving,
+)
 from compress.allocation.outcome import Outcome
 from compress.allocation.search import Search
 from compress.calibration.data import CalibrationTokens, load_tokens
 from compress.calibration.importance import importances_of
 from compress.calibration.sources import check_sources
-from compress.config import Config, load_config
+from compress.config import Config
 from compress.config.plugins import create_chain, create_exporter
 from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.errors import ConfigError
@@ -73,6 +81,7 @@ class Run:
         pruned: The model that pruning made, and what it did; without it, a config that
             prunes is set up on a model of the size to come, and cannot be executed.
         redo: Replace what an earlier run made from another config.
+        force: Export a result however bad it is.
     """
 
     def __init__(
@@ -83,10 +92,12 @@ class Run:
         pruned: tuple[ModelHandle, Mapping[str, Any]] | None = None,
         *,
         redo: bool = False,
+        force: bool = False,
     ) -> None:
         self.config = config
         self.command = command
-        self.redo = redo
+        self.redo, self.force = redo, force
+        self.held_back: str | None = None
         self.workdir = WorkDir(config.run.workdir)
         self.seconds: dict[str, float] = {}
         self.device = choose_device(config.run.device)
@@ -191,7 +202,10 @@ class Run:
         write_atomically(self.workdir.root / "plan.json", self.plan.to_json().encode())
         metrics = self._measured("evaluation", self.serving.evaluate)
         self.cache = self._measured("kv-cache", self.serving.measure_cache)
-        wanted = self.exporters if write_exports else ()
+        if write_exports and not self.force:
+            limit = self.config.run.max_perplexity_ratio
+            self.held_back = guarding.held_back(metrics, limit)
+        wanted = self.exporters if write_exports and not self.held_back else ()
         exports = {name: exporting.export_once(self, name) for name in wanted}
         shared = exporting.compare_once(self, exports)
         report = build_report(
@@ -288,22 +302,13 @@ class Run:
         return CompressedSource(self.artifact.source, self.plan, self.codes)
 
 
-def _prepared(config: Config | Mapping[str, Any] | str | Path) -> Config:
-    import torch
-
-    loaded = config if isinstance(config, Config) else load_config(config)
-    if loaded.run.threads is not None:
-        torch.set_num_threads(loaded.run.threads)
-    torch.manual_seed(loaded.run.seed)
-    return loaded
-
-
 def run(
     config: Config | Mapping[str, Any] | str | Path,
     *,
     resume: bool = False,
     overwrite: bool = False,
     redo: bool = False,
+    force: bool = False,
     write_exports: bool = True,
     command: str | None = None,
 ) -> Result:
@@ -315,16 +320,17 @@ def run(
         overwrite: Replace an earlier run in the work directory.
         redo: Continue a run whose config has changed: what that affects is computed
             again, the rest is kept.
+        force: Export a result however bad it is (``run.max_perplexity_ratio``).
         write_exports: Without, exports only bind the plan and are counted for it.
         command: How the run was started, for the report.
 
     Raises:
         CompressError: One of its children, with what to do.
     """
-    loaded = _prepared(config)
+    loaded = preparing.prepared(config)
     with explained(), locked(loaded.run.workdir):
         WorkDir(loaded.run.workdir).check(resume=resume or redo, overwrite=overwrite)
-        current = Run(loaded, command, redo=redo)
+        current = Run(loaded, command, redo=redo, force=force)
         if current.pruning is not None:
             current, overwrite = _pruned(current, overwrite=overwrite), False
         return current.execute(overwrite=overwrite, write_exports=write_exports)
@@ -336,8 +342,9 @@ def _pruned(provisional: Run, *, overwrite: bool) -> Run:
     if overwrite:
         provisional.workdir.clear()
     made = reshaping.carry_out(provisional)
+    first = provisional
     final = Run(
-        provisional.config, provisional.command, pruned=made, redo=provisional.redo
+        first.config, first.command, pruned=made, redo=first.redo, force=first.force
     )
     final.seconds = provisional.seconds | final.seconds
     return final
@@ -346,7 +353,7 @@ def _pruned(provisional: Run, *, overwrite: bool) -> Run:
 def plan(config: Config | Mapping[str, Any] | str | Path) -> preview.PlanPreview:
     """Return the plan of a config with sizes and predictions; computes nothing."""
     with tempfile.TemporaryDirectory() as assets:
-        return preview.predict(Run(_prepared(config), assets=Path(assets)))
+        return preview.predict(Run(preparing.prepared(config), assets=Path(assets)))
 
 
 dry_run = plan
@@ -362,7 +369,7 @@ def search(config: Config | Mapping[str, Any] | str | Path) -> Outcome:
         ConfigError: The config has no budget.
         AllocationError: The smallest choices exceed it.
     """
-    loaded = _prepared(config)
+    loaded = preparing.prepared(config)
     if loaded.budget is None:
         raise ConfigError(
             "there is nothing to search without a budget; give --budget 95MB, or add "

@@ -326,6 +326,13 @@ class RunSection(Section):
     max_kl: float = Field(
         default=1e-3, gt=0, description="KL in nats that verify allows for an export."
     )
+    max_perplexity_ratio: float | None = Field(
+        default=10.0,
+        gt=1,
+        description="A result whose perplexity is more than this many times the "
+        "original's, on any text of evaluate, is not exported without --force; null "
+        "for no limit.",
+    )
     threads: int | None = Field(
         default=None, ge=1, description="Threads of the CPU; null leaves it to torch."
     )
