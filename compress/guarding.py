@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from compress.config.schema import RunSection
 
-def held_back(metrics: Mapping[str, Any], limit: float | None) -> str | None:
+
+def held_back(metrics: Mapping[str, Any], section: RunSection) -> str | None:
     """Return why a result is not to be exported; ``None`` if nothing speaks against it.
 
     Args:
         metrics: Figures by text, of ``base`` and ``compressed``; either may be missing.
-        limit: Of the ratio of perplexities; ``None`` for no limit.
+        section: Has the limit of the ratio of perplexities.
     """
+    limit = section.max_perplexity_ratio
     base, compressed = metrics.get("base"), metrics.get("compressed")
     if limit is None or not base or not compressed:
         return None

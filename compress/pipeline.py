@@ -156,6 +156,7 @@ class Run:
             {"compress": provenance.versions()["compress"]},
             input_squares=partial(exporting.input_squares, self),
         )
+        self.runner.room = preview.room_of(self)
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
         """Add the time of a block of code to a stage."""
@@ -203,8 +204,7 @@ class Run:
         metrics = self._measured("evaluation", self.serving.evaluate)
         self.cache = self._measured("kv-cache", self.serving.measure_cache)
         if write_exports and not self.force:
-            limit = self.config.run.max_perplexity_ratio
-            self.held_back = guarding.held_back(metrics, limit)
+            self.held_back = guarding.held_back(metrics, self.config.run)
         wanted = self.exporters if write_exports and not self.held_back else ()
         exports = {name: exporting.export_once(self, name) for name in wanted}
         shared = exporting.compare_once(self, exports)

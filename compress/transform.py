@@ -28,6 +28,7 @@ from compress.core.statistics import LayerStatistics
 from compress.core.tensors import QuantizedTensor
 from compress.model.prefetch import ReadAhead
 from compress.model.sources import check_finite
+from compress.model.spill import Room
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
 from compress.parts import Part, PartWriter, stacks
@@ -92,6 +93,7 @@ class PlanRunner:
         dtype: Arithmetic of the blocks. Layers are solved in float32 always.
         importances: float32 ``[C]`` by layer, in the place of calibration; layers that
             share an input are coded by those of the first.
+        room: Where states lie if memory has no room for them.
     """
 
     description: ModelDescription
@@ -103,6 +105,7 @@ class PlanRunner:
     propagate: str = "quantized"
     dtype: torch.dtype = torch.float32
     importances: Mapping[str, Tensor] = field(default_factory=dict)
+    room: Room | None = None
 
     @property
     def needs_calibration(self) -> bool:
@@ -162,7 +165,11 @@ class PlanRunner:
 
     def _streamed(self) -> StreamedModel:
         return StreamedModel(
-            self.description, self.source, device=self.device, dtype=self.dtype
+            self.description,
+            self.source,
+            device=self.device,
+            dtype=self.dtype,
+            room=self.room,
         )
 
     def _layers(self, index: int) -> dict[str, LayerPlan]:
@@ -281,7 +288,7 @@ class PlanRunner:
         )
         part.tensors |= {layers[path].name: x for path, x in tuned.items()}
         if self.propagate == "quantized":
-            states.hidden = inputs.hidden
+            states.hidden, states.pages = inputs.hidden, inputs.pages
             for path, tensor in tuned.items():
                 walk.replace(path, tensor.dequantize())
             model.advance(index, states)

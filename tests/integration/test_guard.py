@@ -9,6 +9,7 @@ import pytest
 from pipeline_fixtures import call, config_of, save_checkpoint, write_config, write_text
 
 import compress
+from compress.config.schema import RunSection
 from compress.guarding import held_back
 from compress.serving import Serving
 
@@ -87,8 +88,9 @@ def test_the_limit_is_of_the_ratio(
         "base": {"a": {"perplexity": 10.0}, "b": {"perplexity": 10.0}},
         "compressed": {"a": {"perplexity": 10.0}, "b": {"perplexity": after}},
     }
-    assert (held_back(metrics, limit) is not None) == is_held
+    section = RunSection(max_perplexity_ratio=limit)
+    assert (held_back(metrics, section) is not None) == is_held
 
 
 def test_nothing_is_held_back_that_was_not_measured() -> None:
-    assert held_back({"base": None, "compressed": None}, 10.0) is None
+    assert held_back({"base": None, "compressed": None}, RunSection()) is None
