@@ -27,7 +27,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 
 import fuzz_targets  # noqa: E402
 import fuzzing  # noqa: E402
-from results import write_result  # noqa: E402
+from results import FOLDER, write_result  # noqa: E402
 
 
 def main() -> int:
@@ -36,13 +36,21 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=120_000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", help="TARGET or TARGET:NUMBER")
+    parser.add_argument("--readers", help="only some; others keep their rows")
     parser.add_argument("--no-result", action="store_true", help="write no file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         targets = fuzz_targets.targets(Path(folder) / "whole")
         if arguments.only:
             return _only(arguments.only, targets, arguments.cases, Path(folder))
-        found = _all(targets, arguments.cases, arguments.processes, Path(folder))
+        counts = _counts(targets, arguments.cases)
+        names = arguments.readers.split(",") if arguments.readers else list(counts)
+        chosen = [target for target in targets if target.name in names]
+        found = _all(chosen, counts, arguments.processes, Path(folder))
+    if arguments.readers:
+        known = {row["reader"]: row for row in _known()}
+        known |= {row["reader"]: row for row in found}
+        found = [known[name] for name in counts if name in known]
     wrong = sum(row["findings"] for row in found)
     total = sum(row["cases"] for row in found)
     print(f"{total} cases, {wrong} findings")
@@ -64,12 +72,25 @@ def _only(
     return int(bool(found.findings))
 
 
+def _known() -> list[dict[str, Any]]:
+    file = FOLDER / "fuzz.json"
+    rows: list[dict[str, Any]] = []
+    return json.loads(file.read_text())["figures"]["readers"] if file.exists() else rows
+
+
+def _counts(targets: list[fuzz_targets.Target], cases: int) -> dict[str, int]:
+    """Return how many cases each reader gets: more if they cost less."""
+    whole = sum(1 / target.cost for target in targets)
+    return {t.name: int(cases / t.cost / whole) + 1 for t in targets}
+
+
 def _all(
-    targets: list[fuzz_targets.Target], cases: int, processes: int, place: Path
+    targets: list[fuzz_targets.Target],
+    counts: dict[str, int],
+    processes: int,
+    place: Path,
 ) -> list[dict[str, Any]]:
-    """Deal targets to processes; those that cost less get more cases."""
-    shares = [1 / target.cost for target in targets]
-    counts = [-(-int(cases * share / sum(shares)) // 1) + 1 for share in shares]
+    """Deal targets to processes, and print what was found."""
     pipes = []
     started = time.monotonic()
     for rank in range(processes):
@@ -78,7 +99,7 @@ def _all(
             os.close(reader)
             with os.fdopen(writer, "w") as out:
                 for index in range(rank, len(targets), processes):
-                    row = _row(targets[index], counts[index], place)
+                    row = _row(targets[index], counts[targets[index].name], place)
                     print(json.dumps([index, row]), file=out, flush=True)
             os._exit(0)
         os.close(writer)

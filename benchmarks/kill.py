@@ -8,7 +8,7 @@ root; without it these rows are left out and said so).
 
     python benchmarks/kill.py [--kinds quantize,recover] [--kills 50]
 
-Kinds that are left out keep their rows of the last result.
+Kinds that are left out keep their rows of the last result; --more adds to a row.
 """
 
 from __future__ import annotations
@@ -19,17 +19,15 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ |= {"TQDM_DISABLE": "1"}
 
 import argparse  # noqa: E402
-import contextlib  # noqa: E402
 import hashlib  # noqa: E402
 import json  # noqa: E402
 import mmap  # noqa: E402
 import random  # noqa: E402
 import shutil  # noqa: E402
 import signal  # noqa: E402
-import subprocess  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Callable, Iterator, Mapping  # noqa: E402
+from collections.abc import Callable, Mapping  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -38,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
 import torch  # noqa: E402
+from disks import can_mount, remount, small_disk  # noqa: E402
 from pipeline_fixtures import config_of, save_checkpoint, write_text  # noqa: E402
 from results import FOLDER, write_result  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -336,30 +335,27 @@ def results(workdir: Path) -> dict[str, str]:
     return found
 
 
-def can_mount() -> bool:
-    """Whether a tmpfs can be mounted here."""
-    try:
-        with small_disk(WORK / "probe", 1 << 16):
-            return True
-    except (OSError, subprocess.CalledProcessError):
-        return False
+_SUMS = (
+    *("killed", "killed twice", "identical", "SIGTERM", "identical after SIGTERM"),
+    *("full disk", "identical after full disk", "read-only"),
+    *("identical after read-only", "problems", "seconds"),
+)
 
 
-@contextlib.contextmanager
-def small_disk(place: Path, size: int) -> Iterator[Path]:
-    """Mount a tmpfs of so many bytes."""
-    place.mkdir(parents=True, exist_ok=True)
-    options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
-    subprocess.run(["mount", *options], check=True, capture_output=True)
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def remount(place: Path, options: str) -> None:
-    """Change a mounted tmpfs."""
-    subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
+def row_of(
+    kind: str, arguments: argparse.Namespace, first: int, mounts: bool
+) -> tuple[dict[str, Any], Trials]:
+    """Break runs of a kind; return its row and what was wrong."""
+    started = time.monotonic()
+    trials = Trials(kind, random.Random(f"{first} {kind}"))
+    row: dict[str, Any] = dict.fromkeys(("stage", *_SUMS), 0)
+    row |= {"stage": kind, **trials.kills(arguments.kills)}
+    row |= trials.terminations(arguments.others)
+    if mounts:
+        row |= trials.full_disks(arguments.others)
+        row |= trials.read_only(arguments.others)
+    row |= {"problems": len(trials.bugs), "files compared": len(trials.expected)}
+    return row | {"seconds": round(time.monotonic() - started)}, trials
 
 
 def main() -> int:
@@ -368,6 +364,7 @@ def main() -> int:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--others", type=int, default=5, help="of each other way")
+    parser.add_argument("--more", action="store_true", help="add to the last result")
     arguments = parser.parse_args()
     if not (WORK / "model").is_dir():
         save_checkpoint(WORK / "model", num_hidden_layers=3, initializer_range=0.15)
@@ -376,21 +373,14 @@ def main() -> int:
     file = FOLDER / "kill.json"
     rows = json.loads(file.read_text())["figures"]["stages"] if file.exists() else []
     kept = {row["stage"]: row for row in rows}
-    mounts = can_mount()
+    mounts = can_mount(WORK)
     bugs: list[str] = []
     for kind in arguments.kinds.split(","):
-        started = time.monotonic()
-        trials = Trials(kind, random.Random(f"0 {kind}"))
-        row = {"stage": kind, **trials.kills(arguments.kills)}
-        row |= trials.terminations(arguments.others)
-        if mounts:
-            row |= trials.full_disks(arguments.others)
-            row |= trials.read_only(arguments.others)
-        row["files compared"] = len(trials.expected)
-        row["seconds"] = round(time.monotonic() - started)
-        kept[kind] = row
+        known = kept.get(kind, {}) if arguments.more else {}
+        row, trials = row_of(kind, arguments, known.get("killed", 0), mounts)
+        kept[kind] = {**row, **{key: row[key] + known.get(key, 0) for key in _SUMS}}
         bugs += [f"{kind}: {bug}" for bug in trials.bugs]
-        print(json.dumps(row), *trials.bugs, sep="\n", flush=True)
+        print(json.dumps(kept[kind]), *trials.bugs, sep="\n", flush=True)
         write_result(
             "kill",
             claim="A run that is killed in any stage, or meets a full or a read-only "

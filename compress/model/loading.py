@@ -34,6 +34,7 @@ _COUNTS = (
     "num_experts",
     "n_routed_experts",
 )
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 _WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
 
 
@@ -64,6 +65,9 @@ class ModelHandle:
         if blocks_differ(self.description.config):
             # The folder's own config names code, which is not run here.
             options["config"] = as_transformers(self.description.config)
+        if not any(any(folder.glob(kind)) for kind in _TOKENIZERS if folder):
+            # Some releases of transformers make an empty tokenizer of nothing.
+            raise CheckpointError(f"{folder}: no usable tokenizer: it has no file")
         try:
             return AutoTokenizer.from_pretrained(folder, **options)
         except Exception as error:  # of a library, on the files of a stranger
@@ -230,6 +234,8 @@ def _check_sizes(config: Mapping[str, Any], source: TensorSource, file: Path) ->
     limits["num_hidden_layers"] = len(infos)
     for key, limit in limits.items():
         value = config.get(key)
+        if isinstance(value, str):
+            raise CheckpointError(f"{file}: {key} is {value!r}; it has to be a number")
         if isinstance(value, int | float) and not value <= limit:
             raise CheckpointError(
                 f"{file}: {key} is {value:.10g}, but the checkpoint has {len(infos)} "
