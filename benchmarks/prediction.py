@@ -26,9 +26,9 @@ from results import FOLDER, write_result  # noqa: E402
 WORK = Path("runs/benchmarks/prediction")
 # Hidden size, MLP width, blocks, heads, groups of them.
 SIZES = {
-    "small": (768, 2048, 8, 12, 4),
-    "medium": (1280, 3584, 12, 20, 4),
-    "large": (2048, 5632, 10, 32, 4),
+    "small": (512, 1536, 6, 8, 4),
+    "medium": (1024, 2816, 8, 16, 4),
+    "large": (2048, 5632, 6, 32, 4),
 }
 _LIMIT = 0.25
 
@@ -60,7 +60,7 @@ def config(name: str) -> Path:
     """Write the config of a size."""
     settings = {
         "model": {"path": str(model(name))},
-        "calibration": {"data": "mix", "samples": 32, "sequence_length": 256},
+        "calibration": {"data": "mix", "samples": 16, "sequence_length": 256},
         "quantize": {"method": "gptq", "scheme": "int4-g128"},
         "evaluate": {"perplexity": ["wikitext2"], "windows": 8, "sequence_length": 256},
         "export": [{"format": "safetensors"}],
