@@ -52,7 +52,7 @@ class MemoryLimitError(CompressError):
 
 
 class NumericsError(CompressError):
-    """Values are not finite, or a result is too bad to be written."""
+    """Values that a model computes are NaN or infinite."""
 
 
 class KernelError(CompressError):

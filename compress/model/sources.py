@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.core.artifact import TensorInfo, TensorSource
-from compress.core.errors import CheckpointError
+from compress.core.errors import CheckpointError, NumericsError
 from compress.core.families import Family
 from compress.core.foreign import MALFORMED, parse_json
 
@@ -254,6 +254,20 @@ def check_finite(tensor: Tensor, name: str) -> None:
             f"{name} has {bad} NaN or infinite values out of {tensor.numel()}; "
             "the checkpoint is damaged, download or convert it again"
         )
+
+
+def checked(outputs: Tensor, block: str) -> Tensor:
+    """Return what a block computed, if all of it is finite.
+
+    Raises:
+        NumericsError: With the block's name.
+    """
+    if not bool(outputs.isfinite().all()):
+        raise NumericsError(
+            f"outputs of {block} are NaN or infinite; the checkpoint is damaged, or "
+            f"its activations do not fit {outputs.dtype}"
+        )
+    return outputs
 
 
 class SnapshotSource(TensorSource):

@@ -22,7 +22,7 @@ from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import CheckpointError
 from compress.model.prefetch import ReadAhead
 from compress.model.skeleton import build_skeleton
-from compress.model.sources import check_finite
+from compress.model.sources import check_finite, checked
 from compress.model.spill import Room, give_back
 from compress.model.states import Activations, BlockCall, Mover, allocate, batches
 
@@ -201,7 +201,7 @@ class StreamedModel:
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.cat(outputs)
+        return checked(torch.cat(outputs), self.description.family.block(index))
 
     def windows(self, activations: Activations, rows: Sequence[int]) -> Tensor:
         """Return the states of some windows on the device."""

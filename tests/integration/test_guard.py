@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from pipeline_fixtures import call, config_of, save_checkpoint, write_config, write_text
+from safetensors.torch import load_file, save_file
 
 import compress
 from compress.config.schema import RunSection
+from compress.core.errors import CompressError
 from compress.guarding import held_back
 from compress.serving import Serving
 
@@ -94,3 +96,28 @@ def test_the_limit_is_of_the_ratio(
 
 def test_nothing_is_held_back_that_was_not_measured() -> None:
     assert held_back({"base": None, "compressed": None}, RunSection()) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("gptq", r"inputs of model\.layers\.0\.mlp\.down_proj are NaN or infinite"),
+        ("rtn", r"outputs of model\.layers\.0 are NaN or infinite"),
+    ],
+)
+def test_activations_that_overflow_name_their_layer(
+    method: str, words: str, tmp_path: Path
+) -> None:
+    save_checkpoint(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    state = load_file(file)
+    for name in ("gate_proj", "up_proj"):
+        state[f"model.layers.0.mlp.{name}.weight"] *= 1e30
+    save_file(state, file, metadata={"format": "pt"})
+    text = write_text(tmp_path)
+    settings = config_of(
+        tmp_path / "model", text, tmp_path / "run", quantize={"method": method}
+    )
+    with pytest.raises(CompressError, match=words):
+        compress.run(settings)
+    assert not (tmp_path / "run" / "export").exists()
