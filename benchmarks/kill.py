@@ -26,9 +26,9 @@ import random  # noqa: E402
 import shutil  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
+import threading  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Callable, Mapping  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -37,9 +37,11 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 
 import torch  # noqa: E402
 from disks import can_mount, remount, small_disk  # noqa: E402
-from pipeline_fixtures import config_of, save_checkpoint, write_text  # noqa: E402
+from kill_cases import KINDS, config  # noqa: E402
+from pipeline_fixtures import save_checkpoint, write_text  # noqa: E402
 from results import FOLDER, write_result  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import compress.allocation.search as searching  # noqa: E402
 from compress import pipeline  # noqa: E402
@@ -47,74 +49,9 @@ from compress.core.errors import CompressError  # noqa: E402
 from compress.stopping import Terminated, ending_in_order  # noqa: E402
 
 WORK = Path("runs/benchmarks/kill")
-TRAINING = {
-    "steps": 30,
-    "samples": 40,
-    "held_out": 4,
-    "sequence_length": 16,
-    "batch": 4,
-    "evaluations": 10,
-    "checkpoint_minutes": 0,
-    "generated": 8,
-}
-BOTH = [{"format": "safetensors", "max_shard_size": "60KB"}, {"format": "gguf"}]
-CODED = {"method": "gptq", "scheme": "int4-g32"}
-PRUNED = {"prune": {"method": "cfsp", "sparsity": 0.3, "round_to": 32}}
-
 # Hold times and dates beside results, which lie in other files.
 _RECORDS = ("results", "pruning", "recovery", "tuning")
 _REPORTS = ("state.json", "report.json", "report.md", "report.html")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of stage.
-
-    Attributes:
-        stages: Names under which the run counts its time.
-        sections: Of the config.
-    """
-
-    stages: tuple[str, ...]
-    sections: Mapping[str, Any]
-
-
-KINDS = {
-    "calibration cache": Kind(("calibration text",), {}),
-    "transforms": Kind(("transform",), {"transforms": ["rotation", "smoothquant"]}),
-    "pruning": Kind(("prune",), PRUNED),
-    "recovery": Kind(("recover",), PRUNED | {"recover": {"options": TRAINING}}),
-    "level database": Kind(("levels",), {"budget": {"bits_per_weight": 8.0}}),
-    "search": Kind(("sensitivity", "search"), {"budget": {"bits_per_weight": 8.0}}),
-    "quantization": Kind(("quantize",), {}),
-    "PV tuning": Kind(("tune",), {"tune": {"options": TRAINING}}),
-    "eDKM tuning": Kind(("tune",), {"tune": {"method": "edkm", "options": TRAINING}}),
-    "evaluation": Kind(("evaluate",), {}),
-    "export safetensors": Kind(("export safetensors",), {}),
-    "export gguf": Kind(("export gguf",), {}),
-}
-_SEARCHED = {
-    "method": "evolution",
-    "schemes": ["q4_0", "q5_0", "q8_0"],
-    "samples": 8,
-    "windows": 2,
-    "options": {"evaluations": 60, "offspring": 8},
-}
-
-
-def config(kind: str, workdir: Path) -> dict[str, Any]:
-    """Return the config of a kind; exports everything that can hold its codes."""
-    sections: dict[str, Any] = {"export": BOTH, **KINDS[kind].sections}
-    if "budget" in sections:
-        sections |= {"quantize": {"method": "gptq", "scheme": None}}
-        sections |= {"allocate": _SEARCHED, "export": BOTH[1:]}
-    elif kind == "eDKM tuning":
-        sections["quantize"] = {"method": "kmeans", "scheme": "palette2"}
-        sections["export"] = [{"format": "palette"}]
-    made = config_of(WORK / "model", WORK / "text.txt", workdir, **sections)
-    if "budget" in sections:
-        del made["quantize"]["scheme"]
-    return made
 
 
 class Clock:
@@ -154,6 +91,9 @@ def forked(work: Callable[[], Any], log: Path) -> int:
     if child:
         return child
     code = 70
+    # The usual lock of progress bars is shared by all forks: one that was killed while
+    # it held it would stop the others.
+    tqdm.set_lock(threading.RLock())
     try:
         sys.stderr = log.open("a")  # noqa: SIM115 - ends with the child
         with ending_in_order():
@@ -210,7 +150,7 @@ class Trials:
         def work() -> None:
             os.environ["COMPRESS_CACHE"] = str(place / "cache")
             self.clock.watch(KINDS[self.kind].stages)
-            pipeline.run(config(self.kind, place / "run"), resume=resume)
+            pipeline.run(config(self.kind, WORK, place / "run"), resume=resume)
 
         return forked(work, self.log)
 
@@ -366,10 +306,13 @@ def main() -> int:
     parser.add_argument("--others", type=int, default=5, help="of each other way")
     parser.add_argument("--more", action="store_true", help="add to the last result")
     arguments = parser.parse_args()
+    tqdm.monitor_interval = 0  # no thread of its own: this process forks
     if not (WORK / "model").is_dir():
         save_checkpoint(WORK / "model", num_hidden_layers=3, initializer_range=0.15)
         write_text(WORK)
-    pipeline.run(config("quantization", WORK / "warm"), overwrite=True)  # late imports
+    pipeline.run(
+        config("quantization", WORK, WORK / "warm"), overwrite=True
+    )  # late imports
     file = FOLDER / "kill.json"
     rows = json.loads(file.read_text())["figures"]["stages"] if file.exists() else []
     kept = {row["stage"]: row for row in rows}

@@ -116,8 +116,9 @@ def main() -> int:
         print(json.dumps(rows[name]), flush=True)
         write_result(
             "prediction",
-            claim="The dry run predicts peak memory and time of a run on the CPU "
-            "within 25 %; ratios are predicted over measured.",
+            claim="Peak memory and time that the dry run predicts for a run on the "
+            "CPU, beside what it took; ratios are predicted over measured, and should "
+            "lie between 0.75 and 1.25.",
             figures={"sizes": [rows[size] for size in SIZES if size in rows]},
             command="python benchmarks/prediction.py",
         )
