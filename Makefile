@@ -1,5 +1,6 @@
 # make demo: the quickstart on this machine.  make test: lint, types, layers, tests.
-# Both make .venv first. PYTHON=python3.12 chooses the interpreter it is made with.
+# make package: wheel and sdist, checked.  make audit: known vulnerabilities (network).
+# All make .venv first. PYTHON=python3.12 chooses the interpreter it is made with.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test clean
+.PHONY: demo test package audit clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -20,6 +21,14 @@ test: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
+package: $(VENV)/.release
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
+audit: $(VENV)/.release
+	$(BIN)/pip-audit --local --skip-editable
+
 # Each stamp is newer than all it was made from, so a second call installs nothing.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(PIP) install --constraint constraints.txt --editable '.[demo]'
@@ -28,6 +37,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.release: $(VENV)/.dev
+	$(PIP) install --constraint constraints.txt --editable '.[release]'
+	touch $@
 
 # torch first and alone: resolved with the rest, pip may take another build of it.
 $(VENV)/.torch: $(VENV)/.made constraints.txt

@@ -2,12 +2,11 @@
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed (also
 where everything was written and an export then failed its check), 2 bad usage or
-config, 130 interrupted.
+config, 130 interrupted, 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from compress.cli_setup import init, list_plugins
 from compress.core.errors import CompressError
 from compress.log import is_first, set_up_logging
 from compress.registry import names
+from compress.stopping import Terminated, ending_in_order, explained
 
 if TYPE_CHECKING:
     from compress.pipeline import Result
@@ -37,21 +37,21 @@ class _ReportingGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with ending_in_order(), explained():
+                return super().invoke(ctx)
         except CompressError as error:
             _fail(str(error), error.exit_code)
+        except Terminated:
+            _fail(f"stopped by SIGTERM: {_interrupted(ctx.invoked_subcommand)}", 143)
         except KeyboardInterrupt:
             _fail(_interrupted(ctx.invoked_subcommand), 130)
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise
-            _fail(_os_message(error), 1)
 
 
 def _fail(message: str, code: int) -> None:
     logger.debug("the error came from here", exc_info=True)
     if is_first():  # of several processes; another has logged what was its own
-        typer.echo(message, err=True)
+        # Names in files may hold half of a character, which no terminal takes.
+        typer.echo(message.encode("utf-8", "backslashreplace").decode(), err=True)
     raise typer.Exit(code)
 
 
@@ -61,17 +61,6 @@ def _interrupted(command: str | None) -> str:
     if command in ("sweep", "compare"):
         return "interrupted; the same command continues"
     return "interrupted"
-
-
-def _os_message(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
-        return (
-            f"the disk is full{where}; free some space, then continue the run with "
-            "--resume"
-        )
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}"
 
 
 app = typer.Typer(
@@ -123,6 +112,18 @@ def run(
     overwrite: Annotated[
         bool, typer.Option(help="Replace an earlier run in the work directory.")
     ] = False,
+    redo: Annotated[
+        bool,
+        typer.Option(
+            "--redo",
+            help="Continue a run whose config has changed: compute again what that "
+            "affects, keep the rest.",
+        ),
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Export a result however bad its perplexity is."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option(help="Print plan, sizes, memory and time; compute nothing.")
     ] = False,
@@ -130,8 +131,8 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run the whole pipeline of a config: calibrate, quantize, evaluate, export."""
-    if resume and overwrite:
-        raise typer.BadParameter("--resume and --overwrite exclude each other")
+    if sum((resume, overwrite, redo)) > 1:
+        raise typer.BadParameter("--resume, --redo and --overwrite exclude each other")
     from compress.config import load_config
 
     loaded = load_config(config, sets or ())
@@ -142,7 +143,14 @@ def run(
         _print(preview.to_dict() if as_json else preview.text())
         return
     command = shlex.join(["compress", *sys.argv[1:]])
-    result = pipeline.run(loaded, resume=resume, overwrite=overwrite, command=command)
+    result = pipeline.run(
+        loaded,
+        resume=resume,
+        overwrite=overwrite,
+        redo=redo,
+        force=force,
+        command=command,
+    )
     _print_result(result, as_json=as_json)
 
 

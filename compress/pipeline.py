@@ -17,19 +17,28 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import exporting, preparing, preview, provenance, reshaping, serving
+from compress import (
+    exporting,
+    guarding,
+    preparing,
+    preview,
+    provenance,
+    reshaping,
+    serving,
+)
 from compress.allocation.outcome import Outcome
 from compress.allocation.search import Search
 from compress.calibration.data import CalibrationTokens
 from compress.calibration.importance import importances_of
 from compress.calibration.sources import check_sources
-from compress.config import Config, load_config
+from compress.config import Config
 from compress.config.plugins import create_chain, create_exporter
 from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.errors import ConfigError
 from compress.core.plan import Plan
 from compress.core.tensors import QuantizedTensor
 from compress.distributed.team import Team, own_device, team
+from compress.locking import locked
 from compress.model.devices import choose_device, choose_dtype
 from compress.model.loading import ModelHandle, check_tensors
 from compress.planning.planner import make_plan, resolve_scale_dtype
@@ -38,6 +47,7 @@ from compress.report import write_report
 from compress.reporting import build_report
 from compress.result import Result
 from compress.scoring import evaluate, inspect
+from compress.stopping import explained
 from compress.timing import timed
 from compress.transform import CompressedSource, PlanRunner, part_of_layer
 from compress.transforms.chain import Transformed
@@ -72,6 +82,8 @@ class Run:
         pruned: The model that pruning made, and what it did; without it, a config that
             prunes is set up on a model of the size to come, and cannot be executed.
         team: The processes that execute it together.
+        redo: Replace what an earlier run made from another config.
+        force: Export a result however bad it is.
     """
 
     def __init__(
@@ -81,10 +93,14 @@ class Run:
         assets: Path | None = None,
         pruned: tuple[ModelHandle, Mapping[str, Any]] | None = None,
         team: Team | None = None,
+        redo: bool = False,
+        force: bool = False,
     ) -> None:
         self.config = config
         self.command = command
         self.team = team or Team()
+        self.redo, self.force = redo, force
+        self.held_back: str | None = None
         self.workdir = WorkDir(config.run.workdir, self.team)
         self.seconds: dict[str, float] = {}
         self.device = own_device(choose_device(config.run.device))
@@ -145,6 +161,7 @@ class Run:
             {"compress": provenance.versions()["compress"]},
             input_squares=partial(exporting.input_squares, self),
         )
+        self.runner.room = preview.room_of(self)
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
         """Add the time of a block of code to a stage."""
@@ -173,7 +190,7 @@ class Run:
         if tokens is not None:
             self.team.check_windows(len(tokens.tokens))
         fingerprint = self.team.alone(lambda: provenance.fingerprint(self, tokens))
-        self.workdir.begin(fingerprint, overwrite=overwrite)
+        self.workdir.begin(fingerprint, overwrite=overwrite, redo=self.redo)
         self.workdir.write_json("results/predicted.json", self._predicted())
         self.workdir.write_text("plan.json", self.plan.to_json())
         windows = tokens.tokens if tokens else None
@@ -194,7 +211,9 @@ class Run:
         metrics = self._measured("evaluation", self.serving.evaluate)
         self.cache = self._measured("kv-cache", self.serving.measure_cache)
         self.samples = self._measured("samples", self.serving.write_samples)
-        wanted = self.exporters if write_exports else ()
+        if write_exports and not self.force:
+            self.held_back = guarding.held_back(metrics, self.config.run)
+        wanted = self.exporters if write_exports and not self.held_back else ()
         exports = {name: exporting.export_once(self, name) for name in wanted}
         shared = exporting.compare_once(self, exports)
         processes = self.team.gather(provenance.process(self.team.rank, self.device))
@@ -291,21 +310,13 @@ class Run:
         return CompressedSource(self.artifact.source, self.plan, self.codes)
 
 
-def _prepared(config: Config | Mapping[str, Any] | str | Path) -> Config:
-    import torch
-
-    loaded = config if isinstance(config, Config) else load_config(config)
-    if loaded.run.threads is not None:
-        torch.set_num_threads(loaded.run.threads)
-    torch.manual_seed(loaded.run.seed)
-    return loaded
-
-
 def run(
     config: Config | Mapping[str, Any] | str | Path,
     *,
     resume: bool = False,
     overwrite: bool = False,
+    redo: bool = False,
+    force: bool = False,
     write_exports: bool = True,
     command: str | None = None,
 ) -> Result:
@@ -318,16 +329,26 @@ def run(
         config: What to do.
         resume: Continue a run that was interrupted.
         overwrite: Replace an earlier run in the work directory.
+        redo: Continue a run whose config has changed: what that affects is computed
+            again, the rest is kept.
+        force: Export a result however bad it is (``run.max_perplexity_ratio``).
         write_exports: Without, exports only bind the plan and are counted for it.
         command: How the run was started, for the report.
 
     Raises:
         CompressError: One of its children, with what to do.
     """
-    loaded = _prepared(config)
-    with team(choose_device(loaded.run.device)) as (members, _):
-        WorkDir(loaded.run.workdir, members).check(resume=resume, overwrite=overwrite)
-        current = members.ahead(lambda: Run(loaded, command, team=members))
+    loaded = preparing.prepared(config)
+    with (
+        team(choose_device(loaded.run.device)) as (members, _),
+        explained(),
+        locked(loaded.run.workdir),
+    ):
+        work = WorkDir(loaded.run.workdir, members)
+        work.check(resume=resume or redo, overwrite=overwrite)
+        current = members.ahead(
+            lambda: Run(loaded, command, team=members, redo=redo, force=force)
+        )
         if current.pruning is not None:
             current, overwrite = _pruned(current, overwrite=overwrite), False
         return current.execute(overwrite=overwrite, write_exports=write_exports)
@@ -340,8 +361,17 @@ def _pruned(provisional: Run, *, overwrite: bool) -> Run:
     if overwrite:
         members.alone(provisional.workdir.clear)
     made = reshaping.carry_out(provisional)
-    config, command = provisional.config, provisional.command
-    final = members.ahead(lambda: Run(config, command, pruned=made, team=members))
+    first = provisional
+    final = members.ahead(
+        lambda: Run(
+            first.config,
+            first.command,
+            pruned=made,
+            team=members,
+            redo=first.redo,
+            force=first.force,
+        )
+    )
     final.seconds = provisional.seconds | final.seconds
     return final
 
@@ -349,7 +379,7 @@ def _pruned(provisional: Run, *, overwrite: bool) -> Run:
 def plan(config: Config | Mapping[str, Any] | str | Path) -> preview.PlanPreview:
     """Return the plan of a config with sizes and predictions; computes nothing."""
     with tempfile.TemporaryDirectory() as assets:
-        return preview.predict(Run(_prepared(config), assets=Path(assets)))
+        return preview.predict(Run(preparing.prepared(config), assets=Path(assets)))
 
 
 dry_run = plan
@@ -365,7 +395,7 @@ def search(config: Config | Mapping[str, Any] | str | Path) -> Outcome:
         ConfigError: The config has no budget.
         AllocationError: The smallest choices exceed it.
     """
-    loaded = _prepared(config)
+    loaded = preparing.prepared(config)
     if loaded.budget is None:
         raise ConfigError(
             "there is nothing to search without a budget; give --budget 95MB, or add "

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from compress.calibration.data import CalibrationTokens, load_tokens
 from compress.calibration.sources import check_sources
+from compress.config import load_config
 from compress.config.plugins import create_chain, create_quantizer
 from compress.config.schema import Config
 from compress.core.contracts import Quantizer
 from compress.core.errors import ConfigError
 from compress.evaluation.texts import check_evaluation_text
 from compress.model.loading import ModelHandle, open_model
+
+
+def prepared(config: Config | Mapping[str, Any] | str | Path) -> Config:
+    """Return a checked config, after setting threads and seed of this process."""
+    import torch
+
+    loaded = config if isinstance(config, Config) else load_config(config)
+    if loaded.run.threads is not None:
+        torch.set_num_threads(loaded.run.threads)
+    torch.manual_seed(loaded.run.seed)
+    return loaded
 
 
 def check_inputs(config: Config) -> None:

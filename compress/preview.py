@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compress.config.training_checks import recover_options, tune_options
+from compress.core.errors import ConfigError
 from compress.core.plan import Plan
+from compress.core.sizes import parse_size
 from compress.evaluation.texts import evaluation_text
 from compress.model.devices import choose_dtype
+from compress.model.spill import Room
 from compress.planning.budget import breakdown, dense_bytes, linear_bits_per_weight
 from compress.planning.duration import method_seconds
 from compress.planning.estimate import (
@@ -19,7 +22,9 @@ from compress.planning.estimate import (
     estimate_pruning,
     estimate_recovery,
 )
+from compress.planning.memory import peak_bytes, windows_that_fit
 from compress.planning.pruning import PruneWork
+from compress.planning.shapes import Shapes
 from compress.reshaping import importance_tokens
 
 if TYPE_CHECKING:
@@ -125,9 +130,41 @@ def predict(run: Run) -> PlanPreview:
         sizes["pruned"] = dict(dense_bytes(run.subject.description))
     for name, exporter in run.exporters.items():
         sizes[name] = dict(exporter.tensor_bytes(run.plan, run.model))
+    work = _work(run)
+    room = run.runner.room
+    shown = work
+    if room is not None and work.calibration is not None:
+        shown = replace(work, calibration=(room.windows, work.calibration[1]))
+    predicted = estimate(
+        run.model,
+        run.plan,
+        work,
+        method_seconds=lambda layer: method_seconds(
+            run.quantizers[layer.method], layer.scheme, layer.shape[0]
+        ),
+        dtype=run.runner.dtype,
+    )
+    shapes = Shapes.of(run.model, run.plan)
+    peak = peak_bytes(shapes, shown, dtype=run.runner.dtype)
+    stages = _reshaping(run)
+    return PlanPreview(
+        run.plan,
+        {name: sum(table.values()) for name, table in sizes.items()},
+        {name: breakdown(table, run.model) for name, table in sizes.items()},
+        max([peak] + [stage.peak_memory_bytes for stage in stages.values()]),
+        predicted.seconds
+        + sum(stage.seconds for stage in stages.values())
+        + _tuning_seconds(run),
+        stages,
+        (run.search.section.method, run.search.budget) if run.search else None,
+    )
+
+
+def _work(run: Run) -> Work:
+    """Return what a run does besides its plan."""
     calibration, section = run.config.calibration, run.config.evaluate
     verified = len(run.exporters) if run.config.run.verify else 0
-    work = Work(
+    return Work(
         calibration=(calibration.samples, calibration.sequence_length)
         if run.runner.needs_calibration
         else None,
@@ -139,30 +176,35 @@ def predict(run: Run) -> PlanPreview:
         loads_whole=verified > 0
         and any(e.consumer == "transformers" for e in run.exporters.values()),
     )
-    predicted = estimate(
-        run.model,
-        run.plan,
-        work,
-        method_seconds=lambda layer: method_seconds(
-            run.quantizers[layer.method], layer.scheme, layer.shape[0]
-        ),
-        dtype=run.runner.dtype,
-    )
-    stages = _reshaping(run)
-    return PlanPreview(
-        run.plan,
-        {name: sum(table.values()) for name, table in sizes.items()},
-        {name: breakdown(table, run.model) for name, table in sizes.items()},
-        max(
-            [predicted.peak_memory_bytes]
-            + [stage.peak_memory_bytes for stage in stages.values()]
-        ),
-        predicted.seconds
-        + sum(stage.seconds for stage in stages.values())
-        + _tuning_seconds(run),
-        stages,
-        (run.search.section.method, run.search.budget) if run.search else None,
-    )
+
+
+def room_of(run: Run) -> Room | None:
+    """Return where states lie if a run is to take less memory than it would.
+
+    Raises:
+        ConfigError: ``run.max_memory`` is less than the run needs in any case.
+    """
+    limit = run.config.run.max_memory
+    if limit is None:
+        return None
+    most, work = parse_size(str(limit)), _work(run)
+    shapes, dtype = Shapes.of(run.model, run.plan), run.runner.dtype
+    needed = peak_bytes(shapes, work, dtype=dtype)
+    if needed <= most:
+        return None
+    fits = 0
+    if work.calibration is not None and run.model.family.experts is None:
+        fits = windows_that_fit(shapes, work, dtype=dtype, limit_bytes=most)
+        one = replace(work, calibration=(1, work.calibration[1]))
+        needed = peak_bytes(shapes, one, dtype=dtype)
+    if not fits:
+        raise ConfigError(
+            f"run.max_memory: {limit} does not suffice: about "
+            f"{needed / (1 << 30):.2f} GiB are needed however the calibration text is "
+            "cut; give that much, or lower evaluate.sequence_length and "
+            "calibration.sequence_length, or set run.verify to false"
+        )
+    return Room(run.workdir.root / "spill", fits)
 
 
 def _tuning_seconds(run: Run) -> float:

@@ -86,6 +86,8 @@ def build_report(
         "experts": _experts(model, layers),
         "exports": dict(exports),
         "one_plan_two_files": shared,
+        "held_back": run.held_back,
+        "kept_dense": _kept_dense(run),
         "seconds": run.seconds,
         "peak_memory_bytes": max(p["peak_memory_bytes"] for p in processes),
         "processes": [dict(process) for process in processes],
@@ -94,6 +96,13 @@ def build_report(
             run, layers, exports, tokens=tokens.tokens.numel() if tokens else 0
         ),
     }
+
+
+def _kept_dense(run: Run) -> list[str]:
+    """Return the linear layers of the blocks that a run that quantizes leaves dense."""
+    if not run.plan.layers:
+        return []
+    return [name for name in run.model.linears() if name not in run.plan.layers]
 
 
 def _yaml(data: Mapping[str, Any]) -> str:
@@ -231,7 +240,12 @@ def _skipped(run: Run) -> list[str]:
 def _warnings(
     run: Run, layers: list[dict[str, Any]], exports: Mapping[str, Any], *, tokens: int
 ) -> list[str]:
-    model, found = run.model, []
+    model, found = run.model, [] if run.held_back is None else [run.held_back]
+    dense = _kept_dense(run)
+    if dense:
+        tail = ", ..." if len(dense) > _NOTED_ONE_BY_ONE else ""
+        names = ", ".join(dense[:_NOTED_ONE_BY_ONE])
+        found.append(f"{len(dense)} linear layers stay dense: {names}{tail}")
     if run.base.tied and not model.tied:
         more = parameter_count(model) - parameter_count(run.base)
         found.append(

@@ -123,9 +123,11 @@ def carry_out(run: Run) -> tuple[ModelHandle, dict[str, Any]]:
     """
     pruning = run.pruning
     assert pruning is not None
-    chosen = provenance.reshaping_fingerprint(run.config)
-    run.team.alone(lambda: run.workdir.compare(chosen, only=True))
     windows, fingerprint = _inputs(run, pruning)
+    chosen = provenance.reshaping_fingerprint(run.config)
+    if run.redo:
+        run.team.alone(lambda: _forget_changed(run, fingerprint))
+    run.team.alone(lambda: run.workdir.compare(chosen, only=True))
     for caution in cautions(pruning, 0 if windows is None else windows.numel()):
         _log.warning(caution)
     with run.timed("prune"):
@@ -207,8 +209,7 @@ def _recovered(
     options = recover_options(section)
     student = _opened(root / PRUNED, run.handle)
     work = WorkDir(root / RECOVERY, run.team)
-    chosen = {"recover": provenance.digest_of(section.model_dump(mode="json"))}
-    work.begin({**pruned, **chosen}, overwrite=False)
+    work.begin(_recovery_fingerprint(section, pruned), overwrite=False)
 
     def train() -> dict[str, Any]:
         sources = data if isinstance(data, str) else list(data)
@@ -227,6 +228,30 @@ def _recovered(
 
     stored: dict[str, Any] = work.stage("record", train)
     return stored
+
+
+def _recovery_fingerprint(
+    section: RecoverSection, pruned: Mapping[str, str]
+) -> dict[str, str]:
+    chosen = {"recover": provenance.digest_of(section.model_dump(mode="json"))}
+    return {**pruned, **chosen}
+
+
+def _forget_changed(run: Run, fingerprint: Mapping[str, str]) -> None:
+    """Remove what a changed config or model makes invalid, from pruning on."""
+    root, section = run.workdir.root, run.config.recover
+    changed = WorkDir(root / WORK).changed(fingerprint)
+    if changed:
+        _log.info("%s changed: the model is pruned again", ", ".join(changed))
+        run.workdir.forget_pruning()
+        return
+    if section is not None:
+        wanted = _recovery_fingerprint(section, fingerprint)
+        changed = WorkDir(root / RECOVERY).changed(wanted)
+    known = provenance.reshaping_fingerprint(run.config)
+    if changed or run.workdir.changed(known, only=True):
+        _log.info("recover changed: what follows pruning is done again")
+        run.workdir.forget_recovery()
 
 
 def _importances(

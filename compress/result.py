@@ -29,5 +29,6 @@ class Result:
 
     @property
     def failures(self) -> list[str]:
-        """What reading the exports back has disproved; empty if all is well."""
-        return exporting.failures(self.report["exports"])
+        """Why exports were not written, or what reading them back has disproved."""
+        held = self.report.get("held_back")
+        return [*([held] if held else []), *exporting.failures(self.report["exports"])]

@@ -13,7 +13,6 @@ to quantize for, and its KL is what the search measured of its plan.
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 import time
@@ -27,6 +26,7 @@ from compress import pipeline, provenance, reshaping
 from compress.config import SweepConfig, load_sweep
 from compress.config.sweep_points import SweepPoint, sweep_points
 from compress.core.errors import ConfigError
+from compress.core.foreign import MALFORMED, parse_json
 from compress.distributed.team import check_single
 from compress.report.front import with_front
 from compress.report.sweep import render_sweep, sweep_text
@@ -151,9 +151,9 @@ def _finished(point: SweepPoint, loaded: SweepConfig) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        stored: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        stored: dict[str, Any] = parse_json(path.read_text("utf-8"))
         return stored if stored["with"] == _digest(point, loaded) else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *MALFORMED) as error:
         _log.warning("%s is damaged and made again: %s", path, error)
         return None
 
@@ -257,7 +257,7 @@ def _foreign_points(path: str) -> list[dict[str, Any]]:
         ConfigError: It is no list of objects with name, bytes and kl.
     """
     try:
-        data = json.loads(Path(path).read_text("utf-8"))
+        data = parse_json(Path(path).read_text("utf-8"))
         return [
             {
                 "name": str(point["name"]),
@@ -268,7 +268,7 @@ def _foreign_points(path: str) -> list[dict[str, Any]]:
         ]
     except OSError as error:
         raise ConfigError(f"points: {path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise ConfigError(
             f"points: {path} is no JSON list of objects with name, bytes and kl: "
             f"{type(error).__name__}: {error}"

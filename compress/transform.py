@@ -32,6 +32,7 @@ from compress.distributed.dealing import deal
 from compress.distributed.team import Team
 from compress.model.prefetch import ReadAhead
 from compress.model.sources import check_finite
+from compress.model.spill import Room
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
 from compress.parts import Job, Part, PartWriter, stacks
@@ -100,6 +101,7 @@ class PlanRunner:
             share an input are coded by those of the first.
         team: The processes that do it together, each on its share of the windows and
             of the layers.
+        room: Where states lie if memory has no room for them.
     """
 
     description: ModelDescription
@@ -113,6 +115,7 @@ class PlanRunner:
     dtype: torch.dtype = torch.float32
     importances: Mapping[str, Tensor] = field(default_factory=dict)
     team: Team = field(default_factory=Team)
+    room: Room | None = None
 
     def __post_init__(self) -> None:
         """Raise if the layers of this model cannot be measured in that order.
@@ -194,7 +197,11 @@ class PlanRunner:
 
     def _streamed(self) -> StreamedModel:
         return StreamedModel(
-            self.description, self.source, device=self.device, dtype=self.dtype
+            self.description,
+            self.source,
+            device=self.device,
+            dtype=self.dtype,
+            room=self.room,
         )
 
     def _layers(self, index: int) -> dict[str, LayerPlan]:
@@ -320,7 +327,7 @@ class PlanRunner:
         )
         part.tensors |= {layers[path].name: x for path, x in tuned.items()}
         if self.propagate == "quantized":
-            states.hidden = inputs.hidden
+            states.hidden, states.pages = inputs.hidden, inputs.pages
             for path, tensor in tuned.items():
                 walk.replace(path, tensor.dequantize())
             model.advance(index, states)

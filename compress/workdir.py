@@ -9,35 +9,32 @@ that decides the codes; a run only resumes into a directory with the same finger
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from compress.checksums import checksum, sealed, unsealed
 from compress.core.errors import CheckpointError, ConfigError
+from compress.core.foreign import MALFORMED, parse_json
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 from compress.distributed.team import Team
 
+_log = logging.getLogger(__name__)
 _TRANSFORMS = "transforms.safetensors"
-_OURS = (
-    "state.json",
-    "plan.json",
-    _TRANSFORMS,
-    "blocks",
-    "results",
-    "export",
-    "pruning",
-    "pruned",
-    "recovery",
-    "recovered",
-    "tuning",
-    "tuned",
-)
+_STATE = "state.json"
+# What the stages leave, in their order. Of each the result comes before the state, so
+# that no result is ever there without the state that says what it was made from.
+_PRUNING = ("pruned", "pruning")
+_RECOVERY = ("recovered", "recovery")
+_TUNING = ("results/tuning.json", "tuned", "tuning")
+_CODES = ("plan.json", "results", _TRANSFORMS, "blocks", *_TUNING)
 _STAGES = ("pruning", "recovery")  # have a state of their own, before the run's
 _REPORTS = ("report.json", "report.md", "report.html")
 _TEMPORARY = ".part"
@@ -76,6 +73,15 @@ class LayerRecord:
     tokens: int | None = None
 
 
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, by the rest of the name."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
 class WorkDir:
     """One run's folder.
 
@@ -101,28 +107,29 @@ class WorkDir:
         """Raise if the folder cannot take this run.
 
         Raises:
-            ConfigError: It holds a run and the user did not say what to do with it, or
-                it is no folder, or it holds nothing to resume.
+            ConfigError: It holds a run and the user did not say what to do with it.
         """
         self._team.alone(lambda: self._check(resume=resume, overwrite=overwrite))
 
     def _check(self, *, resume: bool, overwrite: bool) -> None:
-        if self.root.exists() and not self.root.is_dir():
-            raise ConfigError(f"run.workdir: {self.root} is a file, not a folder")
         places = (self.root, *(self.root / name for name in _STAGES))
-        has_run = any((place / "state.json").is_file() for place in places)
+        has_run = any((place / _STATE).is_file() for place in places)
         if has_run and not (resume or overwrite):
             raise ConfigError(
                 f"run.workdir: {self.root} holds an earlier run; continue it with "
                 "--resume, replace it with --overwrite, or set another run.workdir"
             )
 
-    def begin(self, fingerprint: Mapping[str, str], *, overwrite: bool) -> None:
+    def begin(
+        self, fingerprint: Mapping[str, str], *, overwrite: bool, redo: bool = False
+    ) -> None:
         """Start or continue a run.
 
         Args:
             fingerprint: Digest of each thing that decides the codes, by name.
             overwrite: Drop whatever an earlier run left.
+            redo: Drop what changes invalidate: with ``tune`` alone what was tuned, else
+                all codes.
 
         Raises:
             ConfigError: An unfinished run here was made from something else; the
@@ -132,12 +139,22 @@ class WorkDir:
         def begin() -> None:
             if overwrite:
                 self.clear()
-            self.compare(fingerprint)
+            self._compare_or_forget(fingerprint, redo=redo)
+            if not (self.root / _STATE).is_file():  # nobody vouches for what is here
+                self.forget_codes()
             self._sweep()
             state = {"version": 1, "fingerprint": dict(fingerprint)}
-            self.write_json("state.json", state)
+            self.write_json(_STATE, state)
 
         self._team.alone(begin)
+
+    def _compare_or_forget(self, fingerprint: Mapping[str, str], *, redo: bool) -> None:
+        changed = self.changed(fingerprint)
+        if not redo:
+            self.compare(fingerprint)
+        elif changed:
+            _log.info("%s changed: what follows is computed again", ", ".join(changed))
+            self.forget_codes(tuned_only=changed == ["tune"])
 
     def compare(self, fingerprint: Mapping[str, str], *, only: bool = False) -> None:
         """Raise if an unfinished run here was made from something else.
@@ -149,26 +166,78 @@ class WorkDir:
         Raises:
             ConfigError: Names what changed.
         """
-        state = self.root / "state.json"
-        if not state.is_file():
-            return
-        earlier = self._read_json(state)["fingerprint"]
-        names = sorted({*fingerprint, *(() if only else earlier)})
-        changed = [n for n in names if earlier.get(n) != fingerprint.get(n)]
+        changed = self.changed(fingerprint, only=only)
         if changed:
             raise ConfigError(
                 f"cannot resume in {self.root}: {', '.join(changed)} changed since "
-                "that run began; use --overwrite to start again"
+                "that run began; --redo keeps what this does not affect and computes "
+                "the rest again, --overwrite starts from nothing"
             )
+
+    def changed(
+        self, fingerprint: Mapping[str, str], *, only: bool = False
+    ) -> list[str]:
+        """Return the names of what an unfinished run here was made from differently.
+
+        Args:
+            fingerprint: As for :meth:`begin`.
+            only: Compare what is in it and nothing else.
+        """
+        state = self.root / _STATE
+        if not state.is_file():
+            return []
+        try:
+            earlier = dict(self._read_json(state)["fingerprint"])
+        except MALFORMED as error:
+            raise CheckpointError(
+                f"{state} is damaged ({error!r}); start again with --overwrite"
+            ) from error
+        names = sorted({*fingerprint, *(() if only else earlier)})
+        return [n for n in names if earlier.get(n) != fingerprint.get(n)]
+
+    def forget_codes(self, *, tuned_only: bool = False) -> None:
+        """Remove the codes and all that was made from them.
+
+        Args:
+            tuned_only: Keep the calibrated ones, and the plan they follow.
+        """
+        if tuned_only:
+            results = self.root / "results"
+            after = [f for f in results.glob("*.json") if f.stem != "allocation"]
+            names = [str(file.relative_to(self.root)) for file in after]
+            self._drop((*names, *_TUNING, *_REPORTS))
+        else:
+            self._drop((*_CODES, *_REPORTS))
+
+    def forget_pruning(self) -> None:
+        """Remove the pruned model and all that was made from it."""
+        self.forget_codes()
+        self._drop((_STATE, *_RECOVERY, *_PRUNING))
+
+    def forget_recovery(self) -> None:
+        """Remove the recovered model and all that was made from it."""
+        self.forget_codes()
+        self._drop((_STATE, *_RECOVERY))
 
     def clear(self) -> None:
         """Remove whatever an earlier run left; nothing of others."""
-        for name in (*_OURS, *_REPORTS):
+        self.forget_pruning()
+        self._drop(("export",))
+
+    def _drop(self, names: Iterable[str]) -> None:
+        """Remove files and folders, each of them at once or not at all."""
+        for name in names:
             path = self.root / name
-            if path.is_dir():
-                shutil.rmtree(path)
+            if not path.exists():
+                continue
+            gone = path.with_name(f"{path.name}.gone{_TEMPORARY}")
+            if gone.is_dir():
+                shutil.rmtree(gone)
+            os.replace(path, gone)
+            if gone.is_dir():
+                shutil.rmtree(gone)
             else:
-                path.unlink(missing_ok=True)
+                gone.unlink()
 
     def _sweep(self) -> None:
         for leftover in self.root.glob(f"**/*{_TEMPORARY}"):
@@ -188,7 +257,7 @@ class WorkDir:
 
     def _read_json(self, path: Path) -> Any:
         try:
-            return json.loads(path.read_text("utf-8"))
+            return parse_json(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path} is damaged ({error}); start again with --overwrite"
@@ -236,12 +305,14 @@ class WorkDir:
         for name, tensor in tensors.items():
             for key, value in tensor.state().items():
                 flat[f"{name}.{key}"] = value.cpu().contiguous()
+            prefix = f"{name}."
             about[name] = {
+                "checksum": checksum(_below(flat, prefix)),
                 "scheme": tensor.scheme.to_dict(),
                 "notes": list(tensor.notes),
                 **vars(records[name]),
             }
-        data = save(flat, metadata={"layers": json.dumps(about)})
+        data = save(flat, metadata={"layers": sealed(json.dumps(about))})
         write_atomically(self._part(part), data)
 
     def records(self, part: str) -> dict[str, dict[str, Any]]:
@@ -251,25 +322,39 @@ class WorkDir:
         path = self._part(part)
         try:
             with safe_open(path, framework="pt") as file:
-                about: dict[str, dict[str, Any]] = json.loads(file.metadata()["layers"])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                text = unsealed(file.metadata()["layers"])
+            about: dict[str, dict[str, Any]] = parse_json(text)
+        except (SafetensorError, OSError, *MALFORMED) as error:
             raise CheckpointError(
                 f"{path} is damaged ({error}); delete it and run again with --resume"
             ) from error
         return about
 
     def read_layer(self, part: str, layer: str) -> QuantizedTensor:
-        """Return the stored codes of one layer."""
-        from safetensors import safe_open
+        """Return the stored codes of one layer.
 
-        about = self.records(part)[layer]
-        with safe_open(self._part(part), framework="pt") as file:
-            prefix = f"{layer}."
-            parts = {
-                key.removeprefix(prefix): file.get_tensor(key).clone()
-                for key in file.keys()
-                if key.startswith(prefix)
-            }
+        Raises:
+            CheckpointError: They are not there, or not those that were stored.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        records = self.records(part)
+        try:
+            about = records[layer]
+            with safe_open(self._part(part), framework="pt") as file:
+                prefix = f"{layer}."
+                parts = {
+                    key.removeprefix(prefix): file.get_tensor(key).clone()
+                    for key in file.keys()
+                    if key.startswith(prefix)
+                }
+            if checksum(parts) != about["checksum"]:
+                raise ValueError(f"the codes of {layer} are not those that were stored")
+        except (SafetensorError, OSError, *MALFORMED) as error:
+            raise CheckpointError(
+                f"{self._part(part)} is damaged ({error}); delete it and run again "
+                "with --resume"
+            ) from error
         scheme = Scheme.from_dict(about["scheme"])
         return QuantizedTensor.from_state(parts, scheme, tuple(about["notes"]))
 
@@ -281,7 +366,8 @@ class WorkDir:
 
         if not self._team.is_first:
             return
-        data = save(dict(scales), metadata={"records": json.dumps(records)})
+        about = {"checksum": checksum(scales), "records": dict(records)}
+        data = save(dict(scales), metadata={"about": sealed(json.dumps(about))})
         write_atomically(self.root / _TRANSFORMS, data)
 
     def read_transforms(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -293,9 +379,12 @@ class WorkDir:
             return {}, {}
         try:
             with safe_open(path, framework="pt") as file:
-                records: dict[str, Any] = json.loads(file.metadata()["records"])
-                return {k: file.get_tensor(k).clone() for k in file.keys()}, records
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                about = parse_json(unsealed(file.metadata()["about"]))
+                scales = {k: file.get_tensor(k).clone() for k in file.keys()}
+            if checksum(scales) != about["checksum"]:
+                raise ValueError("its scales are not those that were stored")
+            return scales, dict(about["records"])
+        except (SafetensorError, OSError, *MALFORMED) as error:
             raise CheckpointError(
                 f"{path} is damaged ({error}); delete it and run again with --resume"
             ) from error
@@ -314,7 +403,11 @@ class WorkDir:
         except BaseException:  # whatever it was, no half folder stays behind
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        # Never half of the old folder under its name: a kill while it is removed would
+        # leave what looks like a finished one.
+        old = target.with_name(f"{target.name}.old{_TEMPORARY}")
         if target.exists():
-            shutil.rmtree(target)
+            os.replace(target, old)
         os.replace(temporary, target)
+        shutil.rmtree(old, ignore_errors=True)
         return result

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from compress.core.continuations import Continuation, Likelihood, lay_out, totals
 from compress.core.errors import ExportError, MissingDependencyError
+from compress.core.foreign import parse_json
 
 _FLOAT_BYTES = 4
 
@@ -233,7 +234,7 @@ def _read(pipe: IO[bytes]) -> dict[str, Any] | None:
     line = pipe.readline()
     if not line.endswith(b"\n"):
         return None
-    answer: dict[str, Any] = json.loads(line)
+    answer: dict[str, Any] = parse_json(line)
     if "logits" in answer:
         shape = answer["logits"]
         values = bytearray(shape[0] * shape[1] * _FLOAT_BYTES)

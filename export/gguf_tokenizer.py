@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.core.errors import ExportError
+from compress.core.foreign import parse_json
 from compress.export.gguf_reader import MetadataValue
 from compress.export.gguf_sentencepiece import Piece, read_sentencepiece
 from compress.export.gguf_writer import boolean, reals, text, texts, whole, wholes
@@ -112,7 +113,7 @@ def tokenizer_metadata(folder: Path | None, rows: int) -> dict[str, MetadataValu
     path = folder / "tokenizer.json"
     model_path = folder / "tokenizer.model"
     try:
-        data = json.loads(path.read_text("utf-8")) if path.is_file() else None
+        data = parse_json(path.read_text("utf-8")) if path.is_file() else None
     except (OSError, ValueError) as error:
         raise ExportError(f"{path}: not a tokenizer: {error}; {remedy}") from error
     if data is not None and _is_byte_level(data):

@@ -28,6 +28,7 @@ from torch import Tensor
 from compress.core.artifact import TensorInfo
 from compress.core.contracts import Options
 from compress.core.errors import CheckpointError, ExportError
+from compress.core.foreign import MALFORMED, parse_json
 from compress.core.sizes import parse_size as parse_size
 from compress.core.tensors import TORCH_DTYPES
 
@@ -241,8 +242,8 @@ def _file_of(folder: Path, name: str) -> Path:
     if not index.is_file():
         return folder / SINGLE_NAME
     try:
-        return folder / str(json.loads(index.read_text("utf-8"))["weight_map"][name])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return folder / str(parse_json(index.read_text("utf-8"))["weight_map"][name])
+    except (OSError, *MALFORMED) as error:
         raise CheckpointError(f"{index}: cannot find {name}: {error}") from error
 
 
@@ -262,9 +263,9 @@ def has_tensor(folder: Path, name: str) -> bool:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / SINGLE_NAME}: {error}") from error
     try:
-        index = json.loads((folder / INDEX_NAME).read_text("utf-8"))
+        index = parse_json((folder / INDEX_NAME).read_text("utf-8"))
         return name in index["weight_map"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, *MALFORMED) as error:
         raise CheckpointError(f"{folder / INDEX_NAME}: {error}") from error
 
 

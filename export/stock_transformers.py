@@ -16,7 +16,6 @@ Integer zero points that are bit-packed load with ``dequantize=True`` only.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from torch import Tensor
 from compress.core import aqlm_format
 from compress.core import compressed_tensors as ct
 from compress.core.errors import CheckpointError, MissingDependencyError
+from compress.core.foreign import parse_json
 from compress.core.shapes import attention_of, memory_config, modeling_files
 
 _LOG = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: There is none that can be read.
     """
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+        config: dict[str, Any] = parse_json((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
     return config

@@ -33,7 +33,7 @@ from compress.model.sources import check_finite
 from compress.model.streaming import StreamedModel
 from compress.parts import Part, stacks
 
-_LAYOUT = 3  # counted up when levels are made in another way, or stored in another
+_LAYOUT = 4  # counted up when levels are made in another way, or stored in another
 
 Levels = Mapping[LayerPlan, Level]
 

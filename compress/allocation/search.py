@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from compress.allocation.candidates import (
     find_candidates,
 )
 from compress.allocation.database import LevelMaker
+from compress.allocation.journal import Assignment, Journal
 from compress.allocation.outcome import Outcome, account
 from compress.allocation.sensitivity import (
     fisher_slopes,
@@ -220,12 +221,12 @@ class Search:
         return maker.make(wanted, tokens.tokens)
 
     @cached_property
-    def assembly(self) -> Assembly:
-        """The model with any choice of levels."""
+    def _windows(self) -> torch.Tensor:
+        """Tokens that assignments are measured on, int64 ``[N, T]``."""
         run, section = self._run, self.section
         calibration = run.config.calibration
         data = calibration.data
-        windows = reward_windows(
+        return reward_windows(
             data if isinstance(data, str) else list(data),
             run.handle.tokenizer(),
             calibration=self._tokens.tokens,
@@ -233,6 +234,11 @@ class Search:
             length=section.sequence_length,
             seed=calibration.seed,
         )
+
+    @cached_property
+    def assembly(self) -> Assembly:
+        """The model with any choice of levels."""
+        run = self._run
         model = assembled_model(
             run.model,
             run.transformed.source,
@@ -244,11 +250,41 @@ class Search:
         options = [
             [option.layers for option in unit.options] for unit in self.candidates.units
         ]
-        return Assembly(model, windows, options, self._levels, run.team)
+        return Assembly(model, self._windows, options, self._levels, run.team)
 
-    def _measure(self, assignment: Sequence[int], share: float) -> float:
-        self.assembly.pin(list(self.candidates.pinned.values()))
-        return self.assembly.measure(assignment, share)
+    def _journal(self, pinned: Sequence[LayerPlan]) -> Callable[..., float]:
+        """Return the measurements with some layers of no unit put in as well.
+
+        A single process keeps them in a file. Of several, each would answer from what
+        it has read, and wait for others that did not have to ask.
+        """
+        keys = [
+            [[self._levels[layer].key for layer in option.layers] for option in options]
+            for options in (unit.options for unit in self.candidates.units)
+        ]
+        windows = self._windows
+        tokens = [list(windows.shape), digest(windows.tolist())]
+        fixed = [self._levels[layer].key for layer in pinned]
+        device = self._run.device.partition(":")[0]
+        key = digest([_LAYOUT, "measured", keys, fixed, tokens, device])
+
+        def measure(assignment: Assignment, share: float = 1.0) -> float:
+            self.assembly.pin(pinned)
+            return self.assembly.measure(assignment, share)
+
+        if self._run.team.size > 1:
+            return measure
+        return Journal(self._store.folder / key[:2] / f"{key}.jsonl", measure)
+
+    @cached_property
+    def _measure(self) -> Callable[..., float]:
+        """Measures with the layers that have no choice as they will be."""
+        return self._journal(list(self.candidates.pinned.values()))
+
+    @cached_property
+    def _measure_alone(self) -> Callable[..., float]:
+        """Measures with all other layers dense."""
+        return self._journal([])
 
     def _losses(self, errors: Sequence[Sequence[float]]) -> list[list[float]]:
         """Return the predicted loss of each choice; from the cache if it is there."""
@@ -275,7 +311,7 @@ class Search:
         units, run = self.candidates.units, self._run
         inside = set(run.model.linears())
         if self.section.sensitivity == "measured":
-            slopes = measured_slopes(units, errors, self.assembly.measure)
+            slopes = measured_slopes(units, errors, self._measure_alone)
         else:
             model = StreamedModel(run.model, run.transformed.source, device=run.device)
             windows = self._tokens.tokens[: self.section.samples, :_FISHER_TOKENS]
@@ -299,7 +335,7 @@ class Search:
     def _measured_choices(self, unit: int) -> list[float]:
         units = self.candidates.units
         return [
-            self.assembly.measure([k if j == unit else None for j in range(len(units))])
+            self._measure_alone([k if j == unit else None for j in range(len(units))])
             for k in range(len(units[unit].options))
         ]
 

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from compress.calibration.cache import cache_folder, place
+from compress.checksums import checksum, sealed, unsealed
 from compress.core.errors import CheckpointError, ConfigError
+from compress.core.foreign import MALFORMED, parse_json
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 
@@ -88,11 +90,11 @@ class LevelStore:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                level = Level(**json.loads(file.metadata()["level"]))
+                level = Level(**_about(file)["level"])
             if level.key != key:
                 raise ValueError(f"it holds the entry {level.key}")
             return level
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, *MALFORMED) as error:
             _log.warning("%s is damaged and made again: %s", path, error)
             return None
 
@@ -107,11 +109,10 @@ class LevelStore:
         parts = {k: v.cpu().contiguous() for k, v in tensor.state().items()}
         codes = parts.pop(_CODES)
         planes, about = pack(codes)
+        parts[_CODES] = planes
         about |= {"scheme": tensor.scheme.to_dict(), "notes": list(tensor.notes)}
-        data = save(
-            {**parts, _CODES: planes},
-            {"level": json.dumps(asdict(level)), "about": json.dumps(about)},
-        )
+        about |= {"level": asdict(level), "checksum": checksum(parts)}
+        data = save(parts, {"about": sealed(json.dumps(about))})
         self._place(self._path(level.key), data)
 
     def _place(self, path: Path, data: bytes) -> None:
@@ -134,12 +135,14 @@ class LevelStore:
         path = self._path(key)
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["about"])
+                about = _about(file)
                 parts = {name: file.get_tensor(name).clone() for name in file.keys()}
+            if checksum(parts) != about["checksum"]:
+                raise ValueError("its codes are not those that were stored")
             parts[_CODES] = unpack(parts[_CODES], about)
             scheme = Scheme.from_dict(about["scheme"])
             return QuantizedTensor.from_state(parts, scheme, tuple(about["notes"]))
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, *MALFORMED) as error:
             raise CheckpointError(
                 f"{path} is damaged ({error}); delete it and run again with --resume"
             ) from error
@@ -148,7 +151,7 @@ class LevelStore:
         """Return plain data stored under a digest; ``None`` if there is none."""
         path = self._path(key).with_suffix(".json")
         try:
-            return json.loads(path.read_text("utf-8")) if path.is_file() else None
+            return parse_json(path.read_text("utf-8")) if path.is_file() else None
         except (OSError, ValueError) as error:
             _log.warning("%s is damaged and made again: %s", path, error)
             return None
@@ -159,6 +162,12 @@ class LevelStore:
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
+
+
+def _about(file: Any) -> dict[str, Any]:
+    """Return what an open entry says of itself."""
+    about: dict[str, Any] = parse_json(unsealed(file.metadata()["about"]))
+    return about
 
 
 def pack(codes: Tensor) -> tuple[Tensor, dict[str, Any]]:

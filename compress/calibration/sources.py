@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from compress.core.errors import CalibrationError
+from compress.core.foreign import parse_json
 from compress.data import MIX, read_text
 
 logger = logging.getLogger(__name__)
@@ -202,7 +203,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except json.JSONDecodeError as error:
             raise CalibrationError(
                 f"{where}:{error.colno}: not JSON: {error.msg}; "
@@ -266,7 +267,7 @@ def _bundled(source: str, tokenizer: Any) -> str:
     text = read_text(f"mix_{part}")
     if part != "chat":
         return text
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows = [parse_json(line) for line in text.splitlines()]
     if getattr(tokenizer, "chat_template", None):
         return DOCUMENT_BREAK.join(_render_chat(row, tokenizer, source) for row in rows)
     logger.info("the tokenizer has no chat template: mix/chat is read as plain text")

@@ -14,7 +14,8 @@ from compress.core.sizes import parse_size
 _SUFFIXES = {"bpw": "bits_per_weight", "x": "ratio"}
 
 
-def _check_size(size: int | str) -> int | str:
+def check_size(size: int | str) -> int | str:
+    """Return a size in bytes or words if it is one; a ``ValueError`` otherwise."""
     parse_size(str(size))
     return size
 
@@ -53,7 +54,7 @@ class BudgetSection(Section):
     bits_per_weight: float | None = Field(
         default=None, gt=0, description="Bits of the file for each weight of the model."
     )
-    bytes: Annotated[int | str, AfterValidator(_check_size)] | None = Field(
+    bytes: Annotated[int | str, AfterValidator(check_size)] | None = Field(
         default=None, description="Size of the file, such as 90MB or 4GiB."
     )
     ratio: float | None = Field(

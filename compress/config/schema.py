@@ -22,7 +22,11 @@ from pydantic import (
     model_validator,
 )
 
-from compress.config.budget_sections import AllocateSection, BudgetSection
+from compress.config.budget_sections import (
+    AllocateSection,
+    BudgetSection,
+    check_size,
+)
 from compress.config.fields import (
     DENSE as DENSE,
 )
@@ -346,6 +350,19 @@ class RunSection(Section):
     )
     max_kl: float = Field(
         default=1e-3, gt=0, description="KL in nats that verify allows for an export."
+    )
+    max_memory: Annotated[int | str, AfterValidator(check_size)] | None = Field(
+        default=None,
+        description="Memory of the process that quantizing may take, such as 8GiB. If "
+        "the prediction is more, states between blocks lie in a file of the work "
+        "directory, and blocks see a few windows at a time.",
+    )
+    max_perplexity_ratio: float | None = Field(
+        default=10.0,
+        gt=1,
+        description="A result whose perplexity is more than this many times the "
+        "original's, on any text of evaluate, is not exported without --force; null "
+        "for no limit.",
     )
     threads: int | None = Field(
         default=None, ge=1, description="Threads of the CPU; null leaves it to torch."

@@ -43,6 +43,18 @@ class ExportError(CompressError):
     """A file could not be written or does not read back as it should."""
 
 
+class StorageError(CompressError):
+    """A file could not be written or read: a full disk, a folder that is read-only."""
+
+
+class MemoryLimitError(CompressError):
+    """The memory of host or device does not suffice."""
+
+
+class NumericsError(CompressError):
+    """Values that a model computes are NaN or infinite."""
+
+
 class KernelError(CompressError):
     """A GPU kernel could not be built, or the device refused to run it."""
 

@@ -36,6 +36,7 @@ from torch import Tensor
 from compress.core import codebooks
 from compress.core.artifact import TensorInfo
 from compress.core.errors import CheckpointError, SchemeError
+from compress.core.foreign import MALFORMED
 from compress.core.packing import pack_bytes, packed_bytes, unpack_bytes
 from compress.core.scheme import (
     CODEBOOK,
@@ -311,7 +312,7 @@ def layers_of(config: Mapping[str, Any]) -> Layers:
                 found[name] = scheme, (rows, columns)
         except (SchemeError, CheckpointError) as error:
             raise CheckpointError(f"{where}: {error}") from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except MALFORMED as error:
             raise CheckpointError(
                 f"{where}: {type(error).__name__}: {error}"
             ) from error

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.core.errors import PlanError
+from compress.core.foreign import MALFORMED, parse_json
 from compress.core.scheme import Scheme
 
 PLAN_VERSION = 1
@@ -67,7 +68,7 @@ class Plan:
             PlanError: The text is no plan.
         """
         try:
-            data: dict[str, Any] = json.loads(text)
+            data: dict[str, Any] = parse_json(text)
             if data["version"] != PLAN_VERSION:
                 raise PlanError(f"plan version {data['version']}; expected 1")
             layers = {
@@ -81,5 +82,5 @@ class Plan:
                 for name, entry in data["layers"].items()
             }
             return cls(str(data["model"]), layers)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except MALFORMED as error:
             raise PlanError(f"not a plan: {type(error).__name__}: {error}") from error

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compress.core.errors import CheckpointError, ConfigError
+from compress.core.foreign import refusing
 from compress.doctor import damage, packing, skip_list
 from compress.doctor.faults import Fault
 from compress.workdir import WorkDir
@@ -26,7 +27,8 @@ def examine(folder: Path) -> list[Fault]:
         )
     found = damage.find(folder)
     if not found:  # whole files: what is in them can be judged
-        found = [fault for kind in _KINDS for fault in kind.find(folder)]
+        with refusing(folder):
+            found = [fault for kind in _KINDS for fault in kind.find(folder)]
     return found
 
 

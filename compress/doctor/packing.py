@@ -20,6 +20,7 @@ from torch import Tensor
 
 from compress.core.compressed_tensors import QUANT_METHOD
 from compress.core.errors import CheckpointError
+from compress.core.foreign import parse_json
 from compress.core.packing import pack_codes, packed_words
 from compress.doctor.faults import Fault
 from compress.model.quantized_config import config_groups, group_of, quantization_of
@@ -146,7 +147,7 @@ def _correct_size(folder: Path) -> None:
     path = folder / _INDEX
     if not path.is_file():
         return
-    index: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    index: dict[str, Any] = parse_json(path.read_text("utf-8"))
     if isinstance(index.get("metadata"), Mapping) and "total_size" in index["metadata"]:
         headers = [read_header(file) for file in weight_files(folder)]
         infos = [info for header in headers for info in header.values()]

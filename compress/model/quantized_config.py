@@ -7,7 +7,6 @@ is refused by name.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from compress.core import compressed_tensors as ct
 from compress.core.errors import CheckpointError
+from compress.core.foreign import parse_json
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def folder_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = parse_json(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot read: {error}") from error
     if not isinstance(config, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.core.artifact import TensorInfo, TensorSource
-from compress.core.errors import CheckpointError
+from compress.core.errors import CheckpointError, NumericsError
 from compress.core.families import Family
+from compress.core.foreign import MALFORMED, parse_json
 
 _DTYPES = {  # torch's name and bytes of the types whose sizes are checked
     "F64": ("float64", 8),
@@ -95,14 +95,14 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if index.is_file():
         try:
-            names = json.loads(index.read_text("utf-8"))["weight_map"].values()
+            names = parse_json(index.read_text("utf-8"))["weight_map"].values()
             unique = list(dict.fromkeys(map(str, names)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except MALFORMED as error:
             raise CheckpointError(f"{index}: not a shard index: {error}") from error
         for name in unique:
             if Path(name).name != name:
                 raise CheckpointError(f"{index}: shard {name!r} leaves the folder")
-            if not (folder / name).is_file():
+            if not _is_file(folder / name):
                 raise CheckpointError(f"{index}: shard {name} is missing from {folder}")
         return [folder / name for name in unique]
     if (folder / _SINGLE).is_file():
@@ -117,6 +117,13 @@ def weight_files(folder: Path) -> list[Path]:
             "when they are opened; save the model as safetensors first"
         )
     raise CheckpointError(f"{folder}: no {_SINGLE} and no other *.safetensors file")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # no name that a file could have
+        return False
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -136,13 +143,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             )
         raw = file.read(length)
     try:
-        header: dict[str, Any] = json.loads(raw)
+        header: dict[str, Any] = parse_json(raw)
         header.pop("__metadata__", None)
         infos = {name: _info(path, name, entry) for name, entry in header.items()}
         end = max((int(e["data_offsets"][1]) for e in header.values()), default=0)
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except MALFORMED as error:
         raise CheckpointError(f"{path}: damaged safetensors header: {error}") from error
     if 8 + length + end != size:
         raise CheckpointError(
@@ -247,6 +254,20 @@ def check_finite(tensor: Tensor, name: str) -> None:
             f"{name} has {bad} NaN or infinite values out of {tensor.numel()}; "
             "the checkpoint is damaged, download or convert it again"
         )
+
+
+def checked(outputs: Tensor, block: str) -> Tensor:
+    """Return what a block computed, if all of it is finite.
+
+    Raises:
+        NumericsError: With the block's name.
+    """
+    if not bool(outputs.isfinite().all()):
+        raise NumericsError(
+            f"outputs of {block} are NaN or infinite; the checkpoint is damaged, or "
+            f"its activations do not fit {outputs.dtype}"
+        )
+    return outputs
 
 
 class SnapshotSource(TensorSource):

@@ -6,12 +6,15 @@ batch by batch on a stream of their own, while the block before or after is comp
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from compress.model.spill import Room
 
 BlockCall = dict[str, Any]
 """Keyword arguments of a block besides the hidden states; tensors have batch size 1."""
@@ -30,31 +33,51 @@ class Activations:
     Attributes:
         hidden: ``[N, T, C]`` in the type of the model's arithmetic.
         calls: For each block, its other arguments; the same for all windows.
+        pages: Of the file that ``hidden`` lies in, if it does.
     """
 
     hidden: Tensor
     calls: list[BlockCall]
+    pages: mmap.mmap | None = None
 
 
-def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an empty tensor for states that a device will work on."""
+def allocate(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    room: Room | None = None,
+) -> tuple[Tensor, mmap.mmap | None]:
+    """Return a tensor for states that a device will work on, and pages of its file.
+
+    Args:
+        shape: ``N, T, C``.
+        dtype: Of the states.
+        device: Where blocks run.
+        room: If the states shall lie in a file.
+    """
+    if room is not None:
+        return room.empty(shape, dtype)
     size = torch.Size(shape).numel() * dtype.itemsize
     if device.type == "cpu" or size <= _HELD_BYTES:
-        return torch.empty(*shape, dtype=dtype, device=device)
-    return torch.empty(*shape, dtype=dtype, pin_memory=device.type == "cuda")
+        return torch.empty(*shape, dtype=dtype, device=device), None
+    return torch.empty(*shape, dtype=dtype, pin_memory=device.type == "cuda"), None
 
 
-def batches(hidden: Tensor, config: Mapping[str, Any], device: str) -> list[slice]:
+def batches(
+    hidden: Tensor, config: Mapping[str, Any], device: str, room: Room | None = None
+) -> list[slice]:
     """Return which windows go through a block together.
 
     Args:
         hidden: ``[N, T, C]``.
         config: Of the model, for the width of its MLP.
         device: Kind of device.
+        room: Of the host, if it is short.
     """
     count, length, width = hidden.shape
     if device not in _BATCH_BYTES:
-        return [slice(0, count)]
+        size = count if room is None else room.windows
+        return [slice(i, min(i + size, count)) for i in range(0, count, size)]
     inner = int(config.get("intermediate_size") or 4 * width)
     token = (12 * width + 4 * inner) * hidden.dtype.itemsize
     if config.get("attn_logit_softcapping"):  # scores of all pairs, in float32

@@ -22,7 +22,8 @@ from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import CheckpointError
 from compress.model.prefetch import ReadAhead
 from compress.model.skeleton import build_skeleton
-from compress.model.sources import check_finite
+from compress.model.sources import check_finite, checked
+from compress.model.spill import Room, give_back
 from compress.model.states import Activations, BlockCall, Mover, allocate, batches
 
 Rewrite = Callable[[Tensor], Tensor]
@@ -44,6 +45,7 @@ class StreamedModel:
             a runtime that rounds activations is simulated.
         new_cache: Returns the key-value cache (``transformers.Cache``) that blocks
             store keys and values through; a fresh one for each call of a block.
+        room: Where states lie if memory has no room for them.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class StreamedModel:
         dtype: torch.dtype = torch.float32,
         rounding: Mapping[str, Rewrite] | None = None,
         new_cache: Callable[[], Any] | None = None,
+        room: Room | None = None,
     ) -> None:
         self.description = description
+        self._room = room
         self.source = source
         self._rounding = dict(rounding or {})
         self._new_cache = new_cache
@@ -95,6 +99,7 @@ class StreamedModel:
             dtype=self._dtype,
             rounding=rounding,
             new_cache=new_cache,
+            room=self._room,
         )
         if source is self.source:
             other._heads = self._heads
@@ -120,20 +125,25 @@ class StreamedModel:
     def _embedded(self, input_ids: Tensor, **others: Tensor) -> Activations:
         calls: list[BlockCall] = [{} for _ in self._blocks]
         width = int(self.description.config["hidden_size"])
-        hidden = allocate((*input_ids.shape, width), self._dtype, self._device)
+        shape = (*input_ids.shape, width)
+        hidden, pages = allocate(shape, self._dtype, self._device, self._room)
         given = _moved(others, self._device)
         with _recorded(self._blocks, calls) as first:
             for number, window in enumerate(input_ids):
                 ids = window.unsqueeze(0).to(self._device)
                 self._body(input_ids=ids, use_cache=False, **given)
                 hidden[number] = first.pop()[0]
-        return Activations(hidden, calls)
+        give_back(pages)
+        return Activations(hidden, calls, pages)
 
     def copy(self, activations: Activations) -> Activations:
         """Return the same states once more, to go another way."""
         hidden = activations.hidden
-        twin = allocate(hidden.shape, hidden.dtype, self._device).copy_(hidden)
-        return Activations(twin, activations.calls)
+        twin, pages = allocate(hidden.shape, hidden.dtype, self._device, self._room)
+        for window, values in zip(twin, hidden, strict=True):
+            window.copy_(values)
+        give_back(pages)
+        return Activations(twin, activations.calls, pages)
 
     def batches(self, activations: Activations) -> list[slice]:
         """Return which windows go through a block together.
@@ -144,17 +154,21 @@ class StreamedModel:
         if self.description.family.experts is not None:
             return [slice(0, len(activations.hidden))]
         config, device = self.description.config, self._device.type
-        return batches(activations.hidden, config, device)
+        return batches(activations.hidden, config, device, self._room)
 
     def feed(
         self, rows: Sequence[slice], *streams: Activations
     ) -> Iterator[tuple[Tensor, ...]]:
         """Yield batches of each of the streams on the device."""
-        return self._mover.feed(rows, *(stream.hidden for stream in streams))
+        for batch in self._mover.feed(rows, *(stream.hidden for stream in streams)):
+            yield batch
+            for stream in streams:
+                give_back(stream.pages)
 
     def store(self, activations: Activations, rows: slice, values: Tensor) -> None:
         """Replace the states of some windows by ``values`` from the device."""
         self._mover.store(activations.hidden, rows, values)
+        give_back(activations.pages)
 
     def advance(self, index: int, activations: Activations) -> None:
         """Replace the states of all windows by the outputs of a loaded block."""
@@ -201,7 +215,7 @@ class StreamedModel:
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.cat(outputs)
+        return checked(torch.cat(outputs), self.description.family.block(index))
 
     def windows(self, activations: Activations, rows: Sequence[int]) -> Tensor:
         """Return the states of some windows on the device."""

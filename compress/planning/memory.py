@@ -14,6 +14,7 @@ on four blocks of SmolLM2-135M a peak of 1036 MiB instead of 1344, and 11 % more
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -63,6 +64,33 @@ def peak_bytes(shapes: Shapes, work: Work, *, dtype: torch.dtype) -> int:
         whole = _FLOAT * shapes.parameters if work.loads_whole else 0
         stages.append(whole + _comparison(shapes, _VERIFY))
     return PROCESS_BYTES + kept + max(stages)
+
+
+def windows_that_fit(
+    shapes: Shapes, work: Work, *, dtype: torch.dtype, limit_bytes: int
+) -> int:
+    """Return how many calibration windows a block may see at once under a limit.
+
+    All others lie in a file meanwhile, which takes no memory.
+
+    Args:
+        shapes: Of model and plan.
+        work: With calibration.
+        dtype: Arithmetic of the blocks.
+        limit_bytes: Of the process.
+
+    Returns:
+        At most those that there are; 0 if not even one of them fits.
+    """
+    assert work.calibration is not None
+    count, length = work.calibration
+    low, high = 0, count
+    while low < high:
+        middle = (low + high + 1) // 2
+        part = replace(work, calibration=(middle, length))
+        fits = peak_bytes(shapes, part, dtype=dtype) <= limit_bytes
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
 
 
 def _rounding(shapes: Shapes) -> int:

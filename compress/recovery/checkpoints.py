@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.checksums import checksum, sealed, unsealed
 from compress.core.errors import CheckpointError, ConfigError
+from compress.core.foreign import MALFORMED, parse_json
 from compress.distributed.team import Team
 from compress.workdir import write_atomically
 
@@ -70,8 +72,13 @@ class Checkpoint:
             for part, values in parts.items()
             for name, tensor in values.items()
         }
-        about = {"progress": asdict(self.progress), "fingerprint": dict(fingerprint)}
-        write_atomically(file, save(tensors, metadata={"run": json.dumps(about)}))
+        about = {
+            "progress": asdict(self.progress),
+            "fingerprint": dict(fingerprint),
+            "checksum": checksum(tensors),
+        }
+        metadata = {"run": sealed(json.dumps(about))}
+        write_atomically(file, save(tensors, metadata=metadata))
 
     @classmethod
     def load(cls, file: Path, fingerprint: Mapping[str, str]) -> Checkpoint | None:
@@ -88,13 +95,16 @@ class Checkpoint:
         parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "optimizer": {}}
         try:
             with safe_open(file, framework="pt") as opened:
-                about = json.loads(opened.metadata()["run"])
-                for key in opened.keys():  # noqa: SIM118 - not a mapping
-                    part, _, name = key.partition("/")
-                    parts[part][name] = opened.get_tensor(key).clone()
+                about = parse_json(unsealed(opened.metadata()["run"]))
+                tensors = {k: opened.get_tensor(k).clone() for k in opened.keys()}
+            if checksum(tensors) != about["checksum"]:
+                raise ValueError("its values are not those that were stored")
+            for key, tensor in tensors.items():
+                part, _, name = key.partition("/")
+                parts[part][name] = tensor
             progress = Progress(**about["progress"])
             earlier = about["fingerprint"]
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, *MALFORMED) as error:
             raise CheckpointError(
                 f"{file} is damaged ({error}); delete it to start training again"
             ) from error
@@ -133,7 +143,8 @@ class CheckpointFiles:
         return self.file.with_suffix(".json")
 
     def _own(self, step: int) -> Path:
-        return self.file.with_name(f"{self.file.stem}-{step}-{self.team.rank}.part")
+        # Not a temporary name: a run that goes on sweeps those away.
+        return self.file.with_stem(f"{self.file.stem}-{step}-{self.team.rank}")
 
     def load(self) -> Checkpoint | None:
         """Return the last complete checkpoint, if there is one.
@@ -147,8 +158,8 @@ class CheckpointFiles:
         if not self._pointer.is_file():
             return None
         try:
-            step = int(json.loads(self._pointer.read_text())["step"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            step = int(parse_json(self._pointer.read_text())["step"])
+        except (OSError, *MALFORMED) as error:
             raise CheckpointError(
                 f"{self._pointer} is damaged ({error}); delete it to start again"
             ) from error
@@ -177,7 +188,9 @@ class CheckpointFiles:
         self._delete_others(None)
 
     def _delete_others(self, kept: Path | None) -> None:
-        for path in self.file.parent.glob(f"{self.file.stem}-*-{self.team.rank}.part"):
+        for path in self.file.parent.glob(
+            f"{self.file.stem}-*-{self.team.rank}{self.file.suffix}"
+        ):
             if path != kept:
                 path.unlink(missing_ok=True)
 

@@ -125,3 +125,38 @@ def test_a_searched_plan_for_vllm_fuses_what_vllm_fuses(folder: Path) -> None:
             names = [f"model.layers.{block}.{x}_proj" for x in group.split()]
             assert len({layers[name].scheme for name in names}) == 1
     assert outcome.record["file_bytes"] <= outcome.record["budget_bytes"]
+
+
+def test_a_search_that_was_killed_measures_nothing_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress.allocation.assemble import Assembly
+
+    monkeypatch.setenv("COMPRESS_CACHE", str(folder / "cache"))
+    settings = budgeted(folder, "run", {"bits_per_weight": 8.0})
+    settings["allocate"] |= {"method": "evolution", "options": {"evaluations": 20}}
+    measure, asked = Assembly.measure, 0
+
+    def stopped(self: Assembly, *arguments: Any) -> float:
+        nonlocal asked
+        asked += 1
+        if asked == stop_at:
+            raise KeyboardInterrupt
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(Assembly, "measure", stopped)
+    stop_at = 0
+    whole = compress.run({**settings, "run": {"workdir": str(folder / "whole")}})
+    needed = asked
+    (folder / "cache").rename(folder / "other")
+    asked, stop_at = 0, needed // 2
+    with pytest.raises(KeyboardInterrupt):
+        compress.run(settings)
+    stop_at = 0
+    resumed = compress.run(settings, resume=True)
+    assert asked == needed + 1  # the one that was interrupted
+    found, expected = (r.report["allocation"] for r in (resumed, whole))
+    assert [found[k] for k in ("history", "measured_kl")] == [
+        expected[k] for k in ("history", "measured_kl")
+    ]
+    assert digests(folder / "run" / "export") == digests(folder / "whole" / "export")

@@ -140,3 +140,35 @@ def python(interpreter: str, code: str, *, cwd: Path, path: Path | None = None) 
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_metadata_is_what_an_index_accepts(wheel: Path) -> None:
+    """The checks of ``twine check``, by the library that it has them from."""
+    from packaging.metadata import Metadata
+
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith("-info/METADATA"))
+        text = archive.read(name)
+    metadata = Metadata.from_email(text, validate=True)
+    assert metadata.description_content_type == "text/markdown"
+    assert metadata.license_expression == "Apache-2.0"
+    assert metadata.description
+
+
+def test_a_model_is_compressed_by_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
+    from pipeline_fixtures import (
+        config_of,
+        save_checkpoint,
+        write_config,
+        write_text,
+    )
+
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    save_checkpoint(tmp_path / "model")
+    settings = config_of(tmp_path / "model", write_text(tmp_path), tmp_path / "run")
+    path = write_config(tmp_path / "run.yaml", settings)
+    code = f"import compress; print(compress.run({str(path)!r}).workdir)"
+    done = python(sys.executable, code, cwd=tmp_path, path=tmp_path / "site")
+    assert done.splitlines()[-1] == str(tmp_path / "run")
+    assert list((tmp_path / "run/export/safetensors").glob("*.safetensors"))

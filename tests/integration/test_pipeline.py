@@ -29,6 +29,7 @@ REPORT_KEYS = {
     *("bits_per_weight", "size_breakdown", "metrics", "transforms", "inputs"),
     *("kv_cache", "layers", "exports", "pruning", "recovery"),
     *("one_plan_two_files", "seconds", "peak_memory_bytes", "predicted", "warnings"),
+    *("held_back", "kept_dense"),
     "experts",
     "samples",
     "allocation",

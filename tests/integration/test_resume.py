@@ -94,6 +94,31 @@ def test_a_run_that_is_killed_from_outside_can_go_on(
     assert not list(workdir.rglob("*.part"))
 
 
+def test_sigterm_ends_a_run_in_order(folder: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "stopped"
+    path = write_config(tmp_path / "run.yaml", config(folder, str(workdir)))
+    with subprocess.Popen(
+        [sys.executable, "-m", "compress", "run", str(path)],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not (workdir / "blocks/0000.safetensors").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.0005)
+        again = call("run", path, "--resume")  # while it works there
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert again.exit_code == 2
+    assert f"another run works in {workdir} (process {process.pid} on" in again.stderr
+    assert process.returncode == 143, said
+    assert "stopped by SIGTERM: interrupted; continue with" in said
+    assert not list(workdir.rglob("*.part")) and not (workdir / "run.lock").exists()
+    assert call("run", path, "--resume").exit_code == 0
+    assert digests(workdir / "export") == digests(folder / "whole" / "export")
+
+
 def killed_everywhere(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     path = folder / "config.json"
     path.write_text(json.dumps(settings))

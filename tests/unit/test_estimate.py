@@ -19,7 +19,7 @@ from compress.core.statistics import LayerStatistics
 from compress.core.tensors import QuantizedTensor
 from compress.planning import duration
 from compress.planning.estimate import Work, estimate
-from compress.planning.memory import peak_bytes
+from compress.planning.memory import peak_bytes, windows_that_fit
 from compress.planning.shapes import Shapes
 from compress.quantizers.rtn import RoundToNearest
 
@@ -209,3 +209,17 @@ def test_blocks_of_different_widths_are_counted_by_their_own() -> None:
     ]
     assert shapes.block == max(sizes) == sizes[1]
     assert shapes.active == sum(sizes) / 3
+
+
+def test_fewer_windows_at_once_are_predicted_to_take_less() -> None:
+    work = Work((128, 2048), False, (0, 0), 0, 0, False)
+    whole = peak_bytes(LLAMA_7B, work, dtype=torch.float32)
+    one = Work((1, 2048), False, (0, 0), 0, 0, False)
+    least = peak_bytes(LLAMA_7B, one, dtype=torch.float32)
+    fit = {
+        limit: windows_that_fit(LLAMA_7B, work, dtype=torch.float32, limit_bytes=limit)
+        for limit in (least - 1, least, (least + whole) // 2, whole)
+    }
+    assert list(fit.values())[:2] == [0, 1]
+    assert 1 < fit[(least + whole) // 2] < 128
+    assert fit[whole] == 128

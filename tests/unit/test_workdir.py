@@ -85,13 +85,6 @@ def test_a_second_run_needs_a_decision(tmp_path: Path) -> None:
     work.check(resume=False, overwrite=True)
 
 
-def test_a_file_is_no_work_directory(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.touch()
-    with pytest.raises(ConfigError, match="is a file, not a folder"):
-        WorkDir(path).check(resume=False, overwrite=False)
-
-
 def test_what_changed_is_named(tmp_path: Path) -> None:
     work = WorkDir(tmp_path)
     work.begin(FINGERPRINT, overwrite=False)
@@ -167,3 +160,69 @@ def test_a_filled_folder_replaces_the_old_one(tmp_path: Path) -> None:
     WorkDir(tmp_path).replace_folder(target, lambda f: (f / "new").touch())
     assert [path.name for path in target.iterdir()] == ["new"]
     assert [path.name for path in target.parent.iterdir()] == ["x"]
+
+
+def test_codes_without_a_state_are_of_unknown_origin(tmp_path: Path) -> None:
+    """Such as those that a kill left while an earlier run was being removed."""
+    work = WorkDir(tmp_path)
+    work.begin(FINGERPRINT, overwrite=False)
+    work.save_part("0000", {"a": coded()}, {"a": LayerRecord(None, 0.1, 0.1)})
+    (tmp_path / "state.json").unlink()
+    work.begin(FINGERPRINT, overwrite=False)
+    assert not work.has_part("0000")
+
+
+def test_a_removal_that_is_killed_leaves_nothing_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = WorkDir(tmp_path)
+    work.begin(FINGERPRINT, overwrite=False)
+    work.save_part("0000", {"a": coded()}, {"a": LayerRecord(None, 0.1, 0.1)})
+    work.save_part("0001", {"b": coded()}, {"b": LayerRecord(None, 0.1, 0.1)})
+    removed: list[Path] = []
+
+    def killed(path: Path, **_: object) -> None:
+        removed.append(path)
+        if (path / "0000.safetensors").exists():
+            (path / "0000.safetensors").unlink()  # the first file of the folder
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("compress.workdir.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        work.begin({"model": "z"}, overwrite=True)
+    monkeypatch.undo()
+    assert removed
+    with pytest.raises(ConfigError, match="model, plan changed"):
+        work.begin({"model": "z"}, overwrite=False)
+    work.begin(FINGERPRINT, overwrite=False)  # the old run, from its first block
+    assert not work.has_part("0000") and not work.has_part("0001")
+
+
+def test_a_folder_is_never_half_of_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, target = WorkDir(tmp_path), tmp_path / "export" / "x"
+    work.replace_folder(target, lambda f: (f / "old").touch())
+
+    def killed(path: Path, **_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("compress.workdir.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        work.replace_folder(target, lambda f: (f / "new").touch())
+    assert [path.name for path in target.iterdir()] == ["new"]
+
+
+def test_redoing_keeps_the_codes_that_tuning_begins_with(tmp_path: Path) -> None:
+    work = WorkDir(tmp_path)
+    work.begin(FINGERPRINT, overwrite=False)
+    work.save_part("0000", {"a": coded()}, {"a": LayerRecord(None, 0.1, 0.1)})
+    for name in ("allocation", "tuning", "evaluation"):
+        work.stage(name, lambda: 1)
+    work.begin({**FINGERPRINT, "tune": "x"}, overwrite=False, redo=True)
+    assert work.has_part("0000")
+    assert work.stored("allocation") == 1
+    assert work.stored("tuning") is None and work.stored("evaluation") is None
+    work.begin({**FINGERPRINT, "plan": "x"}, overwrite=False, redo=True)
+    assert not work.has_part("0000")
+    assert work.stored("allocation") is None

@@ -23,6 +23,7 @@ from torch import nn
 
 from compress.allocators.ramp.features import LIMIT, SIZES
 from compress.core.errors import AllocationError
+from compress.core.foreign import MALFORMED, parse_json
 
 FORMAT = 1
 """Version of the files."""
@@ -121,7 +122,7 @@ def load_policy(folder: Path) -> tuple[NormalisedActor, PolicyCard]:
         AllocationError: Files are missing, damaged or of another version.
     """
     try:
-        raw = json.loads((folder / "policy.json").read_text("utf-8"))
+        raw = parse_json((folder / "policy.json").read_text("utf-8"))
         card = PolicyCard(
             features=raw["features"],
             bits=(int(raw["bits"][0]), int(raw["bits"][1])),
@@ -137,7 +138,7 @@ def load_policy(folder: Path) -> tuple[NormalisedActor, PolicyCard]:
             )
         actor = build_actor(card)
         actor.load_state_dict(load_file(folder / "policy.safetensors"))
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
+    except (OSError, RuntimeError, *MALFORMED) as error:
         raise AllocationError(
             f"{folder} holds no policy that can be read: {type(error).__name__}: "
             f"{error}; give a folder that save_policy wrote"

@@ -14,6 +14,7 @@ from torchrun_fixtures import run_processes
 
 from compress.core.errors import ConfigError
 from compress.recovery.recover import recover
+from compress.workdir import WorkDir
 
 SCRIPT = """
 import json, os, sys
@@ -94,10 +95,16 @@ def test_a_split_run_goes_on_from_its_files(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="stopped here"):
         run_two(tmp_path, **common, checkpoint_minutes=0, stop=1)
     names = sorted(p.name for p in (tmp_path / "state-two").glob("training*"))
-    assert names == ["training-2-0.part", "training-2-1.part", "training.json"]
+    assert names == [
+        "training-2-0.safetensors",
+        "training-2-1.safetensors",
+        "training.json",
+    ]
     name = "model.layers.0.mlp.up_proj.weight"
     own = load_file(tmp_path / "state-two" / names[1])
     assert 2 * len(own[f"now/{name}"]) == len(expected[name])
+    # What every resumed run does first must not take them away.
+    WorkDir(tmp_path / "state-two").begin({}, overwrite=False)
     run_two(tmp_path, **common, checkpoint_minutes=0)
     for name, tensor in weights(tmp_path / "two").items():
         assert torch.equal(tensor, expected[name])

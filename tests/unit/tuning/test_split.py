@@ -112,7 +112,7 @@ def test_a_split_run_goes_on_from_the_rows_of_each_process(tmp_path: Path) -> No
     run_processes(SCRIPT, tmp_path, {"whole": case})
     with pytest.raises(AssertionError, match="stopped here"):
         run_processes(SCRIPT, tmp_path, {"broken": case | {"stop": 1}})
-    parts = sorted((tmp_path / "broken").glob("training-3-*.part"))
+    parts = sorted((tmp_path / "broken").glob("training-3-*.safetensors"))
     assert len(parts) == 2
     rows = {name: tensor.shape for name, tensor in load_file(parts[0]).items()}
     whole = load_file(tmp_path / "whole.safetensors")

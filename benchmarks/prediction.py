@@ -1,0 +1,130 @@
+"""What a dry run predicts, beside what the run then takes: memory and time.
+
+Random models of three sizes and of 32,000 tokens, quantized by GPTQ to 4 bits,
+evaluated, exported and verified, each in a process of its own. Nothing is fitted to
+these runs: the speeds are those that the dry run measures on the spot.
+
+    python benchmarks/prediction.py [--sizes small,medium,large]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+from pipeline_fixtures import save_checkpoint, write_config  # noqa: E402
+from results import FOLDER, write_result  # noqa: E402
+
+WORK = Path("runs/benchmarks/prediction")
+# Hidden size, MLP width, blocks, heads, groups of them.
+SIZES = {
+    "small": (512, 1536, 6, 8, 4),
+    "medium": (1024, 2816, 8, 16, 4),
+    "large": (2048, 5632, 6, 32, 4),
+}
+_LIMIT = 0.25
+
+
+def model(name: str) -> Path:
+    """Make a random model, once."""
+    import torch
+
+    hidden, inner, blocks, heads, groups = SIZES[name]
+    folder = WORK / name
+    if not (folder / "config.json").is_file():
+        save_checkpoint(
+            folder,
+            dtype=torch.bfloat16,
+            vocab_size=32000,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=blocks,
+            num_attention_heads=heads,
+            num_key_value_heads=groups,
+            head_dim=64,
+            max_position_embeddings=2048,
+            initializer_range=0.02,
+        )
+    return folder
+
+
+def config(name: str) -> Path:
+    """Write the config of a size."""
+    settings = {
+        "model": {"path": str(model(name))},
+        "calibration": {"data": "mix", "samples": 16, "sequence_length": 256},
+        "quantize": {"method": "gptq", "scheme": "int4-g128"},
+        "evaluate": {"perplexity": ["wikitext2"], "windows": 8, "sequence_length": 256},
+        "export": [{"format": "safetensors"}],
+        "run": {"workdir": str(WORK / f"{name}-run"), "device": "cpu", "threads": 2},
+    }
+    return write_config(WORK / f"{name}.yaml", settings)
+
+
+def compress(*arguments: str) -> None:
+    """Call the command with a cache of its own."""
+    subprocess.run(
+        [sys.executable, "-m", "compress", *arguments],
+        env={**os.environ, "COMPRESS_CACHE": str(WORK / "cache"), "TQDM_DISABLE": "1"},
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def row(name: str) -> dict[str, Any]:
+    """Run a size; return its row."""
+    path = config(name)
+    compress("run", str(path), "--overwrite", "--force")
+    report = json.loads((WORK / f"{name}-run" / "report.json").read_text())
+    predicted = report["predicted"]
+    memory = predicted["peak_memory_bytes"] / report["peak_memory_bytes"]
+    taken = sum(report["seconds"].values())
+    return {
+        "size": name,
+        "parameters": f"{report['model']['parameters'] / 1e6:.0f} M",
+        "GiB predicted": round(predicted["peak_memory_bytes"] / 2**30, 2),
+        "GiB measured": round(report["peak_memory_bytes"] / 2**30, 2),
+        "memory ratio": round(memory, 2),
+        "s predicted": round(predicted["seconds"], 1),
+        "s measured": round(taken, 1),
+        "time ratio": round(predicted["seconds"] / taken, 2),
+        "stages": ", ".join(
+            f"{stage} {seconds:.0f}" for stage, seconds in report["seconds"].items()
+        ),
+    }
+
+
+def main() -> int:
+    """Run the sizes; 1 if a prediction is off by more than a quarter."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", default=",".join(SIZES))
+    arguments = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    file = FOLDER / "prediction.json"
+    known = json.loads(file.read_text())["figures"]["sizes"] if file.exists() else []
+    rows = {entry["size"]: entry for entry in known}
+    for name in arguments.sizes.split(","):
+        rows[name] = row(name)
+        print(json.dumps(rows[name]), flush=True)
+        write_result(
+            "prediction",
+            claim="Peak memory and time that the dry run predicts for a run on the "
+            "CPU, beside what it took; ratios are predicted over measured, and should "
+            "lie between 0.75 and 1.25.",
+            figures={"sizes": [rows[size] for size in SIZES if size in rows]},
+            command="python benchmarks/prediction.py",
+        )
+    ratios = [r[key] for r in rows.values() for key in ("memory ratio", "time ratio")]
+    return int(any(not 1 - _LIMIT <= ratio <= 1 + _LIMIT for ratio in ratios))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
