@@ -180,10 +180,10 @@ def plan(
 
     chosen = budget_assignments(budget) if budget is not None else []
     loaded = load_config(config, [*(sets or ()), *chosen])
-    from compress import pipeline
+    from compress import pipeline, searching
 
     is_search = search or budget is not None
-    found = pipeline.search(loaded) if is_search else pipeline.plan(loaded)
+    found = searching.search(loaded) if is_search else pipeline.plan(loaded)
     _print(found.to_dict() if as_json else found.text())
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from compress.config.schema import RunSection
+from compress.config.run_section import RunSection
 
 
 def held_back(metrics: Mapping[str, Any], section: RunSection) -> str | None:

@@ -34,7 +34,6 @@ from compress.calibration.sources import check_sources
 from compress.config import Config
 from compress.config.plugins import create_chain, create_exporter
 from compress.core.artifact import CompressedModel, ModelDescription
-from compress.core.errors import ConfigError
 from compress.core.plan import Plan
 from compress.core.tensors import QuantizedTensor
 from compress.distributed.team import Team, own_device, team
@@ -66,7 +65,6 @@ __all__ = [
     "inspect",
     "plan",
     "run",
-    "search",
 ]
 
 _log = logging.getLogger(__name__)
@@ -350,11 +348,11 @@ def run(
             lambda: Run(loaded, command, team=members, redo=redo, force=force)
         )
         if current.pruning is not None:
-            current, overwrite = _pruned(current, overwrite=overwrite), False
+            current, overwrite = with_pruned(current, overwrite=overwrite), False
         return current.execute(overwrite=overwrite, write_exports=write_exports)
 
 
-def _pruned(provisional: Run, *, overwrite: bool) -> Run:
+def with_pruned(provisional: Run, *, overwrite: bool) -> Run:
     """Prune, and return the run that goes on with the pruned model."""
     check_tensors(provisional.handle)
     members = provisional.team
@@ -383,30 +381,6 @@ def plan(config: Config | Mapping[str, Any] | str | Path) -> preview.PlanPreview
 
 
 dry_run = plan
-
-
-def search(config: Config | Mapping[str, Any] | str | Path) -> Outcome:
-    """Return the plan that the search under a config's budget chooses.
-
-    Levels and sensitivities stay in the cache, for the run or for another budget;
-    nothing else is written.
-
-    Raises:
-        ConfigError: The config has no budget.
-        AllocationError: The smallest choices exceed it.
-    """
-    loaded = preparing.prepared(config)
-    if loaded.budget is None:
-        raise ConfigError(
-            "there is nothing to search without a budget; give --budget 95MB, or add "
-            "budget: {bytes: 95MB} to the config"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        section = loaded.run.model_copy(update={"workdir": Path(folder)})
-        current = Run(loaded.model_copy(update={"run": section}))
-        if current.pruning is not None:
-            current = _pruned(current, overwrite=False)
-        return current.search_only()
 
 
 def export(workdir: str | Path, to: str, options: Mapping[str, Any]) -> Result:

@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from compress import pipeline, provenance, reshaping
+from compress import pipeline, provenance, reshaping, searching
 from compress.config import SweepConfig, load_sweep
 from compress.config.sweep_points import SweepPoint, sweep_points
 from compress.core.errors import ConfigError
@@ -179,7 +179,7 @@ def _run(point: SweepPoint, loaded: SweepConfig) -> dict[str, Any]:
         "settings": dict(point.settings),
     }
     if config.evaluate is None and not loaded.export:
-        outcome = pipeline.search(config)
+        outcome = searching.search(config)
         WorkDir(folder).write_json("search.json", outcome.to_dict())
         measured = {"text": SEARCH_TEXT, "kl": outcome.record["measured_kl"]}
         found |= _searched(outcome.record) | measured | {"failures": []}

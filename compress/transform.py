@@ -1,9 +1,8 @@
 """Carrying out a plan, one decoder block at a time, with a checkpoint after each.
 
 With a calibrated method, hidden states of the calibration windows travel through the
-blocks: those of the compressed model, and beside them those of the dense one where a
-method corrects for drift. Without one, layers are read and coded one by one and nothing
-is ever run.
+blocks: those of the compressed model, and of the dense one where a method corrects for
+drift. Without one, layers are read and coded one by one and nothing is ever run.
 """
 
 from __future__ import annotations

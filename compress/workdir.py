@@ -25,6 +25,8 @@ from compress.core.foreign import MALFORMED, parse_json
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 from compress.distributed.team import Team
+from compress.writing import TEMPORARY
+from compress.writing import write_atomically as write_atomically  # also from here
 
 _log = logging.getLogger(__name__)
 _TRANSFORMS = "transforms.safetensors"
@@ -37,22 +39,6 @@ _TUNING = ("results/tuning.json", "tuned", "tuning")
 _CODES = ("plan.json", "results", _TRANSFORMS, "blocks", *_TUNING)
 _STAGES = ("pruning", "recovery")  # have a state of their own, before the run's
 _REPORTS = ("report.json", "report.md", "report.html")
-_TEMPORARY = ".part"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is either whole or absent, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + _TEMPORARY)
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # whatever it was, no half file stays behind
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @dataclass(frozen=True)
@@ -230,7 +216,7 @@ class WorkDir:
             path = self.root / name
             if not path.exists():
                 continue
-            gone = path.with_name(f"{path.name}.gone{_TEMPORARY}")
+            gone = path.with_name(f"{path.name}.gone{TEMPORARY}")
             if gone.is_dir():
                 shutil.rmtree(gone)
             os.replace(path, gone)
@@ -240,7 +226,7 @@ class WorkDir:
                 gone.unlink()
 
     def _sweep(self) -> None:
-        for leftover in self.root.glob(f"**/*{_TEMPORARY}"):
+        for leftover in self.root.glob(f"**/*{TEMPORARY}"):
             if leftover.is_dir():
                 shutil.rmtree(leftover)
             else:
@@ -394,7 +380,7 @@ class WorkDir:
 
     def replace_folder(self, target: Path, fill: Callable[[Path], Any]) -> Any:
         """Fill a temporary folder and rename it to ``target`` when it is complete."""
-        temporary = target.with_name(target.name + _TEMPORARY)
+        temporary = target.with_name(target.name + TEMPORARY)
         if temporary.exists():
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True)
@@ -405,7 +391,7 @@ class WorkDir:
             raise
         # Never half of the old folder under its name: a kill while it is removed would
         # leave what looks like a finished one.
-        old = target.with_name(f"{target.name}.old{_TEMPORARY}")
+        old = target.with_name(f"{target.name}.old{TEMPORARY}")
         if target.exists():
             os.replace(target, old)
         os.replace(temporary, target)

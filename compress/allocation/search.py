@@ -18,22 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from compress.allocation import sensitivity
 from compress.allocation.assemble import Assembly, assembled_model
 from compress.allocation.budget import budget_bytes, format_of_budget
-from compress.allocation.candidates import (
-    DEFAULT_SCHEMES,
-    Candidate,
-    find_candidates,
-)
+from compress.allocation.candidates import DEFAULT_SCHEMES, Candidate, find_candidates
 from compress.allocation.database import LevelMaker
 from compress.allocation.journal import Assignment, Journal
 from compress.allocation.outcome import Outcome, account
-from compress.allocation.sensitivity import (
-    fisher_slopes,
-    measured_slopes,
-    scaled,
-    unit_error,
-)
 from compress.allocation.store import Level, LevelStore, digest, is_table
 from compress.allocation.text import reward_windows
 from compress.config.budget_sections import AllocateSection, BudgetSection
@@ -179,7 +170,10 @@ class Search:
         with timed(self.seconds, "levels"):
             self._levels = self._make_levels(tokens)
         errors = [
-            [unit_error(option.layers, self._levels) for option in unit.options]
+            [
+                sensitivity.unit_error(option.layers, self._levels)
+                for option in unit.options
+            ]
             for unit in units
         ]
         with timed(self.seconds, "sensitivity"):
@@ -255,8 +249,7 @@ class Search:
     def _journal(self, pinned: Sequence[LayerPlan]) -> Callable[..., float]:
         """Return the measurements with some layers of no unit put in as well.
 
-        A single process keeps them in a file. Of several, each would answer from what
-        it has read, and wait for others that did not have to ask.
+        A single process keeps them in a file; several would have read different ones.
         """
         keys = [
             [[self._levels[layer].key for layer in option.layers] for option in options]
@@ -311,12 +304,12 @@ class Search:
         units, run = self.candidates.units, self._run
         inside = set(run.model.linears())
         if self.section.sensitivity == "measured":
-            slopes = measured_slopes(units, errors, self._measure_alone)
+            slopes = sensitivity.measured_slopes(units, errors, self._measure_alone)
         else:
             model = StreamedModel(run.model, run.transformed.source, device=run.device)
             windows = self._tokens.tokens[: self.section.samples, :_FISHER_TOKENS]
             slopes = run.team.alone(
-                lambda: fisher_slopes(
+                lambda: sensitivity.fisher_slopes(
                     model,
                     windows,
                     units,
@@ -326,7 +319,7 @@ class Search:
                     seed=run.config.run.seed,
                 )
             )
-        losses = [scaled(s, e) for s, e in zip(slopes, errors, strict=True)]
+        losses = [sensitivity.scaled(s, e) for s, e in zip(slopes, errors, strict=True)]
         for i, unit in enumerate(units):
             if unit.layers[0] not in inside:
                 losses[i] = self._measured_choices(i)

@@ -18,6 +18,7 @@ from compress.config.plugins import (
     create_transform,
 )
 from compress.config.recover_section import RecoverOptions, RecoverSection
+from compress.config.run_section import RunSection
 from compress.config.schema import (
     DENSE,
     CalibrationSection,
@@ -27,7 +28,6 @@ from compress.config.schema import (
     ModelSection,
     Override,
     QuantizeSection,
-    RunSection,
     TransformEntry,
     WeightedSource,
 )

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import CheckpointError
 from compress.model.prefetch import ReadAhead
+from compress.model.recording import moved, recorded
 from compress.model.skeleton import build_skeleton
 from compress.model.sources import check_finite, checked
 from compress.model.spill import Room, give_back
@@ -127,8 +128,8 @@ class StreamedModel:
         width = int(self.description.config["hidden_size"])
         shape = (*input_ids.shape, width)
         hidden, pages = allocate(shape, self._dtype, self._device, self._room)
-        given = _moved(others, self._device)
-        with _recorded(self._blocks, calls) as first:
+        given = moved(others, self._device)
+        with recorded(self._blocks, calls) as first:
             for number, window in enumerate(input_ids):
                 ids = window.unsqueeze(0).to(self._device)
                 self._body(input_ids=ids, use_cache=False, **given)
@@ -248,7 +249,7 @@ class StreamedModel:
             for path, weight in (weights or {}).items()
         }
         output = torch.func.functional_call(
-            block, others, (states,), _moved(call, self._device)
+            block, others, (states,), moved(call, self._device)
         )
         values: Tensor = output[0] if isinstance(output, tuple) else output
         return values
@@ -370,40 +371,3 @@ class StreamedModel:
             for name, buffer in buffers.items():
                 owner, _, leaf = name.rpartition(".")
                 module.get_submodule(owner)._buffers[leaf] = buffer
-
-
-@contextmanager
-def _recorded(blocks: Any, calls: list[BlockCall]) -> Iterator[list[Tensor]]:
-    """Replace the blocks' forward by recorders; yield the inputs of block 0."""
-    first: list[Tensor] = []
-
-    def recorder(index: int) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if args:
-                raise CheckpointError("this architecture calls its blocks by position")
-            if not calls[index]:
-                calls[index].update(kwargs)
-            if index == 0:
-                first.append(hidden_states)
-            return hidden_states
-
-        return forward
-
-    for index, block in enumerate(blocks):
-        block.forward = recorder(index)
-    try:
-        yield first
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Copy a nest of tensors to ``device``."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_moved(item, device) for item in value)
-    return value

@@ -17,7 +17,7 @@ from pipeline_fixtures import (
 )
 
 import compress
-from compress import pipeline
+from compress import searching
 from compress.core.errors import CompressError
 
 
@@ -98,7 +98,7 @@ def test_a_searched_plan_is_the_one_that_a_run_carries_out(
 
 
 def test_a_search_is_told_unit_by_unit(folder: Path) -> None:
-    text = pipeline.search(budgeted(folder, "run", {"bits_per_weight": 8.0})).text()
+    text = searching.search(budgeted(folder, "run", {"bits_per_weight": 8.0})).text()
     assert "of the budget" in text and "measured KL" in text
     for name in ("model.embed_tokens", "model.layers.1.mlp.down_proj"):
         (line,) = (x for x in text.splitlines() if x.strip().startswith(name))
@@ -108,7 +108,7 @@ def test_a_search_is_told_unit_by_unit(folder: Path) -> None:
 def test_a_search_without_a_budget_is_refused(folder: Path) -> None:
     plain = config_of(folder / "model", folder / "text.txt", folder / "run")
     with pytest.raises(CompressError, match="--budget"):
-        pipeline.search(plain)
+        searching.search(plain)
 
 
 def test_a_searched_plan_for_vllm_fuses_what_vllm_fuses(folder: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_searched_plan_for_vllm_fuses_what_vllm_fuses(folder: Path) -> None:
         "export": [{"format": "safetensors", "runtime": "vllm"}],
         "allocate": {"schemes": ["int4-g32", "int8-g32"], "samples": 4, "windows": 2},
     }
-    outcome = pipeline.search(config)
+    outcome = searching.search(config)
     layers = outcome.plan.layers
     schemes = {layer.scheme.name for layer in layers.values()}
     assert schemes == {"int4-g32", "int8-g32"}
