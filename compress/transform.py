@@ -51,8 +51,7 @@ def block_of_layer(layer: str, model: ModelDescription) -> int | None:
 
 def part_of_layer(layer: str, model: ModelDescription) -> str:
     """Return the checkpoint part that a layer's codes are in."""
-    block = block_of_layer(layer, model)
-    if block is not None:
+    if (block := block_of_layer(layer, model)) is not None:
         return _part(block)
     return HEAD if layer == model.family.head else EMBEDDINGS
 

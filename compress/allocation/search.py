@@ -2,8 +2,8 @@
 
 Before a weight is read: what may be chosen, what it takes in the file, and whether the
 budget can be kept at all. Then the level database is filled, losses are predicted, an
-allocator searches, and its choice is measured as it was assembled. Levels and losses
-are kept in the cache, so that another budget or allocator begins with the search.
+allocator searches, and its choice is measured as it was assembled. The cache keeps
+levels and losses, so that another budget or allocator begins with the search.
 """
 
 from __future__ import annotations
@@ -211,8 +211,7 @@ class Search:
             for option in unit.options
             for layer in option.layers
         ]
-        wanted += self.candidates.pinned.values()
-        return maker.make(wanted, tokens.tokens)
+        return maker.make([*wanted, *self.candidates.pinned.values()], tokens.tokens)
 
     @cached_property
     def _windows(self) -> torch.Tensor:

@@ -53,6 +53,8 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     fake = Pipeline()
     monkeypatch.setitem(sys.modules, "compress.pipeline", fake)
     monkeypatch.setattr(compress, "pipeline", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "compress.searching", fake)
+    monkeypatch.setattr(compress, "searching", fake, raising=False)
     return fake
 
 
