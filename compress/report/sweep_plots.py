@@ -24,6 +24,7 @@ Place = tuple[float, float]
 
 TITLE = "Size against loss"
 _WIDTH, _HEIGHT = 480, 340
+_LEGEND_ROW = 20
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 468.0, 26.0, 296.0
 NAMED = {KL: "KL, nats a token", BITS_PER_BYTE: "bits per byte"}
 
@@ -32,8 +33,10 @@ def render_svg(data: Data) -> str:
     """Return the figure as a file of its own, which follows light and dark."""
     style = element("style", STYLE + "svg { font-family: system-ui, sans-serif; }")
     ground = element("rect", width="100%", height="100%", fill="var(--ground)")
-    body = style + ground + _plot(data) + _inner_legend(data)
-    svg = figure(body, width=_WIDTH, height=_HEIGHT, title=TITLE)
+    body = style + ground + _plot(data) + _legend_below(data)
+    rows = -(-len(names_of_series(data)) // 2)
+    height = _HEIGHT + _LEGEND_ROW * rows + 6
+    svg = figure(body, width=_WIDTH, height=height, title=TITLE)
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{svg}\n'
 
 
@@ -132,13 +135,14 @@ def _place(point: Data, key: str, x: Axis, y: Axis) -> Place:
     return x.at(float(point["bytes"]) / 1e6), y.at(float(point[key]))
 
 
-def _inner_legend(data: Data) -> str:
-    """Return the names of series inside the plot, where its curves never are."""
+def _legend_below(data: Data) -> str:
+    """Return the names of series below the plot, two in a row."""
     body = ""
     for index, name in enumerate(names_of_series(data)):
-        y = _TOP + 14 + 20 * index
-        body += label(_RIGHT - 16, y, name, anchor="end", class_="halo")
-        body += marker(index % SERIES, _RIGHT - 6, y - 4, scale=1.4)
+        x = 14 + index % 2 * _WIDTH / 2
+        y = _HEIGHT + _LEGEND_ROW * (index // 2) + 14
+        body += marker(index % SERIES, x, y - 4, scale=1.4)
+        body += label(x + 10, y, name)
     return element("g", body, class_="key")
 
 
