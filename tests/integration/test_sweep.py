@@ -17,7 +17,7 @@ from pipeline_fixtures import (
 )
 
 import compress
-from compress import pipeline
+from compress import pipeline, searching
 from compress.core.errors import CompressError
 
 
@@ -55,13 +55,14 @@ def sweep_of(folder: Path, **changes: Any) -> dict[str, Any]:
 def count_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
     """Return a list that fills with the budgets that a function is called for."""
     calls: list[str] = []
-    real = getattr(pipeline, name)
+    module = searching if name == "search" else pipeline
+    real = getattr(module, name)
 
     def counted(config: Any, **options: Any) -> Any:
         calls.append(str(config.budget.bits_per_weight))
         return real(config, **options)
 
-    monkeypatch.setattr(pipeline, name, counted)
+    monkeypatch.setattr(module, name, counted)
     return calls
 
 
