@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from streaming_fixtures import model_of
 from torch import Tensor
@@ -19,10 +20,11 @@ from compress.core.plan import LayerPlan, Plan
 from compress.core.scheme import Scheme
 from compress.core.tensors import QuantizedTensor
 from compress.model.loading import ModelHandle, open_model
+from compress.recovery import checkpoints
 from compress.recovery.models import WholeModel
 from compress.recovery.text import RecoveryText
 from compress.transform import CompressedSource
-from compress.tuning.tune import Tuned
+from compress.tuning.tune import Tuned, tune
 
 VOCABULARY = 128
 _STEPS = 60
@@ -166,3 +168,39 @@ def options_of(**changes: Any) -> PVOptions:
         "dtype": "float32",
     }
     return PVOptions(**(values | changes))
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
+    """Let a run die right after it has written so many checkpoints."""
+    save, done = checkpoints.Checkpoint.save, [0]
+
+    def dying(self: checkpoints.Checkpoint, *arguments: Any) -> None:
+        save(self, *arguments)
+        done[0] += 1
+        if done[0] == saves:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints.Checkpoint, "save", dying)
+
+
+def tuned_codes(
+    folder: Path,
+    scheme: str,
+    options: Any,
+    *,
+    kind: str = "llama",
+    state: str = "state",
+) -> Tuned:
+    """Tune a student's codes after the teacher's outputs, in one process."""
+    teacher = save_teacher(folder, kind)
+    student, codes = coded_student(teacher, scheme)
+    return tune(
+        student,
+        teacher,
+        codes,
+        originals=teacher.source,
+        text=text_of(),
+        options=options,
+        device="cpu",
+        state=folder / state,
+    )

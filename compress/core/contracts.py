@@ -19,6 +19,7 @@ from torch import Tensor
 from compress.core.allocation import Allocation, AllocationProblem
 from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.continuous import BlockTuning
+from compress.core.errors import SchemeError
 from compress.core.neurons import GatedMLP, NeuronStatistics, keep_largest
 from compress.core.plan import Plan
 from compress.core.scheme import Scheme
@@ -146,8 +147,11 @@ class Quantizer(Plugin):
             weight: ``[R, C]``, any float type; not changed.
             scheme: One that :meth:`takes_importance` says yes to.
             importance: float32 ``[C]``, proportional to ``E[x^2]`` of each input.
+
+        Raises:
+            SchemeError: :meth:`takes_importance` says no.
         """
-        raise NotImplementedError(f"{self.name} does not take importances")
+        raise SchemeError(f"{self.name} does not take importances for {scheme.name}")
 
 
 class Pruner(Plugin):

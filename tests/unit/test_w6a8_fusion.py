@@ -13,6 +13,7 @@ from export_fixtures import make_artifact
 from gguf_fixtures import tiny_config
 from moe_fixtures import KINDS
 from safetensors.torch import load_file
+from torch import library
 
 import compress
 from compress.core.errors import CheckpointError
@@ -252,7 +253,7 @@ def test_codes_and_layer_are_the_layer() -> None:
 
 def test_the_operations_obey_torchs_contract() -> None:
     x, tests = torch.randn(2, 3, 160), ("test_schema", "test_faketensor")
-    check = torch.library.opcheck
+    check = library.opcheck
     check(
         fused.rms_norm_quant, (x, torch.randn(160), 1e-5, False, 32), test_utils=tests
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from export_fixtures import linears, make_artifact
 from safetensors.torch import load_file
+from torch import library
 
 import compress
 from compress.core.errors import CheckpointError, KernelError
@@ -80,9 +81,9 @@ def test_the_operations_obey_torchs_contract() -> None:
     given = TiledWeight.from_quantized(tensor("w6a8-g32", 20, 160))
     x = inputs(2, 3, 160)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(ops.quant_act, (x, 160), test_utils=tests[:2])
+    library.opcheck(ops.quant_act, (x, 160), test_utils=tests[:2])
     arguments = (x, given.tiles, given.scales, inputs(20), 20, 160, 32, 160)
-    torch.library.opcheck(ops.w6a8_linear, arguments, test_utils=tests)
+    library.opcheck(ops.w6a8_linear, arguments, test_utils=tests)
 
 
 def test_quant_act_fills_up_with_zeros() -> None:

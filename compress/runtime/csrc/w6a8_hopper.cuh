@@ -2,7 +2,7 @@
 //
 // A block computes 64 kDown rows for kTokens tokens: kDown warpgroups, each with 64 rows,
 // unpack weights from shared memory into the registers that the tensor cores take them
-// from; the inputs are taken from shared memory. One more warp starts all copies, kStages
+// from; the inputs are taken from shared memory. One more thread starts all copies, kStages
 // steps of 128 columns ahead, also into the next part of the result: blocks stay and go
 // on with another part. Rows of the weight are the rows of the products, tokens their
 // columns.

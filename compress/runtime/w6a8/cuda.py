@@ -91,19 +91,45 @@ def linear(
         return outputs
     group = group if group is not None and group < inputs.shape[1] else None
     cut = cut_of(inputs, weight, group, on_hopper)
-    partial = tickets = None
+    tickets = None
     if cut.splits > 1:
-        partial = torch.empty(cut.workspace, device=inputs.device)
         tickets = torch.empty(cut.blocks, dtype=torch.int32, device=inputs.device)
-    codes, scales = quantize(kernels, inputs, group, tickets)
-    arguments = linear_arguments(codes, scales, weight, outputs, cut, group)
-    arguments.bias = bias.data_ptr() if bias is not None else None
-    if partial is not None and tickets is not None:
-        arguments.partial, arguments.tickets = partial.data_ptr(), tickets.data_ptr()
-    with torch.cuda.device(inputs.device):
-        stream = stream_of(inputs.device)
-        kernels.linear(arguments, stream, on_hopper=cut.on_hopper)
+    coded = quantize(kernels, inputs, group, tickets)
+    launch(kernels, coded, weight, bias, outputs, cut=cut, group=group, tickets=tickets)
     return outputs
+
+
+def launch(
+    kernels: Kernels,
+    inputs: tuple[Tensor, Tensor],
+    weight: TiledWeight,
+    bias: Tensor | None,
+    outputs: Tensor,
+    *,
+    cut: Schedule,
+    group: int | None,
+    tickets: Tensor | None,
+) -> None:
+    """Start the product of inputs that are rounded already.
+
+    Args:
+        kernels: Of the device.
+        inputs: Codes and scales, as of :func:`quantize`.
+        weight: The tiles.
+        bias: ``[N]`` of the outputs' type.
+        outputs: ``[M, N]``, written.
+        cut: See :func:`cut_of`.
+        group: Columns of inputs that share a scale; ``None`` is the whole row.
+        tickets: int32 zeros ``[cut.blocks]``, if columns are split.
+    """
+    arguments = linear_arguments(*inputs, weight, outputs, cut, group)
+    arguments.bias = bias.data_ptr() if bias is not None else None
+    if tickets is not None:
+        partial = torch.empty(cut.workspace, device=outputs.device)
+        arguments.partial, arguments.tickets = partial.data_ptr(), tickets.data_ptr()
+    with torch.cuda.device(outputs.device):
+        stream = stream_of(outputs.device)
+        kernels.linear(arguments, stream, on_hopper=cut.on_hopper)
 
 
 @cache

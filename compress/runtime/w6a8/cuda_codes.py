@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compress.runtime.w6a8.abi import Kernels
-from compress.runtime.w6a8.cuda import cut_of, linear_arguments, stream_of
+from compress.runtime.w6a8.cuda import cut_of, launch
 from compress.runtime.w6a8.tiles import TiledWeight
 
 
@@ -38,12 +38,10 @@ def linear(
         return outputs
     group = columns // scales.shape[1] if scales.shape[1] > 1 else None
     cut = cut_of(codes, weight, group, None)
-    arguments = linear_arguments(codes, scales, weight, outputs, cut, group)
-    arguments.bias = bias.data_ptr() if bias is not None else None
+    tickets = None
     if cut.splits > 1:
-        partial = torch.empty(cut.workspace, device=codes.device)
         tickets = torch.zeros(cut.blocks, dtype=torch.int32, device=codes.device)
-        arguments.partial, arguments.tickets = partial.data_ptr(), tickets.data_ptr()
-    with torch.cuda.device(codes.device):
-        kernels.linear(arguments, stream_of(codes.device), on_hopper=cut.on_hopper)
+    launch(
+        kernels, inputs, weight, bias, outputs, cut=cut, group=group, tickets=tickets
+    )
     return outputs

@@ -11,16 +11,20 @@ import torch
 from pydantic import ValidationError
 from streaming_fixtures import model_of
 from torch import Tensor
-from tuning_fixtures import coded_student, divergence_of, save_teacher, text_of
+from tuning_fixtures import (
+    coded_student,
+    divergence_of,
+    kill_after,
+    tuned_codes,
+)
 
 from compress.config.tune_section import EdkmOptions
 from compress.core.scheme import Scheme
 from compress.distributed.team import Team
 from compress.model.loading import ModelHandle
-from compress.recovery import checkpoints
 from compress.recovery.models import WholeModel
 from compress.tuning.edkm import EdkmTuner
-from compress.tuning.tune import Tuned, problem_of, tune
+from compress.tuning.tune import Tuned, problem_of
 
 SCHEMES = ("palette2", "palette3-tensor-scaled", "palette-2x4")
 STEPS = 20
@@ -38,18 +42,7 @@ def options_of(**changes: Any) -> EdkmOptions:
 
 
 def tuned(folder: Path, scheme: str = "palette2", **changes: Any) -> Tuned:
-    teacher = save_teacher(folder)
-    student, codes = coded_student(teacher, scheme)
-    return tune(
-        student,
-        teacher,
-        codes,
-        originals=teacher.source,
-        text=text_of(),
-        options=options_of(**changes),
-        device="cpu",
-        state=folder / "state",
-    )
+    return tuned_codes(folder, scheme, options_of(**changes))
 
 
 @cache
@@ -186,19 +179,6 @@ def test_gradients_that_are_not_finite_change_nothing(used: float) -> None:
     assert flags.tolist() == [1.0, 0.0]
     after = tuned.snapshot() | tuned.memory()
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def kill_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
-    """Let a run die right after it has written so many checkpoints."""
-    save, done = checkpoints.Checkpoint.save, [0]
-
-    def dying(self: checkpoints.Checkpoint, *arguments: Any) -> None:
-        save(self, *arguments)
-        done[0] += 1
-        if done[0] == saves:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoints.Checkpoint, "save", dying)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -10,13 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torchrun_fixtures import run_processes
-from tuning_fixtures import coded_student, options_of, save_teacher, text_of
+from tuning_fixtures import (
+    coded_student,
+    options_of,
+    save_teacher,
+    tuned_codes,
+)
 
 from compress.core.errors import ConfigError
 from compress.core.scheme import Scheme
 from compress.core.tensors import join_rows
 from compress.tuning.stacks import split_problem
-from compress.tuning.tune import Tuned, tune
+from compress.tuning.tune import Tuned
 
 SCRIPT = """
 import json, os, sys
@@ -65,18 +70,7 @@ COMMON = {"steps": 6, "evaluations": 2, "code_learning_rate": 0.02}
 
 
 def alone(folder: Path, scheme: str, **options: Any) -> Tuned:
-    teacher = save_teacher(folder)
-    student, codes = coded_student(teacher, scheme)
-    return tune(
-        student,
-        teacher,
-        codes,
-        originals=teacher.source,
-        text=text_of(),
-        options=options_of(**options),
-        device="cpu",
-        state=folder / "alone",
-    )
+    return tuned_codes(folder, scheme, options_of(**options), state="alone")
 
 
 @pytest.mark.slow

@@ -10,15 +10,15 @@ import torch
 from tuning_fixtures import (
     coded_student,
     divergence_of,
+    kill_after,
     options_of,
     save_teacher,
-    text_of,
+    tuned_codes,
 )
 
 from compress.core.errors import ConfigError
-from compress.recovery import checkpoints
 from compress.recovery.models import WholeModel
-from compress.tuning.tune import Tuned, changed_share, tune
+from compress.tuning.tune import Tuned, changed_share
 
 SCHEMES = ("int2-g32", "palette2", "aqlm-2x4g4")
 
@@ -26,18 +26,7 @@ SCHEMES = ("int2-g32", "palette2", "aqlm-2x4g4")
 def tuned(
     folder: Path, scheme: str = "int2-g32", *, kind: str = "llama", **changes: Any
 ) -> Tuned:
-    teacher = save_teacher(folder, kind)
-    student, codes = coded_student(teacher, scheme)
-    return tune(
-        student,
-        teacher,
-        codes,
-        originals=teacher.source,
-        text=text_of(),
-        options=options_of(**changes),
-        device="cpu",
-        state=folder / "state",
-    )
+    return tuned_codes(folder, scheme, options_of(**changes), kind=kind)
 
 
 def same(a: Tuned, b: Tuned) -> bool:
@@ -70,19 +59,6 @@ def test_what_is_returned_is_what_was_measured(tmp_path: Path) -> None:
     found = tuned(tmp_path, "aqlm-2x4g4", code_learning_rate=0.02)
     kl = divergence_of(found, tmp_path, "aqlm-2x4g4")
     assert kl == pytest.approx(found.record["kl_after"], rel=1e-4)
-
-
-def kill_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
-    """Let a run die right after it has written so many checkpoints."""
-    save, done = checkpoints.Checkpoint.save, [0]
-
-    def dying(self: checkpoints.Checkpoint, *arguments: Any) -> None:
-        save(self, *arguments)
-        done[0] += 1
-        if done[0] == saves:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoints.Checkpoint, "save", dying)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
