@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -15,11 +15,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from compress.runtime.w6a8 import cuda, reference
 from compress.runtime.w6a8.abi import Kernels
+from compress.runtime.w6a8.arguments import Kernel, Values
+from compress.runtime.w6a8.fused import rms_norm
 from compress.runtime.w6a8.tiles import TiledWeight, pack_tiles, unpack_tiles
 
 TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 127, 128, 129, 1000)
 ROWS = (1, 8, 15, 16, 17, 1000, 4096, 11008, 32000)
-COLUMNS = (32, 96, 128, 160, 3072, 11008, 14336)
+COLUMNS = (32, 96, 128, 160, 3072, 8192, 11008, 14336)
+INPUT_GROUPS = (None, 32, 64, 128)
+MOST_FEW = 16  # tokens of the kernel for few
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -44,13 +48,13 @@ class Checks:
     Attributes:
         kernels: What is tested.
         device: Where.
-        on_hopper: Whether the kernel is tested that only Hopper has.
+        kernel: Which is tested.
         outcome: Grows.
     """
 
     kernels: Kernels
     device: torch.device
-    on_hopper: bool = False
+    kernel: Kernel = "portable"
     outcome: Outcome = field(default_factory=Outcome)
 
     def run(self, names: list[str] | None = None) -> Outcome:
@@ -63,6 +67,7 @@ class Checks:
             "invariance": self.invariance,
             "bad inputs": self.bad_inputs,
             "large": self.large,
+            "sources": self.sources,
         }
         for name in names or checks:
             try:
@@ -88,7 +93,7 @@ class Checks:
 
     def _inputs(self, x: Tensor, group: int) -> None:
         columns = x.shape[1]
-        codes, scales = cuda.quantize(self.kernels, x, group)
+        codes, scales = cuda.quantize(self.kernels, Values(x), group)
         expected, scale = reference.quantize_activations(x.cpu(), group)
         found, case = codes.cpu(), f"{x.dtype} K={columns} group={group}"
         same = torch.equal(found[:, :columns], expected)
@@ -100,19 +105,28 @@ class Checks:
 
     def shapes(self) -> Iterator[tuple[int, int, int]]:
         """Yield tokens, rows, columns: all tokens, and all pairs of sizes."""
-        for tokens in TOKENS:
+        for tokens in self.tokens(TOKENS):
             yield tokens, 1000, 160
             yield tokens, 4096, 3072
+        few = self.tokens((1, 9, 64, 24, 8))
         for i, (rows, columns) in enumerate(product(ROWS, COLUMNS)):
-            yield (1, 9, 64, 24)[i % 4], rows, columns
+            yield few[i % len(few)], rows, columns
+
+    def tokens(self, numbers: Sequence[int]) -> list[int]:
+        """Return those that the kernel takes."""
+        most = MOST_FEW if self.kernel == "few" else max(numbers)
+        return [number for number in numbers if number <= most]
 
     def sums(self) -> None:
         """Integer sums are bit-equal, for random and for extreme codes."""
+        if self.kernel == "few":
+            self.whole_sums()
+            return
         for tokens, rows, columns in self.shapes():
             for kind in ("random", "largest", "alternating"):
                 qa, qw = self.codes(tokens, rows, columns, kind)
                 self._sums(qa, qw, 128 if columns > 160 else 32, kind)
-        for run in (32, 128) if self.on_hopper else (32, 64, 128):
+        for run in (32, 128) if self.kernel == "hopper" else (32, 64, 128):
             for tokens in (8, 16, 32, 64, 128):
                 qa, qw = self.codes(tokens, 1000, 11008, "random")
                 self._sums(qa, qw, run, "random")
@@ -120,12 +134,36 @@ class Checks:
     def _sums(self, qa: Tensor, qw: Tensor, run: int, kind: str) -> None:
         weight = self.tiled(qw, None)
         filled = torch.nn.functional.pad(qa, (0, -qa.shape[1] % 128))
-        found = cuda.sums(self.kernels, filled, weight, run, on_hopper=self.on_hopper)
+        found = cuda.sums(self.kernels, filled, weight, run, kernel=self.kernel)
         wide = torch.nn.functional.pad(qw, (0, -qw.shape[1] % 128))
         expected = reference.run_sums(filled, wide, run)
         case = f"M={len(qa)} N={len(qw)} K={qa.shape[1]} run={run} {kind}"
         self.outcome.expect(
             torch.equal(found, expected), "integer sums are bit-equal", case
+        )
+
+    def whole_sums(self) -> None:
+        """With scales of one results are integers that float32 holds: bit-equal."""
+        for tokens, rows, columns in self.shapes():
+            for kind in ("random", "largest", "alternating"):
+                for group in (None, 32, 128):
+                    qa, qw = self.codes(tokens, rows, min(columns, 3072), kind)
+                    if group is not None and qw.shape[1] % group:
+                        continue
+                    self._whole_sums(qa, qw, group, kind)
+
+    def _whole_sums(self, qa: Tensor, qw: Tensor, group: int | None, kind: str) -> None:
+        weight = self.tiled(qw, group)
+        weight.scales.fill_(1)
+        filled = torch.nn.functional.pad(qa, (0, -qa.shape[1] % 128))
+        given = filled, torch.ones(len(qa), 1, device=self.device)
+        found = cuda.linear_of_codes(
+            self.kernels, given, weight, None, dtype=torch.float32
+        )
+        expected = qa.double() @ qw.double().t()
+        case = f"M={len(qa)} N={len(qw)} K={qa.shape[1]} group={group} {kind}"
+        self.outcome.expect(
+            torch.equal(found.double(), expected), "integer sums are bit-equal", case
         )
 
     def results(self) -> None:
@@ -135,8 +173,8 @@ class Checks:
             self._result(x, rows, 32 if columns % 128 else 128, None)
         for dtype in DTYPES:
             for of_weight in (None, 32, 64, 128, 256):
-                for of_inputs in (None, 32, 64, 128):
-                    for tokens in (1, 12, 30, 70, 300):
+                for of_inputs in (None,) if self.kernel == "few" else INPUT_GROUPS:
+                    for tokens in self.tokens((1, 12, 30, 70, 300)):
                         x = self.activations(tokens, 2048, dtype)
                         self._result(x, 1000, of_weight, of_inputs)
 
@@ -175,17 +213,58 @@ class Checks:
     ) -> Tensor:
         """Call the kernel under test."""
         return cuda.linear(
-            self.kernels, x, weight, bias, group=group, on_hopper=self.on_hopper
+            self.kernels, Values(x), weight, bias, group=group, kernel=self.kernel
+        )
+
+    def sources(self) -> None:
+        """Norms and gates that kernels round are those of torch, but for ties."""
+        for kind in ("norm", "norm_plus_one", "gated"):
+            for tokens in self.tokens((1, 3, 8, 9, 200)):
+                for columns in (4096, 11008, 1056):
+                    for dtype in DTYPES:
+                        self._source(kind, tokens, columns, dtype)
+
+    def _source(self, kind: str, tokens: int, columns: int, dtype: torch.dtype) -> None:
+        norm = (1 + 0.1 * self.noise(columns)).to(dtype)
+        if kind == "gated":
+            x = 2 * self.noise(tokens, 2 * columns).to(dtype)
+            gate, up = x.chunk(2, 1)
+            values = Values(x, kind)
+            exact = torch.nn.functional.silu(gate) * up
+        else:
+            x = self.activations(tokens, columns, dtype)
+            values = Values(x, kind, norm, 1e-5)
+            exact = rms_norm(x, norm, 1e-5, plus_one=kind == "norm_plus_one")
+        case = f"{kind} M={tokens} K={columns} {dtype}"
+        codes, scales = cuda.quantize(self.kernels, values, None)
+        expected, scale = reference.quantize_activations(exact, None)
+        apart = (codes[:, :columns].int() - expected.int()).abs()
+        close = apart.max() <= 1 and apart.float().mean() <= 0.01
+        near = torch.allclose(scales, scale, rtol=2**-7)
+        self.outcome.expect(close and near, "codes of norms and gates", case)
+        weight = self.weight(1000, columns, 32)
+        found = cuda.linear(
+            self.kernels, values, weight, None, group=None, kernel=self.kernel
+        )
+        inputs = codes, scales
+        same = cuda.linear_of_codes(self.kernels, inputs, weight, None, dtype=dtype)
+        _, tolerance = self.expected(exact, weight, None, None)
+        error = (found.float() - same.float()).abs()
+        self.outcome.expect(
+            (error <= 2 * tolerance).all(), "layers of norms and gates", case
         )
 
     def repeats(self) -> None:
         """A call twice, and a replayed graph, give the same bits."""
         for tokens, rows, columns in [
             (1, 4096, 4096),
+            (8, 8192, 8192),
             (9, 1000, 11008),
             (64, 4096, 4096),
             (500, 1000, 11008),
         ]:
+            if tokens not in self.tokens((1, 8, 9, 64, 500)):
+                continue
             x = self.activations(tokens, columns, torch.bfloat16)
             weight, case = self.weight(rows, columns, 128), f"M={tokens} N={rows}"
             first = self.linear(x, weight, None, group=None)
@@ -211,11 +290,12 @@ class Checks:
             )
 
     def invariance(self) -> None:
-        """A token alone and among 64 agree within tolerance."""
-        x = self.activations(64, 4096, torch.bfloat16)
+        """A token alone and among others agrees within tolerance."""
+        tokens = self.tokens((8, 16, 64))[-1]
+        x = self.activations(tokens, 4096, torch.bfloat16)
         weight = self.weight(4096, 4096, 128)
         together = self.linear(x, weight, None, group=None)
-        for token in (0, 31, 63):
+        for token in (0, tokens // 2, tokens - 1):
             one = x[token : token + 1].contiguous()
             alone = self.linear(one, weight, None, group=None)
             _, tolerance = self.expected(one, weight, None, None)
@@ -226,7 +306,7 @@ class Checks:
 
     def bad_inputs(self) -> None:
         """NaN and infinities spoil their own token, and zeros stay zeros."""
-        for group in (None, 128):
+        for group in (None,) if self.kernel == "few" else (None, 128):
             x = self.activations(5, 1024, torch.bfloat16)
             x[1, 700], x[3, 5], x[4] = torch.nan, -torch.inf, 0
             y = self.linear(x, self.weight(300, 1024, 128), None, group=group)
@@ -247,6 +327,8 @@ class Checks:
         found = self.linear(x, weight, None, group=None)
         self._last_rows(x, found, weight, "tiles beyond 2^31 bytes")
         del tiles, weight, scales
+        if self.kernel == "few":
+            return
         rows, tokens = 32000, 70000
         weight = self.weight(rows, 128, 128)
         x = self.activations(tokens, 128, torch.bfloat16)

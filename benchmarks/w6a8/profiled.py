@@ -1,6 +1,6 @@
 """A few calls of one W6A8 layer, for a profiler.
 
-    ncu --set full -k regex:hopper -s 2 -c 1 python benchmarks/w6a8/profiled.py
+    ncu --set full -k 'regex:few|hopper' -s 2 -c 1 python benchmarks/w6a8/profiled.py
 
 Options choose the layer; without ``--group`` a row of the weight has one scale.
 """
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from exactness import Checks
 
 from compress.runtime.w6a8 import abi, build, cuda
+from compress.runtime.w6a8.arguments import Values
 
 CALLS = 4
 
@@ -35,7 +36,7 @@ def main() -> None:
     x = make.activations(options.tokens, options.columns, torch.bfloat16)
     weight = make.weight(options.rows, options.columns, options.group)
     for _ in range(CALLS):
-        cuda.linear(kernels, x, weight, None, group=None)
+        cuda.linear(kernels, Values(x), weight, None, group=None)
     torch.cuda.synchronize()
 
 

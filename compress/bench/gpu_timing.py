@@ -45,6 +45,7 @@ class Chain:
         with torch.cuda.graph(self._graph):
             for call in calls:
                 call()
+        self._calls = tuple(calls)  # keeps the memory that the graph reads
         self._replays = 1
         once = self.seconds() * self._count
         wanted = int(_ROUND_SECONDS / max(once, 1e-9))

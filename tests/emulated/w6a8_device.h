@@ -20,6 +20,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __noinline__
 #define __grid_constant__
 
 using std::max;
@@ -30,6 +31,9 @@ struct uint4 {
 };
 struct Index {
   unsigned x, y, z;
+};
+struct float4 {
+  float x, y, z, w;
 };
 inline Index threadIdx, blockIdx, gridDim;
 
@@ -155,6 +159,8 @@ inline unsigned char *shared_memory() {
 inline void __syncthreads() {
   emulated::meet(emulated::of_block, static_cast<int>(emulated::fibres.size()));
 }
+inline void bring_near(const void *, uint32_t) {}
+inline void meet_in_warp() { emulated::meet_warp(); }
 inline void __threadfence() {}
 inline uint32_t atomicAdd(uint32_t *at, uint32_t value) {
   const uint32_t before = *at;
@@ -237,6 +243,20 @@ inline uint32_t largest_of_warp(uint32_t value) {
   return most;
 }
 
+inline float sum_of_warp(float value) {
+  const int thread = threadIdx.x, lane = thread % 32;
+  emulated::Lane *lanes = emulated::lanes + (thread - lane);
+  for (int i = 16; i > 0; i >>= 1) {
+    memcpy(lanes[lane].words, &value, 4);
+    emulated::meet_warp();
+    float other;
+    memcpy(&other, lanes[lane ^ i].words, 4);
+    emulated::meet_warp();
+    value += other;
+  }
+  return value;
+}
+
 inline float as_float(uint32_t bits) {
   float value;
   memcpy(&value, &bits, 4);
@@ -248,6 +268,8 @@ inline uint32_t as_bits(float value) {
   return bits;
 }
 inline float divided(float a, float b) { return a / b; }
+inline float inverse_root(float a) { return 1.0f / std::sqrt(a); }
+inline float exponential(float a) { return std::exp(a); }
 inline int rounded(float a) { return static_cast<int>(std::nearbyint(a)); }
 
 inline float from_half(uint16_t bits) {

@@ -1,4 +1,5 @@
 // The kernels' own source, compiled for the CPU; called as w6a8.cu is.
+#include "w6a8_few.cuh"
 #include "w6a8_linear.cuh"
 #include "w6a8_quantize.cuh"
 
@@ -32,8 +33,8 @@ void emulate(const W6A8Linear &a, bool at_once) {
 template <class T>
 void emulate(const W6A8Quantize &a) {
   constexpr int kEach = kQuantizeThreads / 32;
-  const bool is_row = a.group == a.columns;
-  const int64_t warps = a.rows * (a.columns / a.group);
+  const bool is_row = a.group == a.values.columns;
+  const int64_t warps = a.rows * (a.values.columns / a.group);
   const int64_t blocks = is_row ? a.rows : (warps + kEach - 1) / kEach;
   emulated::run_grid({static_cast<unsigned>(blocks), 1, 1}, kQuantizeThreads, 1024, true,
                      [&a, is_row] {
@@ -41,7 +42,32 @@ void emulate(const W6A8Quantize &a) {
                      });
 }
 
+template <int kRun, int kEights, int kDepth>
+void emulate(const W6A8Few &a, bool at_once) {
+  const int parts = a.linear.down / a.tiles;
+  const Index grid{static_cast<unsigned>(min(parts, a.linear.at_once)), 1, 1};
+  emulated::run_grid(grid, kFewThreads, few_places(a.linear, a.tiles, kDepth, kRun).bytes,
+                     at_once, [&a] { few_kernel<kRun, kEights, kDepth>(a); });
+}
+
+template <int kRun, int kEights>
+void emulate(const W6A8Few &a, bool at_once) {
+  a.depth == 6 ? emulate<kRun, kEights, 6>(a, at_once)
+               : emulate<kRun, kEights, 12>(a, at_once);
+}
+
+template <int kEights>
+void emulate(const W6A8Few &a, bool at_once) {
+  if (a.linear.weight_groups == 1) return emulate<0, kEights>(a, at_once);
+  if (a.linear.run == 32) emulate<32, kEights>(a, at_once);
+  if (a.linear.run == 64) emulate<64, kEights>(a, at_once);
+  if (a.linear.run == 128) emulate<128, kEights>(a, at_once);
+}
+
 extern "C" {
+void emulate_few(const W6A8Few *a, int at_once) {
+  a->linear.tokens <= 8 ? emulate<1>(*a, at_once) : emulate<2>(*a, at_once);
+}
 void emulate_linear(const W6A8Linear *a, int at_once) {
   if (a->token_tile == 8) emulate<8>(*a, at_once);
   if (a->token_tile == 16) emulate<16>(*a, at_once);
@@ -49,12 +75,18 @@ void emulate_linear(const W6A8Linear *a, int at_once) {
   if (a->token_tile == 64) emulate<64>(*a, at_once);
 }
 void emulate_quantize(const W6A8Quantize *a) {
-  if (a->dtype == W6A8_FLOAT32) emulate<Float32>(*a);
-  if (a->dtype == W6A8_FLOAT16) emulate<Float16>(*a);
-  if (a->dtype == W6A8_BFLOAT16) emulate<BFloat16>(*a);
+  if (a->values.dtype == W6A8_FLOAT32) emulate<Float32>(*a);
+  if (a->values.dtype == W6A8_FLOAT16) emulate<Float16>(*a);
+  if (a->values.dtype == W6A8_BFLOAT16) emulate<BFloat16>(*a);
 }
 int sizes(int which) {
+  if (which == 2) return sizeof(W6A8Few);
   return which ? sizeof(W6A8Linear) : sizeof(W6A8Quantize);
+}
+int bytes_of_few(const W6A8Few *a) {
+  return few_places(a->linear, a->tiles, a->depth,
+                    a->linear.weight_groups == 1 ? 0 : a->linear.run)
+      .bytes;
 }
 int bytes_of_block(int token_tile) {
   return token_tile == 64 ? Shape<64, 32, kOfGroups>::kBytes

@@ -248,7 +248,11 @@ def test_codes_and_layer_are_the_layer() -> None:
     layer = W6A8Linear(QuantizedTensor(codes, scale, None, scheme), torch.randn(17))
     x = torch.randn(6, 160).half()
     codes, scale = ops.quant_act(x, 32)
-    assert torch.equal(layer.of_codes(codes, scale, torch.float16), layer(x))
+    tiles, scales, bias, rows, columns, group, _ = layer.operands()
+    found = ops.w6a8_matmul(
+        codes, scale, tiles, scales, bias, rows, columns, group, torch.float16
+    )
+    assert torch.equal(found, layer(x))
 
 
 def test_the_operations_obey_torchs_contract() -> None:
@@ -258,6 +262,19 @@ def test_the_operations_obey_torchs_contract() -> None:
         fused.rms_norm_quant, (x, torch.randn(160), 1e-5, False, 32), test_utils=tests
     )
     check(fused.silu_mul_quant, (x, 80), test_utils=tests)
+    layer = W6A8Linear(
+        QuantizedTensor(
+            torch.ones(17, 160, dtype=torch.int8),
+            torch.ones(17, 5).half(),
+            None,
+            Scheme.parse("w6a8-g32"),
+        ),
+        torch.zeros(17),
+    )
+    given = (x, torch.randn(160), 1e-5, False, *layer.operands())
+    check(fused.rms_norm_linear, given, test_utils=tests)
+    given = (torch.randn(2, 3, 320), *layer.operands())
+    check(fused.silu_mul_linear, given, test_utils=tests)
 
 
 def test_a_norm_that_is_not_an_rms_norm_is_left_alone() -> None:

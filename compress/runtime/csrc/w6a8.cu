@@ -37,8 +37,8 @@ cudaError_t launch(const W6A8Linear &a, cudaStream_t stream) {
 template <class T>
 cudaError_t launch(const W6A8Quantize &a, cudaStream_t stream) {
   constexpr int kWarps = kQuantizeThreads / 32;
-  const bool of_rows = a.group == a.columns;
-  const int64_t groups = a.rows * (a.columns / a.group);
+  const bool of_rows = a.group == a.values.columns;
+  const int64_t groups = a.rows * (a.values.columns / a.group);
   const int64_t blocks = of_rows ? a.rows : (groups + kWarps - 1) / kWarps;
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -46,7 +46,7 @@ cudaError_t launch(const W6A8Quantize &a, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kQuantizeThreads);
-  config.dynamicSmemBytes = of_rows ? kWarps * sizeof(uint32_t) : 0;
+  config.dynamicSmemBytes = of_rows ? 2 * kWarps * sizeof(uint32_t) : 0;
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = a.overlaps ? 1 : 0;
@@ -80,7 +80,7 @@ int w6a8_quantize(const W6A8Quantize *arguments, void *stream) {
   cudaError_t error = cudaSetDevice(a.device);
   if (error != cudaSuccess) return error;
   const auto on = static_cast<cudaStream_t>(stream);
-  switch (a.dtype) {
+  switch (a.values.dtype) {
     case W6A8_FLOAT32: return launch<Float32>(a, on);
     case W6A8_FLOAT16: return launch<Float16>(a, on);
     case W6A8_BFLOAT16: return launch<BFloat16>(a, on);

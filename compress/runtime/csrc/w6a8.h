@@ -13,7 +13,7 @@
 #endif
 
 // Counted up when anything below changes; the Python side refuses another number.
-#define W6A8_ABI 2
+#define W6A8_ABI 3
 
 enum { W6A8_FLOAT32 = 0, W6A8_FLOAT16 = 1, W6A8_BFLOAT16 = 2 };
 enum { W6A8_TILE_ROWS = 16, W6A8_TILE_COLUMNS = 128, W6A8_TILE_BYTES = 1536 };
@@ -23,14 +23,29 @@ enum { W6A8_PANEL = 4 };  // tiles below each other that lie together
 #define W6A8_SUM_START 0x4B400000
 #define W6A8_SUM_START_AS_FLOAT 12582912.0f
 
+// Which values are rounded; each step's result has the type of the inputs.
+enum {
+  W6A8_PLAIN = 0,          // x
+  W6A8_NORM = 1,           // norm * (x / sqrt(mean(x^2) + epsilon))
+  W6A8_NORM_PLUS_ONE = 2,  // x / sqrt(mean(x^2) + epsilon) * (1 + norm), rounded once
+  W6A8_GATED = 3           // silu(x) * u, where a row holds all x and then all u
+};
+
+struct W6A8Values {
+  const void *inputs;  // [rows, columns], gated: [rows, 2 columns], of type `dtype`
+  const void *norm;    // [columns] of type `dtype`
+  float epsilon;
+  int32_t kind, columns, dtype;
+};
+
 struct W6A8Quantize {
-  const void *inputs;  // [rows, columns] of type `dtype`
-  int8_t *codes;       // [rows, padded]; columns up to `padded` become zeros
-  float *scales;       // [rows, columns / group]
-  uint32_t *tickets;   // set to zero for the linear layer that follows, or null
+  struct W6A8Values values;
+  int8_t *codes;      // [rows, padded]; columns up to `padded` become zeros
+  float *scales;      // [rows, columns / group]
+  uint32_t *tickets;  // set to zero for the linear layer that follows, or null
   int64_t rows;
-  int32_t columns, padded, group, dtype, ticket_count, device;
-  int32_t overlaps;    // begin beside the kernel before; Hopper and later
+  int32_t padded, group, ticket_count, device;
+  int32_t overlaps;   // begin beside the kernel before; Hopper and later
 };
 
 struct W6A8Linear {
@@ -53,7 +68,18 @@ struct W6A8Linear {
   int32_t token_tile;         // 8, 16, 32 or 64; on Hopper 16 to 256
   int32_t splits;             // of the columns, for more blocks than rows give
   int32_t panels, at_once;    // of 64 rows in a block; blocks at once; on Hopper only
+  int32_t near;               // steps after the first to bring near; on Hopper only
   int32_t device;
+};
+
+// A layer for few tokens, which may round its inputs itself.
+struct W6A8Few {
+  struct W6A8Values values;  // used if linear.inputs is null: 16 bits, whole rows rounded
+  struct W6A8Linear linear;  // one input group, no splits, no sums
+  int32_t tiles;             // of rows in a block: 1, 2 or 4
+  int32_t depth;             // steps that a warp copies ahead: 6 or 12
+  int32_t near;              // steps of a block after those to bring into the cache
+  int32_t overlaps;          // begin beside the kernel before; Hopper and later
 };
 
 // Registers of a lane for one step of 32 columns; see runtime/w6a8/tiles.py.
@@ -86,6 +112,7 @@ int w6a8_rows_of_block(int token_tile);
 int w6a8_quantize(const struct W6A8Quantize *arguments, void *stream);
 int w6a8_linear(const struct W6A8Linear *arguments, void *stream);
 int w6a8_linear_hopper(const struct W6A8Linear *arguments, void *stream);
+int w6a8_linear_few(const struct W6A8Few *arguments, void *stream);
 #ifdef __cplusplus
 }
 #endif

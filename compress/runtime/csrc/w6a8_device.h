@@ -91,9 +91,27 @@ __device__ __forceinline__ uint32_t largest_of_warp(uint32_t value) {
   return __reduce_max_sync(0xFFFFFFFFu, value);
 }
 
+// Asks for memory that is read soon, a multiple of 16 bytes.
+__device__ __forceinline__ void bring_near(const void *from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
+#endif
+}
+
+__device__ __forceinline__ void meet_in_warp() { __syncwarp(); }
+
+// The same bits in every lane.
+__device__ __forceinline__ float sum_of_warp(float value) {
+#pragma unroll
+  for (int i = 16; i > 0; i >>= 1) value += __shfl_xor_sync(0xFFFFFFFFu, value, i);
+  return value;
+}
+
 __device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t as_bits(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float divided(float a, float b) { return __fdiv_rn(a, b); }
+__device__ __forceinline__ float inverse_root(float a) { return rsqrtf(a); }
+__device__ __forceinline__ float exponential(float a) { return expf(a); }
 __device__ __forceinline__ int rounded(float a) { return __float2int_rn(a); }
 
 __device__ __forceinline__ float from_half(uint16_t bits) {

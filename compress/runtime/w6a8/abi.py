@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from compress.core.errors import KernelError
 from compress.runtime.w6a8.build import architecture, build
 
-ABI = 2
+ABI = 3
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FUNCTIONS = (
     "w6a8_abi",
@@ -22,22 +22,34 @@ FUNCTIONS = (
     "w6a8_quantize",
     "w6a8_linear",
     "w6a8_linear_hopper",
+    "w6a8_linear_few",
 )
+
+
+class ValuesArguments(ctypes.Structure):
+    """``struct W6A8Values``."""
+
+    _fields_ = [
+        ("inputs", c_void_p),
+        ("norm", c_void_p),
+        ("epsilon", c_float),
+        ("kind", c_int32),
+        ("columns", c_int32),
+        ("dtype", c_int32),
+    ]
 
 
 class QuantizeArguments(ctypes.Structure):
     """``struct W6A8Quantize``."""
 
     _fields_ = [
-        ("inputs", c_void_p),
+        ("values", ValuesArguments),
         ("codes", c_void_p),
         ("scales", c_void_p),
         ("tickets", c_void_p),
         ("rows", c_int64),
-        ("columns", c_int32),
         ("padded", c_int32),
         ("group", c_int32),
-        ("dtype", c_int32),
         ("ticket_count", c_int32),
         ("device", c_int32),
         ("overlaps", c_int32),
@@ -72,7 +84,21 @@ class LinearArguments(ctypes.Structure):
         ("splits", c_int32),
         ("panels", c_int32),
         ("at_once", c_int32),
+        ("near", c_int32),
         ("device", c_int32),
+    ]
+
+
+class FewArguments(ctypes.Structure):
+    """``struct W6A8Few``."""
+
+    _fields_ = [
+        ("values", ValuesArguments),
+        ("linear", LinearArguments),
+        ("tiles", c_int32),
+        ("depth", c_int32),
+        ("near", c_int32),
+        ("overlaps", c_int32),
     ]
 
 
@@ -92,7 +118,7 @@ class Kernels:
         except OSError as error:
             raise KernelError(f"{path} cannot be opened: {error}") from error
         self._library.w6a8_error.restype = ctypes.c_char_p
-        for name in ("w6a8_quantize", "w6a8_linear", "w6a8_linear_hopper"):
+        for name in FUNCTIONS[4:]:
             getattr(self._library, name).argtypes = [c_void_p, c_void_p]
         found = self._library.w6a8_abi()
         if found != ABI:
@@ -129,6 +155,14 @@ class Kernels:
         """
         name = "w6a8_linear_hopper" if on_hopper else "w6a8_linear"
         self._call(name, arguments, stream)
+
+    def few(self, arguments: FewArguments, stream: int) -> None:
+        """Start a linear layer of up to 16 tokens, which may round its inputs.
+
+        Raises:
+            KernelError: The device refused.
+        """
+        self._call("w6a8_linear_few", arguments, stream)
 
     def _call(self, name: str, arguments: ctypes.Structure, stream: int) -> None:
         code = getattr(self._library, name)(ctypes.byref(arguments), stream)

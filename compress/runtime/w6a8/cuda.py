@@ -7,95 +7,141 @@ be captured in CUDA graphs.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from compress.runtime.w6a8.abi import (
-    DTYPES,
-    Kernels,
-    LinearArguments,
-    QuantizeArguments,
+from compress.runtime.w6a8 import cuda_few
+from compress.runtime.w6a8.abi import Kernels, QuantizeArguments
+from compress.runtime.w6a8.arguments import (
+    Kernel,
+    Values,
+    chip_of,
+    linear_arguments,
+    stream_of,
 )
 from compress.runtime.w6a8.schedule import Schedule, hopper_schedule, schedule
-from compress.runtime.w6a8.tiles import COLUMNS, TiledWeight, run_of
+from compress.runtime.w6a8.tiles import COLUMNS, TiledWeight
 
 
 def quantize(
-    kernels: Kernels, inputs: Tensor, group: int | None, tickets: Tensor | None = None
+    kernels: Kernels, values: Values, group: int | None, tickets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return codes and scales of inputs; codes are filled up to 128 columns with zeros.
+    """Return codes and scales of values; codes are filled up to 128 columns with zeros.
 
     Args:
         kernels: Of the device.
-        inputs: ``[M, K]``, contiguous.
+        values: ``[M, K]``.
         group: Columns that share a scale; ``None`` is the whole row.
         tickets: int32 that becomes zeros, for a linear layer that follows.
 
     Returns:
         int8 ``[M, 128 ceil(K / 128)]`` and float32 ``[M, K / group]``.
     """
-    rows, columns = inputs.shape
+    rows, columns, device = values.rows, values.columns, values.inputs.device
     group = group or columns
     padded = -(-columns // COLUMNS) * COLUMNS
-    codes = torch.empty(rows, padded, dtype=torch.int8, device=inputs.device)
-    scales = torch.empty(rows, columns // group, device=inputs.device)
+    codes = torch.empty(rows, padded, dtype=torch.int8, device=device)
+    scales = torch.empty(rows, columns // group, device=device)
     if rows == 0:
         return codes, scales
     arguments = QuantizeArguments(
-        inputs=inputs.data_ptr(),
+        values=values.arguments(),
         codes=codes.data_ptr(),
         scales=scales.data_ptr(),
         tickets=tickets.data_ptr() if tickets is not None else None,
         rows=rows,
-        columns=columns,
         padded=padded,
         group=group,
-        dtype=DTYPES[inputs.dtype],
         ticket_count=tickets.numel() if tickets is not None else 0,
-        device=inputs.get_device(),
-        overlaps=int(_chip(inputs.device)[0] >= 9),
+        device=values.inputs.get_device(),
+        overlaps=int(chip_of(device)[0] >= 9),
     )
-    with torch.cuda.device(inputs.device):
-        kernels.quantize(arguments, stream_of(inputs.device))
+    with torch.cuda.device(device):
+        kernels.quantize(arguments, stream_of(device))
     return codes, scales
 
 
 def linear(
     kernels: Kernels,
-    inputs: Tensor,
+    values: Values,
     weight: TiledWeight,
     bias: Tensor | None,
     *,
     group: int | None,
-    on_hopper: bool | None = None,
+    kernel: Kernel | None = None,
 ) -> Tensor:
-    """Return ``inputs @ weight.T + bias`` with inputs rounded to int8.
+    """Return ``values @ weight.T + bias`` with values rounded to int8.
 
     Args:
         kernels: Of the device.
-        inputs: ``[M, K]``, contiguous, float32, float16 or bfloat16.
+        values: ``[M, K]``.
         weight: The tiles.
         bias: ``[N]`` of the inputs' type.
-        group: Columns of inputs that share a scale; ``None`` is the whole row.
-        on_hopper: Whether to use the kernel that only Hopper has; ``None`` asks the
-            device.
+        group: Columns of values that share a scale; ``None`` is the whole row.
+        kernel: Which to use; ``None`` chooses by device and size.
 
     Returns:
         ``[M, N]`` of the inputs' type.
     """
-    rows = weight.shape[0]
-    outputs = torch.empty(len(inputs), rows, dtype=inputs.dtype, device=inputs.device)
-    if len(inputs) == 0:
+    inputs, rows = values.inputs, weight.shape[0]
+    outputs = torch.empty(values.rows, rows, dtype=inputs.dtype, device=inputs.device)
+    if values.rows == 0:
         return outputs
-    group = group if group is not None and group < inputs.shape[1] else None
-    cut = cut_of(inputs, weight, group, on_hopper)
+    group = group if group is not None and group < values.columns else None
+    few = cuda_few.cut_of(inputs.device, values.rows, weight, group, kernel)
+    if few is not None:
+        inside = cuda_few.rounds(values)
+        given = values if inside else quantize(kernels, values, None)
+        cuda_few.launch(kernels, given, weight, bias, outputs, few)
+        return outputs
+    cut = cut_of(values.rows, inputs.device, weight, group, kernel)
     tickets = None
     if cut.splits > 1:
         tickets = torch.empty(cut.blocks, dtype=torch.int32, device=inputs.device)
-    coded = quantize(kernels, inputs, group, tickets)
+    coded = quantize(kernels, values, group, tickets)
     launch(kernels, coded, weight, bias, outputs, cut=cut, group=group, tickets=tickets)
+    return outputs
+
+
+def linear_of_codes(
+    kernels: Kernels,
+    inputs: tuple[Tensor, Tensor],
+    weight: TiledWeight,
+    bias: Tensor | None,
+    *,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return ``inputs @ weight.T + bias`` of codes under scales.
+
+    Args:
+        kernels: Of the device.
+        inputs: int8 ``[M, 128 ceil(K / 128)]`` and float32 ``[M, K / group]``, both
+            contiguous.
+        weight: The tiles.
+        bias: ``[N]`` of ``dtype``.
+        dtype: float32, float16 or bfloat16.
+
+    Returns:
+        ``[M, N]``.
+    """
+    codes, scales = inputs
+    rows, columns = weight.shape
+    outputs = torch.empty(len(codes), rows, dtype=dtype, device=codes.device)
+    if len(codes) == 0:
+        return outputs
+    group = columns // scales.shape[1] if scales.shape[1] > 1 else None
+    few = cuda_few.cut_of(codes.device, len(codes), weight, group, None)
+    if few is not None:
+        cuda_few.launch(kernels, inputs, weight, bias, outputs, few)
+        return outputs
+    cut = cut_of(len(codes), codes.device, weight, group, None)
+    tickets = None
+    if cut.splits > 1:
+        tickets = torch.zeros(cut.blocks, dtype=torch.int32, device=codes.device)
+    launch(
+        kernels, inputs, weight, bias, outputs, cut=cut, group=group, tickets=tickets
+    )
     return outputs
 
 
@@ -122,7 +168,7 @@ def launch(
         group: Columns of inputs that share a scale; ``None`` is the whole row.
         tickets: int32 zeros ``[cut.blocks]``, if columns are split.
     """
-    arguments = linear_arguments(*inputs, weight, outputs, cut, group)
+    arguments = linear_arguments(inputs, weight, outputs, cut, group)
     arguments.bias = bias.data_ptr() if bias is not None else None
     if tickets is not None:
         partial = torch.empty(cut.workspace, device=outputs.device)
@@ -132,38 +178,28 @@ def launch(
         kernels.linear(arguments, stream, on_hopper=cut.on_hopper)
 
 
-@cache
-def _chip(device: torch.device) -> tuple[int, int]:
-    """Return the major compute capability and the number of multiprocessors."""
-    found = torch.cuda.get_device_properties(device)
-    return found.major, found.multi_processor_count
-
-
-def stream_of(device: torch.device) -> int:
-    """Return the address of the current stream of a device."""
-    return torch.cuda.current_stream(device).cuda_stream
-
-
 def cut_of(
-    inputs: Tensor,
+    tokens: int,
+    device: torch.device,
     weight: TiledWeight,
     group: int | None,
-    on_hopper: bool | None,
+    kernel: Kernel | None,
     *,
     shows_sums: bool = False,
 ) -> Schedule:
     """Return how a call is cut into blocks, and which kernel it uses.
 
     Args:
-        inputs: ``[M, K]`` or their codes.
+        tokens: One or more.
+        device: Of the inputs.
         weight: The tiles.
         group: Columns of inputs that share a scale; ``None`` is the whole row.
-        on_hopper: See :func:`linear`.
+        kernel: ``"hopper"``, ``"portable"``, or ``None``, which asks the device.
         shows_sums: See :func:`sums`.
     """
-    major, processors = _chip(inputs.device)
-    sizes = len(inputs), weight.down, weight.across, processors
-    if not (major == 9 if on_hopper is None else on_hopper):
+    major, processors = chip_of(device)
+    sizes = tokens, weight.down, weight.across, processors
+    if kernel == "portable" or (kernel is None and major != 9):
         return schedule(*sizes)
     if shows_sums or group is not None:
         return hopper_schedule(*sizes, "any")
@@ -178,7 +214,7 @@ def sums(
     weight: TiledWeight,
     run: int,
     *,
-    on_hopper: bool | None = None,
+    kernel: Kernel | None = None,
 ) -> Tensor:
     """Return the integers that the linear kernel adds up, for tests.
 
@@ -188,7 +224,7 @@ def sums(
         weight: The tiles.
         run: Columns of a sum: 32, 64 (not on Hopper) or 128; a divisor of the weight's
             group.
-        on_hopper: See :func:`linear`.
+        kernel: See :func:`cut_of`.
 
     Returns:
         int32 ``[M, 128 ceil(K / 128) / run, N]``.
@@ -201,9 +237,9 @@ def sums(
         dtype=torch.int32,
         device=codes.device,
     )
-    cut = cut_of(codes, weight, None, on_hopper, shows_sums=True)
+    cut = cut_of(len(codes), codes.device, weight, None, kernel, shows_sums=True)
     cut = replace(cut, splits=1)
-    arguments = linear_arguments(codes, scales, weight, outputs, cut, None)
+    arguments = linear_arguments((codes, scales), weight, outputs, cut, None)
     if weight.scales.shape[0] > 1:
         arguments.weight_scale_shift += (arguments.run // run).bit_length() - 1
     arguments.run, arguments.sums = run, found.data_ptr()
@@ -211,57 +247,3 @@ def sums(
         stream = stream_of(codes.device)
         kernels.linear(arguments, stream, on_hopper=cut.on_hopper)
     return found
-
-
-def linear_arguments(
-    codes: Tensor,
-    scales: Tensor,
-    weight: TiledWeight,
-    outputs: Tensor,
-    cut: Schedule,
-    group: int | None,
-) -> LinearArguments:
-    """Return what the linear kernel is called with, but for bias and workspace.
-
-    Args:
-        codes: int8 ``[M, 128 ceil(K / 128)]``.
-        scales: float32 ``[M, Ga]``.
-        weight: The tiles.
-        outputs: ``[M, N]``.
-        cut: Into blocks.
-        group: Columns of ``scales``; ``None`` is the whole row.
-    """
-    columns = weight.shape[1]
-    of_weight = weight.group if weight.group < columns else None
-    group = group if scales.shape[1] > 1 else None
-    run = run_of(of_weight, group)
-    if cut.on_hopper and run == 64:
-        run = 32  # no kernel for 64
-    return LinearArguments(
-        inputs=codes.data_ptr(),
-        input_scales=scales.data_ptr(),
-        tiles=weight.tiles.data_ptr(),
-        weight_scales=weight.scales.data_ptr(),
-        outputs=outputs.data_ptr(),
-        tokens=len(codes),
-        rows=weight.shape[0],
-        down=weight.down,
-        across=weight.across,
-        run=run,
-        weight_groups=weight.scales.shape[0],
-        weight_scale_shift=_shift(of_weight, run),
-        input_groups=scales.shape[1],
-        input_scale_shift=_shift(group, run),
-        scale_dtype=DTYPES[weight.scales.dtype],
-        output_dtype=DTYPES[outputs.dtype],
-        token_tile=cut.token_tile,
-        splits=cut.splits,
-        panels=cut.panels,
-        at_once=cut.at_once,
-        device=codes.get_device(),
-    )
-
-
-def _shift(group: int | None, run: int) -> int:
-    """Return the exponent of how many runs share a scale; 31 shifts any number away."""
-    return 31 if group is None else (group // run).bit_length() - 1

@@ -56,7 +56,7 @@ def triton_engine(device: torch.device, dtype: torch.dtype) -> TritonKernels | N
         return None
     found = triton_kernels(_index(device))
     if isinstance(found, KernelError):
-        say_unfused(str(found))
+        _say_decoded(str(found))
         return None
     return found
 
@@ -115,11 +115,10 @@ def say_slow(reason: str) -> None:
 
 
 @cache
-def say_unfused(reason: str) -> None:
-    """Warn once for each reason that a step has no kernel of its own."""
+def _say_decoded(reason: str) -> None:
+    """Warn once for each reason that decoding has no kernel."""
     _LOG.warning(
-        "norms, activations and decoding of W6A8 layers are computed in plain torch: "
-        "no Triton: %s",
+        "W6A8 layers with exact inputs are decoded in plain torch: no Triton: %s",
         reason,
     )
 

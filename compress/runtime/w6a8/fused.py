@@ -1,10 +1,12 @@
 """Operations that make codes of inputs together with what comes before them.
 
 ``compress::rms_norm_quant`` is a norm and ``quant_act``; ``compress::silu_mul_quant``
-is ``silu(gate) * up`` and ``quant_act``. In plain torch they are that pair, bit for
-bit: each step is rounded to the type of the model, as the model's own module rounds it.
-On a CUDA device Triton does a row in one go; its sums of squares are added in another
-order, so a code may differ by one step where a norm lies on the border of two numbers.
+is ``silu(gate) * up`` and ``quant_act``; ``compress::rms_norm_linear`` and
+``compress::silu_mul_linear`` are those and the layer, for few tokens in one kernel. In
+plain torch they are their parts, bit for bit: each step is rounded to the type of the
+model, as the model's own module rounds it. On a CUDA device a kernel does a row in one
+go; its sums of squares are added in another order, so a code may differ by one step
+where a norm lies on the border of two numbers.
 
     rms_norm(x) = w * cast(x / sqrt(mean(x^2) + eps))          Llama, Mistral, Qwen, Phi
     rms_norm(x) = cast(x / sqrt(mean(x^2) + eps) * (1 + w))    Gemma
@@ -16,9 +18,12 @@ import torch
 from torch import Tensor, library
 
 from compress.core.errors import KernelError
-from compress.runtime.w6a8.engines import triton_engine
-from compress.runtime.w6a8.ops import quant_act
-from compress.runtime.w6a8.tiles import COLUMNS
+from compress.runtime.w6a8 import cuda
+from compress.runtime.w6a8.abi import Kernels
+from compress.runtime.w6a8.arguments import Values
+from compress.runtime.w6a8.engines import engine_for
+from compress.runtime.w6a8.ops import quant_act, w6a8_matmul
+from compress.runtime.w6a8.tiles import COLUMNS, TiledWeight
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
@@ -61,12 +66,11 @@ def rms_norm_quant(
     Returns:
         int8 ``[M, 128 ceil(K / 128)]``, filled up with zeros, and ``[M, K / group]``.
     """
-    if weight.device != x.device:
-        raise KernelError(
-            f"inputs are on {x.device}, the norm is on {weight.device}; move one"
-        )
-    engine = triton_engine(x.device, x.dtype)
-    if engine is not None and weight.dtype == x.dtype:
+    _check(x, weight)
+    engine = engine_for(x.device, x.dtype) if weight.dtype == x.dtype else None
+    if isinstance(engine, Kernels):
+        return cuda.quantize(engine, _normed(x, weight, eps, plus_one), group)
+    if engine is not None:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         return engine.rms_norm_quantize(flat, weight, eps, group, plus_one=plus_one)
     codes, scales = quant_act(rms_norm(x, weight, eps, plus_one=plus_one), group)
@@ -91,7 +95,9 @@ def silu_mul_quant(gate_up: Tensor, group: int) -> tuple[Tensor, Tensor]:
     Returns:
         int8 ``[M, 128 ceil(I / 128)]``, filled up with zeros, and ``[M, I / group]``.
     """
-    engine = triton_engine(gate_up.device, gate_up.dtype)
+    engine = engine_for(gate_up.device, gate_up.dtype)
+    if isinstance(engine, Kernels):
+        return cuda.quantize(engine, _gated(gate_up), group)
     if engine is not None:
         flat = gate_up.reshape(-1, gate_up.shape[-1]).contiguous()
         return engine.silu_mul_quantize(flat, group)
@@ -103,6 +109,144 @@ def silu_mul_quant(gate_up: Tensor, group: int) -> tuple[Tensor, Tensor]:
 @silu_mul_quant.register_fake
 def _(gate_up: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return _empty(gate_up, gate_up.shape[-1] // 2, group)
+
+
+@library.custom_op("compress::rms_norm_linear", mutates_args=())
+def rms_norm_linear(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    plus_one: bool,
+    tiles: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+    weight_group: int,
+    input_group: int,
+) -> Tensor:
+    """Return ``rms_norm(x) @ W.T + bias`` with the norm's result rounded to int8.
+
+    Args:
+        x: float ``[..., columns]``.
+        norm: float ``[columns]``.
+        eps: Added to the mean of squares.
+        plus_one: Whether ``1 + norm`` is meant; see the module.
+        tiles: See ``ops.w6a8_linear``, as for the rest.
+        scales: float16 or bfloat16.
+        bias: float ``[rows]``.
+        rows: Of the weight.
+        columns: Likewise.
+        weight_group: Columns of the weight that share a scale.
+        input_group: Columns of the norm's result that share a scale.
+
+    Returns:
+        ``[..., rows]``, of the type of :func:`norm_dtype`.
+    """
+    _check(x, norm)
+    dtype = norm_dtype(x, norm, plus_one=plus_one)
+    engine = engine_for(x.device, x.dtype) if norm.dtype == x.dtype else None
+    if isinstance(engine, Kernels):
+        weight = TiledWeight(tiles, scales, (rows, columns), weight_group)
+        own = None if bias is None else bias.to(x.dtype).contiguous()
+        values = _normed(x, norm, eps, plus_one)
+        y = cuda.linear(engine, values, weight, own, group=input_group)
+    else:
+        codes, scale = rms_norm_quant(x, norm, eps, plus_one, input_group)
+        y = w6a8_matmul(
+            *(codes, scale, tiles, scales, bias),
+            *(rows, columns, weight_group, dtype),
+        )
+    return y.view(*x.shape[:-1], rows)
+
+
+@rms_norm_linear.register_fake
+def _(
+    x: Tensor,
+    norm: Tensor,
+    eps: float,
+    plus_one: bool,
+    tiles: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+    weight_group: int,
+    input_group: int,
+) -> Tensor:
+    dtype = norm_dtype(x, norm, plus_one=plus_one)
+    return x.new_empty((*x.shape[:-1], rows), dtype=dtype)
+
+
+@library.custom_op("compress::silu_mul_linear", mutates_args=())
+def silu_mul_linear(
+    gate_up: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+    weight_group: int,
+    input_group: int,
+) -> Tensor:
+    """Return ``(silu(gate) * up) @ W.T + bias`` with the product rounded to int8.
+
+    Args:
+        gate_up: float ``[..., 2 columns]``, gate first.
+        tiles: See ``ops.w6a8_linear``, as for the rest.
+        scales: float16 or bfloat16.
+        bias: float ``[rows]``.
+        rows: Of the weight.
+        columns: Likewise.
+        weight_group: Columns of the weight that share a scale.
+        input_group: Columns of the product that share a scale.
+
+    Returns:
+        ``[..., rows]``.
+    """
+    engine = engine_for(gate_up.device, gate_up.dtype)
+    if isinstance(engine, Kernels):
+        weight = TiledWeight(tiles, scales, (rows, columns), weight_group)
+        own = None if bias is None else bias.to(gate_up.dtype).contiguous()
+        y = cuda.linear(engine, _gated(gate_up), weight, own, group=input_group)
+    else:
+        codes, scale = silu_mul_quant(gate_up, input_group)
+        y = w6a8_matmul(
+            *(codes, scale, tiles, scales, bias),
+            *(rows, columns, weight_group, gate_up.dtype),
+        )
+    return y.view(*gate_up.shape[:-1], rows)
+
+
+@silu_mul_linear.register_fake
+def _(
+    gate_up: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+    weight_group: int,
+    input_group: int,
+) -> Tensor:
+    return gate_up.new_empty((*gate_up.shape[:-1], rows))
+
+
+def _check(x: Tensor, norm: Tensor) -> None:
+    if norm.device != x.device:
+        raise KernelError(
+            f"inputs are on {x.device}, the norm is on {norm.device}; move one"
+        )
+
+
+def _normed(x: Tensor, norm: Tensor, eps: float, plus_one: bool) -> Values:
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    kind = "norm_plus_one" if plus_one else "norm"
+    return Values(flat, kind, norm.contiguous(), eps)
+
+
+def _gated(gate_up: Tensor) -> Values:
+    return Values(gate_up.reshape(-1, gate_up.shape[-1]).contiguous(), "gated")
 
 
 def _empty(x: Tensor, columns: int, group: int) -> tuple[Tensor, Tensor]:

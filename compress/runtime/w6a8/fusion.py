@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from compress.core import compressed_tensors as ct
 from compress.core.errors import CheckpointError
 from compress.core.tensors import QuantizedTensor
-from compress.runtime.w6a8.fused import norm_dtype, rms_norm_quant, silu_mul_quant
+from compress.runtime.w6a8.fused import rms_norm_linear, silu_mul_linear
 from compress.runtime.w6a8.linear import W6A8Linear
 
 
@@ -173,14 +173,14 @@ class NormedLinear(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the products ``[..., N]`` of the norm of ``[..., K]``."""
-        group = self.stacked.input_group
-        assert group is not None
-        codes, scale = rms_norm_quant(
-            hidden_states, self.weight, self.eps, self.plus_one, group
+        products: Tensor = rms_norm_linear(
+            hidden_states,
+            self.weight,
+            self.eps,
+            self.plus_one,
+            *self.stacked.operands(),
         )
-        dtype = norm_dtype(hidden_states, self.weight, plus_one=self.plus_one)
-        products = self.stacked.of_codes(codes, scale, dtype)
-        return products.view(*hidden_states.shape[:-1], self.stacked.out_features)
+        return products
 
 
 class GatedDown(nn.Module):
@@ -219,9 +219,8 @@ class GatedDown(nn.Module):
             gate, up = gate_up.chunk(2, -1)
             result: Tensor = down(self.activation(gate) * up)
             return result
-        codes, scale = silu_mul_quant(gate_up, down.input_group)
-        result = down.of_codes(codes, scale, gate_up.dtype)
-        return result.view(*gate_up.shape[:-1], down.out_features)
+        result = silu_mul_linear(gate_up, *down.operands())
+        return result
 
 
 class GatedMLP(GatedDown):

@@ -18,7 +18,7 @@ from compress.core import compressed_tensors as ct
 from compress.core.errors import CheckpointError
 from compress.core.scheme import Scheme
 from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
-from compress.runtime.w6a8.ops import w6_decode, w6a8_linear, w6a8_matmul
+from compress.runtime.w6a8.ops import w6_decode, w6a8_linear
 from compress.runtime.w6a8.tiles import TiledWeight
 
 
@@ -61,29 +61,22 @@ class W6A8Linear(nn.Module):
             weight = w6_decode(self.tiles, self._scales(), *shape, group, inputs.dtype)
             bias = None if self.bias is None else self.bias.to(inputs.dtype)
             return nn.functional.linear(inputs, weight, bias)
-        result: Tensor = w6a8_linear(
-            *(inputs, self.tiles, self._scales(), self.bias),
-            *(*shape, group, self.input_group),
-        )
+        result: Tensor = w6a8_linear(inputs, *self.operands())
         return result
 
-    def of_codes(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return what :meth:`forward` returns of inputs that are rounded already.
-
-        Args:
-            codes: int8 ``[M, 128 ceil(in / 128)]``.
-            scale: float32 ``[M, in / input_group]``.
-            dtype: Of the result.
+    def operands(
+        self,
+    ) -> tuple[Tensor, Tensor, Tensor | None, int, int, int, int]:
+        """Return what operations on inputs in 8 bits take of the layer.
 
         Returns:
-            ``[M, out]``.
+            Tiles, scales, bias, rows, columns, and the columns that share a scale, of
+            the weight and of the inputs.
         """
-        result: Tensor = w6a8_matmul(
-            *(codes, scale, self.tiles, self._scales(), self.bias),
-            *(self.out_features, self.in_features),
-            *(self.scheme.group_of(self.in_features), dtype),
-        )
-        return result
+        assert self.input_group is not None
+        sizes = self.out_features, self.in_features
+        group = self.scheme.group_of(self.in_features)
+        return (self.tiles, self._scales(), self.bias, *sizes, group, self.input_group)
 
     def quantized(self) -> QuantizedTensor:
         """Return codes and scales ``[out, in]``, exactly as they were given."""

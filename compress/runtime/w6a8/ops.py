@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, library
 
 from compress.core.errors import KernelError
-from compress.runtime.w6a8 import cuda, cuda_codes, reference
+from compress.runtime.w6a8 import cuda, reference
 from compress.runtime.w6a8.abi import Kernels
+from compress.runtime.w6a8.arguments import Values
 from compress.runtime.w6a8.engines import engine_for, triton_engine
 from compress.runtime.w6a8.tiles import COLUMNS, TiledWeight, unpack_tiles
 
@@ -33,7 +34,7 @@ def quant_act(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     engine = engine_for(rows.device, rows.dtype)
     if isinstance(engine, Kernels):
-        return cuda.quantize(engine, rows.contiguous(), group)
+        return cuda.quantize(engine, Values(rows.contiguous()), group)
     if engine is not None:
         return engine.quantize(rows.contiguous(), group)
     codes, scales = reference.quantize_activations(rows, group)
@@ -82,7 +83,8 @@ def w6a8_linear(
     engine = engine_for(flat.device, flat.dtype)
     own = None if bias is None else bias.to(x.dtype).contiguous()
     if isinstance(engine, Kernels):
-        y = cuda.linear(engine, flat.contiguous(), weight, own, group=input_group)
+        values = Values(flat.contiguous())
+        y = cuda.linear(engine, values, weight, own, group=input_group)
     elif engine is not None:
         inputs = engine.quantize(flat.contiguous(), input_group)
         y = engine.linear(inputs, weight, own, dtype=x.dtype)
@@ -146,7 +148,7 @@ def w6a8_matmul(
     own = None if bias is None else bias.to(dtype).contiguous()
     inputs = codes.contiguous(), input_scales.contiguous()
     if isinstance(engine, Kernels):
-        return cuda_codes.linear(engine, inputs, weight, own, dtype=dtype)
+        return cuda.linear_of_codes(engine, inputs, weight, own, dtype=dtype)
     return engine.linear(inputs, weight, own, dtype=dtype)
 
 

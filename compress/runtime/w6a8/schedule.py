@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from math import ceil
+from typing import ClassVar
 
 _WARPS = 8
 _BLOCKS_AT_ONCE = 2  # of a multiprocessor
@@ -63,6 +64,8 @@ class Schedule:
         on_hopper: Whether it is the kernel that only Hopper has.
         panels: Of 64 rows in a block of Hopper's.
         at_once: Blocks that the device holds; Hopper's kernel starts no more.
+        near: Steps of a block after the first that Hopper's kernel brings into the
+            cache.
     """
 
     token_tile: int
@@ -72,6 +75,60 @@ class Schedule:
     on_hopper: bool = False
     panels: int = 0
     at_once: int = 0
+    near: int = 0
+
+
+@dataclass(frozen=True)
+class FewSchedule:
+    """The cut of a call of the kernel for few tokens; mirrors ``w6a8_few.cuh``.
+
+    Attributes:
+        tiles: Of 16 rows in a block at a time.
+        depth: Steps of 128 columns that a warp copies ahead.
+        near: Steps of a block after those that are brought into the cache.
+        at_once: Blocks.
+    """
+
+    SLOT: ClassVar[int] = 256  # columns that a warp rounds at once
+    SLOTS: ClassVar[int] = 56  # of a block
+
+    tiles: int
+    depth: int
+    near: int
+    at_once: int
+
+
+_FEW_TOKENS, _FEW_WARPS = 16, 8
+_NEAR = 128 << 10  # bytes that a block brings into the cache ahead
+_HALF, _WHOLE = 113 << 10, 227 << 10  # of Hopper's shared memory: two blocks, or one
+
+
+@lru_cache(maxsize=4096)
+def few_schedule(
+    tokens: int, down: int, across: int, run: int, processors: int
+) -> FewSchedule | None:
+    """Return the cut for the kernel for few tokens; ``None`` if it cannot do it.
+
+    Rows are dealt evenly; blocks that leave room for the next call's are preferred.
+
+    Args:
+        tokens: Rows of the input, one or more.
+        down: Tiles of 16 rows.
+        across: Tiles of 128 columns.
+        run: Columns after which a scale may change; 0 if it does not.
+        processors: Multiprocessors of the device.
+    """
+    if tokens > _FEW_TOKENS:
+        return None
+    tiles = min((4, 2, 1), key=lambda tiles: ceil(down / tiles / processors) * tiles)
+    slot = _FEW_WARPS * (1536 + (4096 // run if run else 0))
+    share = (_FEW_WARPS - tiles) * (1024 if tokens > 8 else 512)
+    fixed = tokens * (128 * across + 16) + 2 * share + 8 * FewSchedule.SLOTS + 64
+    for depth, room in ((6, _HALF), (12, _WHOLE), (6, _WHOLE)):
+        if fixed + depth * slot <= room:
+            near = _NEAR // (tiles * 1536)
+            return FewSchedule(tiles, depth, near, min(down // tiles, processors))
+    return None
 
 
 @lru_cache(maxsize=4096)
@@ -138,5 +195,6 @@ def hopper_schedule(
     blocks = blocks_of(block)
     workspace = splits * blocks * block.panels * 64 * block.tokens if splits > 1 else 0
     return Schedule(
-        block.tokens, splits, blocks, workspace, True, block.panels, processors
+        *(block.tokens, splits, blocks, workspace, True, block.panels, processors),
+        _NEAR // (block.panels * 6144),
     )
