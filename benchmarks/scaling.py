@@ -103,12 +103,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--blocks", type=int, default=32, help="of the 7B shape")
     arguments = parser.parse_args()
     work, small = arguments.work / "scaling", arguments.small
     shutil.rmtree(work, ignore_errors=True)
     load = os.getloadavg()[0]
     cuda = torch.cuda.is_available()
-    shape = SMALL if small else CASES["rtn-7b"].shape
+    large = {**CASES["rtn-7b"].shape, "num_hidden_layers": arguments.blocks}
+    shape = SMALL if small else large
     write_checkpoint(work / "model", shape, device="cuda" if cuda else "cpu")
     rows: list[dict[str, Any]] = []
     cases = [(o, n) for o in ("layer", "block") for n in arguments.processes]
@@ -124,16 +126,18 @@ def main() -> None:
         row["same codes"] = same_codes(origin, workdir)
         rows.append(row)
         print(json.dumps(row), flush=True)
+    size = "a small Llama" if small else f"{arguments.blocks} blocks of a Llama 2 7B"
     card = torch.cuda.get_device_name() if cuda else "none; one thread a process"
     where = f"GPUs ({card})" if cuda else "processes of one thread each"
     path = write_result(
         "scaling_small" if small else "scaling",
-        claim=f"GPTQ INT4 of a {'small' if small else '7B'} Llama, random weights, on "
+        claim=f"GPTQ INT4 of {size}, random weights, on "
         f"{' and '.join(map(str, arguments.processes))} {where}: the codes are those "
         "of one.",
         command=" ".join(
             ["python benchmarks/scaling.py", *(["--small"] if small else [])]
             + ["--processes", *map(str, arguments.processes)]
+            + ([] if small else ["--blocks", str(arguments.blocks)])
         ),
         figures={
             "GPU": card,

@@ -23,7 +23,7 @@ from results import PACKAGES, write_result  # noqa: E402
 
 from compress.core.errors import KernelError  # noqa: E402
 from compress.runtime.w6a8 import abi, build  # noqa: E402
-from compress.runtime.w6a8.arguments import Kernel  # noqa: E402
+from compress.runtime.w6a8.abi import Kernel  # noqa: E402
 
 KERNELS: tuple[Kernel, ...] = ("few", "hopper", "portable")
 

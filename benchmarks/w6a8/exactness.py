@@ -14,8 +14,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from compress.runtime.w6a8 import cuda, reference
-from compress.runtime.w6a8.abi import Kernels
-from compress.runtime.w6a8.arguments import Kernel, Values
+from compress.runtime.w6a8.abi import Kernel, Kernels
+from compress.runtime.w6a8.arguments import Values
 from compress.runtime.w6a8.fused import rms_norm
 from compress.runtime.w6a8.tiles import TiledWeight, pack_tiles, unpack_tiles
 
@@ -23,7 +23,7 @@ TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 127, 128, 129, 1000)
 ROWS = (1, 8, 15, 16, 17, 1000, 4096, 11008, 32000)
 COLUMNS = (32, 96, 128, 160, 3072, 8192, 11008, 14336)
 INPUT_GROUPS = (None, 32, 64, 128)
-MOST_FEW = 16  # tokens of the kernel for few
+MOST_FEW = 8  # tokens of the kernel for few
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -291,7 +291,7 @@ class Checks:
 
     def invariance(self) -> None:
         """A token alone and among others agrees within tolerance."""
-        tokens = self.tokens((8, 16, 64))[-1]
+        tokens = self.tokens((8, 64))[-1]
         x = self.activations(tokens, 4096, torch.bfloat16)
         weight = self.weight(4096, 4096, 128)
         together = self.linear(x, weight, None, group=None)

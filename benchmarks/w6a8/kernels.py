@@ -26,8 +26,17 @@ from compress.bench import contenders as known
 from compress.bench.contenders import Contender
 from compress.bench.kernels import KernelSettings, bench_kernels
 
-SHAPES = ((4096, 4096), (22016, 4096), (4096, 11008), (8192, 8192), (57344, 8192))
-TOKENS = (1, 8, 16, 64, 128, 256, 1024, 4096)
+SHAPES = (
+    *((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008)),  # Llama-2-7B
+    *((27648, 5120), (28672, 4096)),  # 13B and Llama-3-8B
+    *((8192, 8192), (57344, 8192)),  # 70B
+)
+TOKENS = (1, 4, 8, 16, 64, 128, 256, 1024, 4096)
+PUBLISHED = {
+    "FlexQ (arXiv 2508.04405), linear layers of Llama 70B, W6A6 beside ABQ-LLM": 1.39,
+    "FlexQ, whole model, tokens/s beside SmoothQuant W8A8": 1.33,
+    "FlexQ, whole model, memory of SmoothQuant W8A8 over its own": 1.21,
+}
 KEPT = ("bf16", "int8", "fp8", "fp8 product alone", "w6a8-g128", "w6a8")
 HUMMING = {"humming-g128": 128, "humming": 0}
 
@@ -65,6 +74,9 @@ def main() -> None:
             figures=tables
             | {
                 "Means over shapes (geometric)": means(found["rows"]),
+                "Published, beside the columns with int8": [
+                    {"what": what, "ratio": ratio} for what, ratio in PUBLISHED.items()
+                ],
                 "device": found["device"],
                 "read bandwidth TB/s": found["limits"]["bytes_per_second"] / 1e12,
                 "clocks before and after": " | ".join(map(str, found["clocks"])),
@@ -164,6 +176,7 @@ def ratios(times: dict[str, float]) -> dict[str, float]:
     """Return how many times slower peers are than ours."""
     pairs = {
         "bf16 / g128": ("bf16", "w6a8-g128"),
+        "int8 / g128": ("int8", "w6a8-g128"),
         "fp8 alone / g128": ("fp8 product alone", "w6a8-g128"),
         "humming / g128": ("humming-g128", "w6a8-g128"),
         "humming / one scale": ("humming", "w6a8"),

@@ -20,7 +20,6 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __noinline__
 #define __grid_constant__
 
 using std::max;
@@ -159,7 +158,6 @@ inline unsigned char *shared_memory() {
 inline void __syncthreads() {
   emulated::meet(emulated::of_block, static_cast<int>(emulated::fibres.size()));
 }
-inline void bring_near(const void *, uint32_t) {}
 inline void meet_in_warp() { emulated::meet_warp(); }
 inline void __threadfence() {}
 inline uint32_t atomicAdd(uint32_t *at, uint32_t value) {

@@ -42,31 +42,25 @@ void emulate(const W6A8Quantize &a) {
                      });
 }
 
-template <int kRun, int kEights, int kDepth>
-void emulate(const W6A8Few &a, bool at_once) {
-  const int parts = a.linear.down / a.tiles;
-  const Index grid{static_cast<unsigned>(min(parts, a.linear.at_once)), 1, 1};
-  emulated::run_grid(grid, kFewThreads, few_places(a.linear, a.tiles, kDepth, kRun).bytes,
-                     at_once, [&a] { few_kernel<kRun, kEights, kDepth>(a); });
+template <int kRun, int kDepth>
+void emulate_ring(const W6A8Linear &a, bool at_once) {
+  const int parts = a.down / a.tiles_of_block;
+  const Index grid{static_cast<unsigned>(min(parts, a.at_once)), 1, 1};
+  emulated::run_grid(grid, kFewThreads, few_places(a, kRun).bytes, at_once,
+                     [&a] { few_kernel<kRun, kDepth>(a); });
 }
 
-template <int kRun, int kEights>
-void emulate(const W6A8Few &a, bool at_once) {
-  a.depth == 6 ? emulate<kRun, kEights, 6>(a, at_once)
-               : emulate<kRun, kEights, 12>(a, at_once);
-}
-
-template <int kEights>
-void emulate(const W6A8Few &a, bool at_once) {
-  if (a.linear.weight_groups == 1) return emulate<0, kEights>(a, at_once);
-  if (a.linear.run == 32) emulate<32, kEights>(a, at_once);
-  if (a.linear.run == 64) emulate<64, kEights>(a, at_once);
-  if (a.linear.run == 128) emulate<128, kEights>(a, at_once);
+template <int kRun>
+void emulate_few(const W6A8Linear &a, bool at_once) {
+  a.depth == 6 ? emulate_ring<kRun, 6>(a, at_once) : emulate_ring<kRun, 12>(a, at_once);
 }
 
 extern "C" {
-void emulate_few(const W6A8Few *a, int at_once) {
-  a->linear.tokens <= 8 ? emulate<1>(*a, at_once) : emulate<2>(*a, at_once);
+void emulate_few(const W6A8Linear *a, int at_once) {
+  if (a->weight_groups == 1) return emulate_few<0>(*a, at_once);
+  if (a->run == 32) emulate_few<32>(*a, at_once);
+  if (a->run == 64) emulate_few<64>(*a, at_once);
+  if (a->run == 128) emulate_few<128>(*a, at_once);
 }
 void emulate_linear(const W6A8Linear *a, int at_once) {
   if (a->token_tile == 8) emulate<8>(*a, at_once);
@@ -80,13 +74,10 @@ void emulate_quantize(const W6A8Quantize *a) {
   if (a->values.dtype == W6A8_BFLOAT16) emulate<BFloat16>(*a);
 }
 int sizes(int which) {
-  if (which == 2) return sizeof(W6A8Few);
   return which ? sizeof(W6A8Linear) : sizeof(W6A8Quantize);
 }
-int bytes_of_few(const W6A8Few *a) {
-  return few_places(a->linear, a->tiles, a->depth,
-                    a->linear.weight_groups == 1 ? 0 : a->linear.run)
-      .bytes;
+int bytes_of_few(const W6A8Linear *a) {
+  return few_places(*a, a->weight_groups == 1 ? 0 : a->run).bytes;
 }
 int bytes_of_block(int token_tile) {
   return token_tile == 64 ? Shape<64, 32, kOfGroups>::kBytes

@@ -25,7 +25,6 @@ from compress.core.tensors import QuantizedTensor
 from compress.runtime.w6a8 import reference
 from compress.runtime.w6a8.abi import (
     DTYPES,
-    FewArguments,
     LinearArguments,
     QuantizeArguments,
 )
@@ -61,7 +60,7 @@ def run_linear(
         (codes, scales),
         weight,
         outputs,
-        Schedule(tile, splits, blocks, len(partial)),
+        Schedule("portable", tile, blocks, splits, len(partial)),
         group,
     )
     arguments.partial, arguments.tickets = partial.data_ptr(), tickets.data_ptr()
@@ -73,7 +72,6 @@ def run_linear(
 def test_python_and_c_agree_on_the_arguments(library: ctypes.CDLL) -> None:
     assert library.sizes(0) == ctypes.sizeof(QuantizeArguments)
     assert library.sizes(1) == ctypes.sizeof(LinearArguments)
-    assert library.sizes(2) == ctypes.sizeof(FewArguments)
 
 
 def test_two_blocks_fit_a_multiprocessor(library: ctypes.CDLL) -> None:
@@ -161,7 +159,7 @@ def test_integer_sums_are_bit_equal(
     inputs, ones, outputs = padded(qa), torch.ones(m, 1), torch.zeros(m, n)
     found = torch.full((m, 256 // run, n), 7, dtype=torch.int32)
     arguments = linear_arguments(
-        (inputs, ones), tiled, outputs, Schedule(tile, 1, 1, 0), None
+        (inputs, ones), tiled, outputs, Schedule("portable", tile, 1), None
     )
     arguments.run, arguments.sums = run, found.data_ptr()
     library.emulate_linear(ctypes.byref(arguments), 0)

@@ -68,18 +68,10 @@ struct W6A8Linear {
   int32_t token_tile;         // 8, 16, 32 or 64; on Hopper 16 to 256
   int32_t splits;             // of the columns, for more blocks than rows give
   int32_t panels, at_once;    // of 64 rows in a block; blocks at once; on Hopper only
-  int32_t near;               // steps after the first to bring near; on Hopper only
+  int32_t tiles_of_block;     // of rows: 1, 2 or 4; few only
+  int32_t depth;              // steps that a warp copies ahead: 6 or 12; few only
+  int32_t overlaps;           // begin beside the kernel before; few only
   int32_t device;
-};
-
-// A layer for few tokens, which may round its inputs itself.
-struct W6A8Few {
-  struct W6A8Values values;  // used if linear.inputs is null: 16 bits, whole rows rounded
-  struct W6A8Linear linear;  // one input group, no splits, no sums
-  int32_t tiles;             // of rows in a block: 1, 2 or 4
-  int32_t depth;             // steps that a warp copies ahead: 6 or 12
-  int32_t near;              // steps of a block after those to bring into the cache
-  int32_t overlaps;          // begin beside the kernel before; Hopper and later
 };
 
 // Registers of a lane for one step of 32 columns; see runtime/w6a8/tiles.py.
@@ -112,7 +104,7 @@ int w6a8_rows_of_block(int token_tile);
 int w6a8_quantize(const struct W6A8Quantize *arguments, void *stream);
 int w6a8_linear(const struct W6A8Linear *arguments, void *stream);
 int w6a8_linear_hopper(const struct W6A8Linear *arguments, void *stream);
-int w6a8_linear_few(const struct W6A8Few *arguments, void *stream);
+int w6a8_linear_few(const struct W6A8Linear *arguments, void *stream);
 #ifdef __cplusplus
 }
 #endif

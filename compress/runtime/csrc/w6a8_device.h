@@ -91,13 +91,6 @@ __device__ __forceinline__ uint32_t largest_of_warp(uint32_t value) {
   return __reduce_max_sync(0xFFFFFFFFu, value);
 }
 
-// Asks for memory that is read soon, a multiple of 16 bytes.
-__device__ __forceinline__ void bring_near(const void *from, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
-#endif
-}
-
 __device__ __forceinline__ void meet_in_warp() { __syncwarp(); }
 
 // The same bits in every lane.

@@ -1,50 +1,47 @@
-// y = x W^T for up to 16 tokens, limited by memory alone.
+// y = x W^T for up to eight tokens, limited by memory alone.
 //
 // A block of eight warps computes 16 `tiles` rows at a time over all columns: `tiles`
 // warps stand side by side on rows, the others on columns, each with every `beside`-th
 // step of 128. A warp copies its own tiles and scales, kDepth steps ahead, also into the
-// next rows: blocks stay and go on. On Hopper and later it begins while the kernel
-// before still runs. All inputs of a block's tokens lie in shared memory: copied, or
-// rounded there by each block for itself, which costs less than a kernel that does it
-// first. Little is taken of the multiprocessor, so that the next call's blocks fit
-// beside.
+// next rows: blocks stay and go on. On Hopper and later copies of weights begin while the
+// kernel before still runs. All inputs lie in shared memory.
 //
 // Sums are integers for kRun columns (0: all of a warp's); they start at 1.5 * 2^23 so
 // that the same bits, read as a float, are that plus the sum. Then they are multiplied
 // by the scales and added in ascending order in a warp, and of warps.
 #pragma once
 
-#include "w6a8_rounding.cuh"
+#include <w6a8_device.h>
 
+#include "w6a8.h"
+
+constexpr int kFewWarps = 8;
 constexpr int kFewThreads = 32 * kFewWarps;
-constexpr int kFewTokens = 16;
+constexpr int kFewTokens = 8;
 
 // Where things lie in shared memory, in bytes.
 struct FewPlaces {
-  int slot, inputs, pitch, shares, share, notes, bytes;
+  int slot, inputs, pitch, shares, share, bytes;
 };
 
-W6A8_BOTH FewPlaces few_places(const W6A8Linear &a, int tiles, int depth, int run) {
+W6A8_BOTH FewPlaces few_places(const W6A8Linear &a, int run) {
   const int runs = run == 0 ? 0 : W6A8_TILE_COLUMNS / run;
-  const int tokens = static_cast<int>(a.tokens);
   FewPlaces at;
   at.slot = W6A8_TILE_BYTES + runs * W6A8_TILE_ROWS * 2;
-  at.inputs = kFewWarps * depth * at.slot;
+  at.inputs = kFewWarps * a.depth * at.slot;
   at.pitch = a.across * W6A8_TILE_COLUMNS + 16;  // tokens in different banks
-  at.shares = at.inputs + tokens * at.pitch;
-  at.share = (kFewWarps - tiles) * (tokens > 8 ? 1024 : 512);
-  at.notes = at.shares + 2 * at.share;
-  at.bytes = at.notes + 4 * (2 * kSlots + kFewTokens);
+  at.shares = at.inputs + static_cast<int>(a.tokens) * at.pitch;
+  at.share = (kFewWarps - a.tiles_of_block) * 512;
+  at.bytes = at.shares + 2 * at.share;
   return at;
 }
 
-template <int kRun, int kEights, int kDepth>
+template <int kRun, int kDepth>
 struct Few {
   static constexpr int kRuns = kRun == 0 ? 1 : W6A8_TILE_COLUMNS / kRun;
   static constexpr int kEach = kRun == 0 ? 4 : kRun / 32;  // products of a run
-  using Totals = float[kEights][4];
+  using Totals = float[4];
 
-  const W6A8Few &all;
   const W6A8Linear &a;
   unsigned char *memory;
   FewPlaces at;
@@ -54,17 +51,16 @@ struct Few {
   const uint16_t *scales;
   int copied = 0, used = 0;  // slots, in turn
 
-  __device__ __forceinline__ explicit Few(const W6A8Few &given)
-      : all(given),
-        a(given.linear),
+  __device__ __forceinline__ explicit Few(const W6A8Linear &given)
+      : a(given),
         memory(shared_memory()),
-        at(few_places(given.linear, given.tiles, kDepth, kRun)),
+        at(few_places(given, kRun)),
         lane(threadIdx.x & 31),
         warp(threadIdx.x >> 5),
-        beside(kFewWarps / given.tiles),
-        tile(warp % given.tiles),
-        across(warp / given.tiles),
-        parts(given.linear.down / given.tiles),
+        beside(kFewWarps / given.tiles_of_block),
+        tile(warp % given.tiles_of_block),
+        across(warp / given.tiles_of_block),
+        parts(given.down / given.tiles_of_block),
         next_part(blockIdx.x) {
     go_to_next_part();
   }
@@ -72,22 +68,12 @@ struct Few {
   __device__ __forceinline__ unsigned char *slot(int which) const {
     return memory + (warp * kDepth + which) * at.slot;
   }
-  __device__ __forceinline__ float *token_scales() const {
-    return reinterpret_cast<float *>(memory + at.notes) + 2 * kSlots;
-  }
-
   __device__ __forceinline__ void run() {
     let_next_begin();
 #pragma unroll 1
     for (int i = 0; i < kDepth; ++i) copy_next();
-    bring_more();
     wait_for_kernel_before();
-    if (a.inputs != nullptr)
-      copy_inputs();
-    else if (all.values.dtype == W6A8_FLOAT16)
-      round<Float16>();
-    else
-      round<BFloat16>();
+    copy_inputs();
     __syncthreads();
     int turn = 0;
 #pragma unroll 1
@@ -129,86 +115,69 @@ struct Few {
   __device__ __forceinline__ void go_to_next_part() {
     next_step = across;
     if (across >= a.across) next_part = parts;  // nothing for this warp
-    const int row_tile = next_part * all.tiles + tile;
+    const int row_tile = next_part * a.tiles_of_block + tile;
     from = tile_at(row_tile, across) + 16 * lane;
     scales = static_cast<const uint16_t *>(a.weight_scales) +
              static_cast<int64_t>(row_tile) * W6A8_TILE_ROWS + lane % 2 * 8;
   }
 
-  // Brings the weights of the steps after those that are copied into the cache, while
-  // the block waits for its inputs.
-  __device__ __forceinline__ void bring_more() const {
-    const int first = kDepth * beside;
-    for (int i = first + threadIdx.x; i < first + all.near; i += kFewThreads) {
-      const int part = blockIdx.x + i / a.across * gridDim.x;
-      if (part >= parts) break;
-      bring_near(tile_at(part * all.tiles, i % a.across), all.tiles * W6A8_TILE_BYTES);
-    }
-  }
-
+  // Through registers, since copies of the ring are done before later ones.
   __device__ __forceinline__ void copy_inputs() const {
+    constexpr int kBatch = 8;
     const int chunks = a.across * (W6A8_TILE_COLUMNS / 16);
-    const int tokens = static_cast<int>(a.tokens);
-    for (int token = 0; token < tokens; ++token)
+    const int all_chunks = static_cast<int>(a.tokens) * chunks;
+    const uint4 *from = reinterpret_cast<const uint4 *>(a.inputs);
 #pragma unroll 1
-      for (int i = threadIdx.x; i < chunks; i += kFewThreads)
-        copy_16(memory + at.inputs + token * at.pitch + 16 * i,
-                a.inputs + (static_cast<int64_t>(token) * chunks + i) * 16);
-    commit_copies();
-    wait_copies<0>();
-  }
-
-  template <class T>
-  __device__ __forceinline__ void round() const {
-    round_inputs<T>(all.values, static_cast<int>(a.tokens), a.across * W6A8_TILE_COLUMNS,
-                    memory + at.inputs, at.pitch, token_scales(),
-                    reinterpret_cast<float *>(memory + at.notes));
+    for (int first = threadIdx.x; first < all_chunks; first += kBatch * kFewThreads) {
+      uint4 batch[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        if (first + i * kFewThreads < all_chunks) batch[i] = from[first + i * kFewThreads];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int chunk = first + i * kFewThreads, token = chunk / chunks;
+        if (chunk < all_chunks)
+          *reinterpret_cast<uint4 *>(memory + at.inputs + token * at.pitch +
+                                     (chunk - token * chunks) * 16) = batch[i];
+      }
+    }
   }
 
   // Adds up this warp's steps of a part.
   __device__ __forceinline__ void add(int part, Totals &totals) {
-    int32_t sums[kEights][2][4];  // of each half of a step: two short chains
+    int32_t sums[2][4] = {};  // of each half of a step: two short chains
 #pragma unroll
-    for (int e = 0; e < kEights; ++e)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        totals[e][i] = 0.0f, sums[e][0][i] = sums[e][1][i] = 0;
+    for (int i = 0; i < 4; ++i) totals[i] = 0.0f;
     float of_rows[2] = {0.0f, 0.0f};
     if constexpr (kRun == 0) {
-      const int row = (part * all.tiles + tile) * W6A8_TILE_ROWS + (lane >> 2);
-      const auto *scales = static_cast<const uint16_t *>(a.weight_scales);
-      of_rows[0] = scale_of(scales[row]), of_rows[1] = scale_of(scales[row + 8]);
+      const int row = (part * a.tiles_of_block + tile) * W6A8_TILE_ROWS + (lane >> 2);
+      const auto *own = static_cast<const uint16_t *>(a.weight_scales);
+      of_rows[0] = scale_of(own[row]), of_rows[1] = scale_of(own[row + 8]);
     }
     // Which 16 bytes of a token this lane names; tokens that there are not repeat.
-    const int last = static_cast<int>(a.tokens) - 1;
-    const unsigned char *inputs[kEights];
-#pragma unroll
-    for (int e = 0; e < kEights; ++e)
-      inputs[e] = memory + at.inputs + min(8 * e + (lane & 7), last) * at.pitch +
-                  (lane >> 3) * 16 + across * W6A8_TILE_COLUMNS;
+    const int token = min(lane & 7, static_cast<int>(a.tokens) - 1);
+    const unsigned char *inputs = memory + at.inputs + token * at.pitch +
+                                  (lane >> 3) * 16 + across * W6A8_TILE_COLUMNS;
 #pragma unroll 1
     for (int step = across; step < a.across; step += beside) {
       wait_copies<kDepth - 1>();
       meet_in_warp();
-      const unsigned char *from = slot(used);
+      const unsigned char *kept = slot(used);
       if (++used == kDepth) used = 0;
-      const uint4 *weights = reinterpret_cast<const uint4 *>(from) + lane;
+      const uint4 *weights = reinterpret_cast<const uint4 *>(kept) + lane;
       const uint4 l0 = weights[0], l1 = weights[32], h = weights[64];
       float scale[kRuns][2] = {};
       if constexpr (kRun != 0) {
         const auto *own =
-            reinterpret_cast<const uint16_t *>(from + W6A8_TILE_BYTES) + (lane >> 2);
+            reinterpret_cast<const uint16_t *>(kept + W6A8_TILE_BYTES) + (lane >> 2);
 #pragma unroll
         for (int r = 0; r < kRuns; ++r)
           scale[r][0] = scale_of(own[16 * r]), scale[r][1] = scale_of(own[16 * r + 8]);
       }
-      uint32_t b[kEights][2][4];
-#pragma unroll
-      for (int e = 0; e < kEights; ++e) {
-        load_matrices(b[e][0], inputs[e]);
-        load_matrices(b[e][1], inputs[e] + 64);
-        inputs[e] += beside * W6A8_TILE_COLUMNS;
-      }
+      uint32_t b[2][4];
+      load_matrices(b[0], inputs);
+      load_matrices(b[1], inputs + 64);
+      inputs += beside * W6A8_TILE_COLUMNS;
       meet_in_warp();  // all have read
       copy_next();
       const uint32_t nibbles[8] = {l0.x, l0.y, l0.z, l0.w, l1.x, l1.y, l1.z, l1.w};
@@ -217,31 +186,24 @@ struct Few {
       for (int j = 0; j < 4; ++j) {
         uint32_t w[4];
         w6a8_unpack(nibbles[2 * j], nibbles[2 * j + 1], pairs[j], w);
+        int32_t(&own)[4] = sums[j / 2];
+        if (kRun != 0 && (j % 2 == 0 || kRun == 32))
 #pragma unroll
-        for (int e = 0; e < kEights; ++e) {
-          int32_t(&own)[4] = sums[e][j / 2];
-          if (kRun != 0 && (j % 2 == 0 || kRun == 32))
+          for (int i = 0; i < 4; ++i) own[i] = kRun == 128 && j == 2 ? 0 : W6A8_SUM_START;
+        multiply_add(own, w, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        if (kRun != 0 && j % kEach == kEach - 1)
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-              own[i] = kRun == 128 && j == 2 ? 0 : W6A8_SUM_START;
-          multiply_add(own, w, b[e][j / 2][j % 2 * 2], b[e][j / 2][j % 2 * 2 + 1]);
-          if (kRun != 0 && j % kEach == kEach - 1)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const int32_t sum = kRun == 128 ? sums[e][0][i] + sums[e][1][i] : own[i];
-              totals[e][i] = fmaf(as_float(sum) - W6A8_SUM_START_AS_FLOAT,
-                                  scale[j / kEach][i >> 1], totals[e][i]);
-            }
-        }
+          for (int i = 0; i < 4; ++i) {
+            const int32_t sum = kRun == 128 ? sums[0][i] + sums[1][i] : own[i];
+            totals[i] = fmaf(as_float(sum) - W6A8_SUM_START_AS_FLOAT,
+                             scale[j / kEach][i >> 1], totals[i]);
+          }
       }
     }
     if constexpr (kRun == 0) {
 #pragma unroll
-      for (int e = 0; e < kEights; ++e)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          totals[e][i] =
-              static_cast<float>(sums[e][0][i] + sums[e][1][i]) * of_rows[i >> 1];
+      for (int i = 0; i < 4; ++i)
+        totals[i] = static_cast<float>(sums[0][i] + sums[1][i]) * of_rows[i >> 1];
     }
   }
 
@@ -253,38 +215,26 @@ struct Few {
   __device__ __forceinline__ void finish(int part, int turn, Totals &totals) const {
     float4 *shares = reinterpret_cast<float4 *>(memory + at.shares + turn * at.share) +
                      tile * 32 + lane;
-    const int apart = all.tiles * 32;  // of warps; then of eight tokens
-    const int next = (beside - 1) * apart;
-    if (across > 0) {
-#pragma unroll
-      for (int e = 0; e < kEights; ++e)
-        shares[(across - 1) * apart + e * next] =
-            float4{totals[e][0], totals[e][1], totals[e][2], totals[e][3]};
-    }
+    const int apart = a.tiles_of_block * 32;
+    if (across > 0)
+      shares[(across - 1) * apart] = float4{totals[0], totals[1], totals[2], totals[3]};
     __syncthreads();
     if (across > 0) return;
 #pragma unroll 1
     for (int other = 0; other < beside - 1; ++other) {
-#pragma unroll
-      for (int e = 0; e < kEights; ++e) {
-        const float4 share = shares[other * apart + e * next];
-        totals[e][0] += share.x, totals[e][1] += share.y;
-        totals[e][2] += share.z, totals[e][3] += share.w;
-      }
+      const float4 share = shares[other * apart];
+      totals[0] += share.x, totals[1] += share.y;
+      totals[2] += share.z, totals[3] += share.w;
     }
-    const int row = (part * all.tiles + tile) * W6A8_TILE_ROWS;
+    const int row = (part * a.tiles_of_block + tile) * W6A8_TILE_ROWS;
 #pragma unroll
-    for (int e = 0; e < kEights; ++e)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        store(8 * e + w6a8_result_token(lane, i), row + w6a8_result_row(lane, i),
-              totals[e][i]);
+    for (int i = 0; i < 4; ++i)
+      store(w6a8_result_token(lane, i), row + w6a8_result_row(lane, i), totals[i]);
   }
 
   __device__ __forceinline__ void store(int token, int row, float value) const {
     if (token >= a.tokens || row >= a.rows) return;
-    value *= 0.25f;  // codes are held times four
-    value *= a.inputs == nullptr ? token_scales()[token] : a.input_scales[token];
+    value *= 0.25f * a.input_scales[token];  // codes are held times four
     const int64_t place = static_cast<int64_t>(token) * a.rows + row;
     if (a.output_dtype == W6A8_FLOAT32) {
       if (a.bias != nullptr) value += static_cast<const float *>(a.bias)[row];
@@ -301,8 +251,8 @@ struct Few {
   }
 };
 
-template <int kRun, int kEights, int kDepth>
+template <int kRun, int kDepth>
 __global__ void __launch_bounds__(kFewThreads, 2)
-    few_kernel(const __grid_constant__ W6A8Few a) {
-  Few<kRun, kEights, kDepth>(a).run();
+    few_kernel(const __grid_constant__ W6A8Linear a) {
+  Few<kRun, kDepth>(a).run();
 }

@@ -62,22 +62,6 @@ __device__ __forceinline__ void produce(const W6A8Linear &a, const CUtensorMap *
   });
 }
 
-// Another thread: brings weights of the block's first part that are copied later into the
-// cache, while the block waits for its inputs.
-template <class S>
-__device__ __forceinline__ void bring_more(const W6A8Linear &a, int thread) {
-  const Part part = part_of<S>(a, blockIdx.x);
-  const int panels = a.down / W6A8_PANEL, panel = part.row_block * S::kDown;
-  const int last = min(part.steps, S::kStages + a.near);
-  for (int step = S::kStages + thread; step < last; step += 96)
-#pragma unroll
-    for (int i = 0; i < S::kDown; ++i) {
-      const int64_t at = min(panel + i, panels - 1);
-      bring_near(a.tiles + (at * a.across + part.first + step) * S::kPanelBytes,
-                 S::kPanelBytes);
-    }
-}
-
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
@@ -310,10 +294,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   __syncthreads();
   if (threadIdx.x >= S::kConsumers) {
     leave_registers<S::kLeft>();
-    if (threadIdx.x == S::kConsumers)
-      produce<S>(a, &map, ring);
-    else if (threadIdx.x >= S::kConsumers + 32)
-      bring_more<S>(a, threadIdx.x - S::kConsumers - 32);
+    if (threadIdx.x == S::kConsumers) produce<S>(a, &map, ring);
   } else {
     take_registers<S::kRegisters>();
     wait_for_kernel_before();

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   clear_tickets(a);
   uint32_t *of_warps = reinterpret_cast<uint32_t *>(shared_memory());
   Row<T> row(a.values, blockIdx.x);
-  if (row.is_normed()) {
+  if (is_norm(row.kind)) {
     float *sums = reinterpret_cast<float *>(of_warps + kWarps);
     const float own =
         sum_of_warp(squares<T, 8>(row, columns, thread, kQuantizeThreads));
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
     __syncthreads();
     float sum = 0.0f;
     for (int i = 0; i < kWarps; ++i) sum += sums[i];
-    row.set_factor(sum, a.values);
+    row.factor = norm_factor(sum, a.values);
   }
   uint32_t most =
       largest_of_warp(largest_bits<T, 8>(row, 0, columns, thread, kQuantizeThreads));
@@ -118,8 +118,9 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   const int64_t at = place / groups;
   const int group = static_cast<int>(place % groups), start = group * a.group;
   Row<T> row(a.values, at);
-  if (row.is_normed())  // each warp for itself
-    row.set_factor(sum_of_warp(squares<T, 4>(row, a.values.columns, lane, 32)), a.values);
+  if (is_norm(row.kind))  // each warp for itself
+    row.factor = norm_factor(
+        sum_of_warp(squares<T, 4>(row, a.values.columns, lane, 32)), a.values);
   const Rule rule =
       rule_of(largest_of_warp(largest_bits<T, 4>(row, start, a.group, lane, 32)));
   if (lane == 0) a.scales[place] = rule.scale;

@@ -51,6 +51,29 @@ __device__ __forceinline__ void load(const typename T::Stored *from, bool aligne
   for (int i = 0; i < kEach; ++i) x[i] = T::value(pack.at[i]);
 }
 
+// Makes values of inputs and of what goes with them: a norm's weight, or what is gated.
+template <class T, int kEach>
+__device__ __forceinline__ void combine(int kind, float factor, float (&v)[kEach],
+                                        const float (&w)[kEach]) {
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    if (kind == W6A8_NORM)
+      v[i] = through<T>(w[i] * through<T>(v[i] * factor));
+    else if (kind == W6A8_NORM_PLUS_ONE)
+      v[i] = through<T>(v[i] * factor * (1.0f + w[i]));
+    else if (kind == W6A8_GATED)
+      v[i] = through<T>(through<T>(divided(v[i], 1.0f + exponential(-v[i]))) * w[i]);
+  }
+}
+
+__device__ __forceinline__ bool is_norm(int kind) {
+  return kind == W6A8_NORM || kind == W6A8_NORM_PLUS_ONE;
+}
+
+__device__ __forceinline__ float norm_factor(float squares, const W6A8Values &a) {
+  return inverse_root(divided(squares, static_cast<float>(a.columns)) + a.epsilon);
+}
+
 template <class T>
 struct Row {
   using Stored = typename T::Stored;
@@ -64,10 +87,6 @@ struct Row {
           row * a.columns * (a.kind == W6A8_GATED ? 2 : 1)),
         other(a.kind == W6A8_GATED ? x + a.columns : static_cast<const Stored *>(a.norm)),
         kind(a.kind) {}
-
-  __device__ __forceinline__ bool is_normed() const {
-    return kind == W6A8_NORM || kind == W6A8_NORM_PLUS_ONE;
-  }
 
   // Whether kEach inputs can be loaded at once at every multiple of kEach.
   template <int kEach>
@@ -86,25 +105,13 @@ struct Row {
     return sum;
   }
 
-  __device__ __forceinline__ void set_factor(float squares, const W6A8Values &a) {
-    factor = inverse_root(divided(squares, static_cast<float>(a.columns)) + a.epsilon);
-  }
-
   template <int kEach>
   __device__ __forceinline__ void values(int at, bool aligned, float (&v)[kEach]) const {
     load<T, kEach>(x + at, aligned, v);
     if (kind == W6A8_PLAIN) return;
     float w[kEach];
     load<T, kEach>(other + at, aligned, w);
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      if (kind == W6A8_NORM)
-        v[i] = through<T>(w[i] * through<T>(v[i] * factor));
-      else if (kind == W6A8_NORM_PLUS_ONE)
-        v[i] = through<T>(v[i] * factor * (1.0f + w[i]));
-      else
-        v[i] = through<T>(through<T>(divided(v[i], 1.0f + exponential(-v[i]))) * w[i]);
-    }
+    combine<T>(kind, factor, v, w);
   }
 };
 

@@ -6,6 +6,7 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -14,15 +15,19 @@ from compress.runtime.w6a8.build import architecture, build
 
 ABI = 3
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+Kernel = Literal["few", "hopper", "portable"]
+_NAMES: dict[Kernel, str] = {
+    "few": "w6a8_linear_few",
+    "hopper": "w6a8_linear_hopper",
+    "portable": "w6a8_linear",
+}
 FUNCTIONS = (
     "w6a8_abi",
     "w6a8_error",
     "w6a8_probe",
     "w6a8_rows_of_block",
     "w6a8_quantize",
-    "w6a8_linear",
-    "w6a8_linear_hopper",
-    "w6a8_linear_few",
+    *_NAMES.values(),
 )
 
 
@@ -84,21 +89,10 @@ class LinearArguments(ctypes.Structure):
         ("splits", c_int32),
         ("panels", c_int32),
         ("at_once", c_int32),
-        ("near", c_int32),
-        ("device", c_int32),
-    ]
-
-
-class FewArguments(ctypes.Structure):
-    """``struct W6A8Few``."""
-
-    _fields_ = [
-        ("values", ValuesArguments),
-        ("linear", LinearArguments),
-        ("tiles", c_int32),
+        ("tiles_of_block", c_int32),
         ("depth", c_int32),
-        ("near", c_int32),
         ("overlaps", c_int32),
+        ("device", c_int32),
     ]
 
 
@@ -140,29 +134,18 @@ class Kernels:
         """
         self._call("w6a8_quantize", arguments, stream)
 
-    def linear(
-        self, arguments: LinearArguments, stream: int, *, on_hopper: bool = False
-    ) -> None:
+    def linear(self, arguments: LinearArguments, stream: int, kernel: Kernel) -> None:
         """Start a linear layer on a stream.
 
         Args:
             arguments: Of the call.
             stream: As an address.
-            on_hopper: Use the kernel that only Hopper has.
+            kernel: Which.
 
         Raises:
             KernelError: The device refused.
         """
-        name = "w6a8_linear_hopper" if on_hopper else "w6a8_linear"
-        self._call(name, arguments, stream)
-
-    def few(self, arguments: FewArguments, stream: int) -> None:
-        """Start a linear layer of up to 16 tokens, which may round its inputs.
-
-        Raises:
-            KernelError: The device refused.
-        """
-        self._call("w6a8_linear_few", arguments, stream)
+        self._call(_NAMES[kernel], arguments, stream)
 
     def _call(self, name: str, arguments: ctypes.Structure, stream: int) -> None:
         code = getattr(self._library, name)(ctypes.byref(arguments), stream)

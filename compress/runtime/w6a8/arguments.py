@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from compress.runtime.w6a8.abi import DTYPES, LinearArguments, ValuesArguments
 from compress.runtime.w6a8.schedule import Schedule
 from compress.runtime.w6a8.tiles import TiledWeight, run_of
 
-Kernel = Literal["few", "hopper", "portable"]
 KINDS = {"plain": 0, "norm": 1, "norm_plus_one": 2, "gated": 3}
 
 
@@ -44,12 +42,6 @@ class Values:
         """K."""
         return self.inputs.shape[1] // (2 if self.kind == "gated" else 1)
 
-    @property
-    def is_aligned(self) -> bool:
-        """Whether eight 16-bit values can be loaded at once, everywhere."""
-        norm = 0 if self.norm is None else self.norm.data_ptr()
-        return self.columns % 8 == 0 and (self.inputs.data_ptr() | norm) % 16 == 0
-
     def arguments(self) -> ValuesArguments:
         """Return ``struct W6A8Values``."""
         return ValuesArguments(
@@ -62,11 +54,30 @@ class Values:
         )
 
 
+@dataclass(frozen=True)
+class Chip:
+    """What a schedule depends on.
+
+    Attributes:
+        major: Of the compute capability.
+        processors: Multiprocessors.
+        shared: Bytes of shared memory that a block can have.
+    """
+
+    major: int
+    processors: int
+    shared: int
+
+
 @cache
-def chip_of(device: torch.device) -> tuple[int, int]:
-    """Return the major compute capability and the number of multiprocessors."""
+def chip_of(device: torch.device) -> Chip:
+    """Return what is known of a device."""
     found = torch.cuda.get_device_properties(device)
-    return found.major, found.multi_processor_count
+    return Chip(
+        found.major,
+        found.multi_processor_count,
+        found.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+    )
 
 
 def stream_of(device: torch.device) -> int:
@@ -91,50 +102,37 @@ def linear_arguments(
         group: Columns of the inputs' scales; ``None`` is the whole row.
     """
     codes, scales = inputs
+    columns = weight.shape[1]
+    of_weight = weight.group if weight.group < columns else None
     group = group if scales.shape[1] > 1 else None
-    found = layer_arguments(weight, outputs, group)
-    if cut.on_hopper and found.run == 64:  # no kernel for 64
-        found.run, found.weight_scale_shift = 32, _shift(_group_of(weight), 32)
-        found.input_scale_shift = _shift(group, 32)
-    found.inputs, found.input_scales = codes.data_ptr(), scales.data_ptr()
-    found.input_groups = scales.shape[1]
-    found.token_tile, found.splits = cut.token_tile, cut.splits
-    found.panels, found.at_once, found.near = cut.panels, cut.at_once, cut.near
-    return found
-
-
-def layer_arguments(
-    weight: TiledWeight, outputs: Tensor, group: int | None
-) -> LinearArguments:
-    """Return what follows from a layer alone; inputs have one scale for each token.
-
-    Args:
-        weight: The tiles.
-        outputs: ``[M, N]``.
-        group: Columns of the inputs' scales; ``None`` is the whole row.
-    """
-    run = run_of(_group_of(weight), group)
+    run = run_of(of_weight, group)
+    if cut.kernel == "hopper" and run == 64:
+        run = 32  # no kernel for 64
     return LinearArguments(
+        inputs=codes.data_ptr(),
+        input_scales=scales.data_ptr(),
         tiles=weight.tiles.data_ptr(),
         weight_scales=weight.scales.data_ptr(),
         outputs=outputs.data_ptr(),
-        tokens=len(outputs),
+        tokens=len(codes),
         rows=weight.shape[0],
         down=weight.down,
         across=weight.across,
         run=run,
         weight_groups=weight.scales.shape[0],
-        weight_scale_shift=_shift(_group_of(weight), run),
-        input_groups=1,
+        weight_scale_shift=_shift(of_weight, run),
+        input_groups=scales.shape[1],
         input_scale_shift=_shift(group, run),
         scale_dtype=DTYPES[weight.scales.dtype],
         output_dtype=DTYPES[outputs.dtype],
-        device=outputs.get_device(),
+        token_tile=cut.token_tile,
+        splits=cut.splits,
+        panels=cut.panels,
+        at_once=cut.at_once,
+        tiles_of_block=cut.tiles,
+        depth=cut.depth,
+        device=codes.get_device(),
     )
-
-
-def _group_of(weight: TiledWeight) -> int | None:
-    return weight.group if weight.group < weight.shape[1] else None
 
 
 def _shift(group: int | None, run: int) -> int:

@@ -11,17 +11,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from compress.runtime.w6a8 import cuda_few
-from compress.runtime.w6a8.abi import Kernels, QuantizeArguments
+from compress.runtime.w6a8.abi import Kernel, Kernels, QuantizeArguments
 from compress.runtime.w6a8.arguments import (
-    Kernel,
     Values,
     chip_of,
     linear_arguments,
     stream_of,
 )
-from compress.runtime.w6a8.schedule import Schedule, hopper_schedule, schedule
-from compress.runtime.w6a8.tiles import COLUMNS, TiledWeight
+from compress.runtime.w6a8.schedule import (
+    Schedule,
+    few_schedule,
+    hopper_schedule,
+    schedule,
+)
+from compress.runtime.w6a8.tiles import COLUMNS, TiledWeight, run_of
 
 
 def quantize(
@@ -55,7 +58,7 @@ def quantize(
         group=group,
         ticket_count=tickets.numel() if tickets is not None else 0,
         device=values.inputs.get_device(),
-        overlaps=int(chip_of(device)[0] >= 9),
+        overlaps=int(chip_of(device).major >= 9),
     )
     with torch.cuda.device(device):
         kernels.quantize(arguments, stream_of(device))
@@ -89,12 +92,6 @@ def linear(
     if values.rows == 0:
         return outputs
     group = group if group is not None and group < values.columns else None
-    few = cuda_few.cut_of(inputs.device, values.rows, weight, group, kernel)
-    if few is not None:
-        inside = cuda_few.rounds(values)
-        given = values if inside else quantize(kernels, values, None)
-        cuda_few.launch(kernels, given, weight, bias, outputs, few)
-        return outputs
     cut = cut_of(values.rows, inputs.device, weight, group, kernel)
     tickets = None
     if cut.splits > 1:
@@ -131,10 +128,6 @@ def linear_of_codes(
     if len(codes) == 0:
         return outputs
     group = columns // scales.shape[1] if scales.shape[1] > 1 else None
-    few = cuda_few.cut_of(codes.device, len(codes), weight, group, None)
-    if few is not None:
-        cuda_few.launch(kernels, inputs, weight, bias, outputs, few)
-        return outputs
     cut = cut_of(len(codes), codes.device, weight, group, None)
     tickets = None
     if cut.splits > 1:
@@ -169,13 +162,14 @@ def launch(
         tickets: int32 zeros ``[cut.blocks]``, if columns are split.
     """
     arguments = linear_arguments(inputs, weight, outputs, cut, group)
+    arguments.overlaps = int(chip_of(outputs.device).major >= 9)
     arguments.bias = bias.data_ptr() if bias is not None else None
     if tickets is not None:
         partial = torch.empty(cut.workspace, device=outputs.device)
         arguments.partial, arguments.tickets = partial.data_ptr(), tickets.data_ptr()
     with torch.cuda.device(outputs.device):
         stream = stream_of(outputs.device)
-        kernels.linear(arguments, stream, on_hopper=cut.on_hopper)
+        kernels.linear(arguments, stream, cut.kernel)
 
 
 def cut_of(
@@ -194,12 +188,17 @@ def cut_of(
         device: Of the inputs.
         weight: The tiles.
         group: Columns of inputs that share a scale; ``None`` is the whole row.
-        kernel: ``"hopper"``, ``"portable"``, or ``None``, which asks the device.
+        kernel: Which to use, if it can; ``None`` chooses by device and size.
         shows_sums: See :func:`sums`.
     """
-    major, processors = chip_of(device)
-    sizes = tokens, weight.down, weight.across, processors
-    if kernel == "portable" or (kernel is None and major != 9):
+    chip = chip_of(device)
+    sizes = tokens, weight.down, weight.across, chip.processors
+    if kernel == "few" or (kernel is None and chip.major >= 9):
+        run = 0 if weight.scales.shape[0] == 1 else run_of(weight.group)
+        few = few_schedule(*sizes, run, chip.shared)
+        if few is not None and group is None and not shows_sums:
+            return few
+    if kernel == "portable" or chip.major != 9:
         return schedule(*sizes)
     if shows_sums or group is not None:
         return hopper_schedule(*sizes, "any")
@@ -245,5 +244,5 @@ def sums(
     arguments.run, arguments.sums = run, found.data_ptr()
     with torch.cuda.device(codes.device):
         stream = stream_of(codes.device)
-        kernels.linear(arguments, stream, on_hopper=cut.on_hopper)
+        kernels.linear(arguments, stream, cut.kernel)
     return found

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from math import ceil
-from typing import ClassVar
+
+from compress.runtime.w6a8.abi import Kernel
 
 _WARPS = 8
 _BLOCKS_AT_ONCE = 2  # of a multiprocessor
@@ -57,77 +58,69 @@ class Schedule:
     """The cut of one call.
 
     Attributes:
+        kernel: Which one; Hopper's runs there only, that for few tokens on what has as
+            much shared memory.
         token_tile: Tokens of a block: 8, 16, 32 or 64; see :data:`HOPPER_BLOCKS`.
-        splits: Blocks that share the columns.
         blocks: Of the result, each of ``splits`` parts.
+        splits: Blocks that share the columns.
         workspace: float32 numbers that splits leave for each other.
-        on_hopper: Whether it is the kernel that only Hopper has.
         panels: Of 64 rows in a block of Hopper's.
-        at_once: Blocks that the device holds; Hopper's kernel starts no more.
-        near: Steps of a block after the first that Hopper's kernel brings into the
-            cache.
+        at_once: Blocks that the device holds; kernels whose blocks stay start no more.
+        tiles: Of 16 rows in a block, for few tokens.
+        depth: Steps of 128 columns that a warp copies ahead, for few tokens.
     """
 
+    kernel: Kernel
     token_tile: int
-    splits: int
     blocks: int
-    workspace: int
-    on_hopper: bool = False
+    splits: int = 1
+    workspace: int = 0
     panels: int = 0
     at_once: int = 0
-    near: int = 0
+    tiles: int = 0
+    depth: int = 0
 
 
-@dataclass(frozen=True)
-class FewSchedule:
-    """The cut of a call of the kernel for few tokens; mirrors ``w6a8_few.cuh``.
-
-    Attributes:
-        tiles: Of 16 rows in a block at a time.
-        depth: Steps of 128 columns that a warp copies ahead.
-        near: Steps of a block after those that are brought into the cache.
-        at_once: Blocks.
-    """
-
-    SLOT: ClassVar[int] = 256  # columns that a warp rounds at once
-    SLOTS: ClassVar[int] = 56  # of a block
-
-    tiles: int
-    depth: int
-    near: int
-    at_once: int
-
-
-_FEW_TOKENS, _FEW_WARPS = 16, 8
-_NEAR = 128 << 10  # bytes that a block brings into the cache ahead
-_HALF, _WHOLE = 113 << 10, 227 << 10  # of Hopper's shared memory: two blocks, or one
+_FEW_TOKENS, _FEW_WARPS = 8, 8
+_SMALL_COPIES = 0.1  # what two tiles of rows cost more than four, of the time
 
 
 @lru_cache(maxsize=4096)
 def few_schedule(
-    tokens: int, down: int, across: int, run: int, processors: int
-) -> FewSchedule | None:
+    tokens: int, down: int, across: int, processors: int, run: int, shared: int
+) -> Schedule | None:
     """Return the cut for the kernel for few tokens; ``None`` if it cannot do it.
 
-    Rows are dealt evenly; blocks that leave room for the next call's are preferred.
+    Rows are dealt evenly, and copies run ahead as far as memory allows.
 
     Args:
         tokens: Rows of the input, one or more.
         down: Tiles of 16 rows.
         across: Tiles of 128 columns.
-        run: Columns after which a scale may change; 0 if it does not.
         processors: Multiprocessors of the device.
+        run: Columns after which a scale may change; 0 if it does not.
+        shared: Bytes of shared memory that a block can have.
     """
     if tokens > _FEW_TOKENS:
         return None
-    tiles = min((4, 2, 1), key=lambda tiles: ceil(down / tiles / processors) * tiles)
+
+    def time_of(tiles: int) -> float:
+        most = ceil(down / tiles / processors) * tiles  # of a block
+        return most * (1 + _SMALL_COPIES * (4 // tiles - 1))
+
+    tiles = min((4, 2, 1), key=time_of)
     slot = _FEW_WARPS * (1536 + (4096 // run if run else 0))
-    share = (_FEW_WARPS - tiles) * (1024 if tokens > 8 else 512)
-    fixed = tokens * (128 * across + 16) + 2 * share + 8 * FewSchedule.SLOTS + 64
-    for depth, room in ((6, _HALF), (12, _WHOLE), (6, _WHOLE)):
-        if fixed + depth * slot <= room:
-            near = _NEAR // (tiles * 1536)
-            return FewSchedule(tiles, depth, near, min(down // tiles, processors))
+    fixed = tokens * (128 * across + 16) + 2 * 512 * (_FEW_WARPS - tiles)
+    for depth in (12, 6):
+        if fixed + depth * slot <= shared:
+            return Schedule(
+                kernel="few",
+                token_tile=_FEW_TOKENS,
+                blocks=down // tiles,
+                at_once=processors,
+                tiles=tiles,
+                depth=depth,
+            )
     return None
 
 
@@ -153,7 +146,7 @@ def schedule(tokens: int, down: int, across: int, processors: int) -> Schedule:
 
     splits = min(range(1, min(steps, _MOST_SPLITS) + 1), key=cost)
     workspace = splits * tokens * 16 * down if splits > 1 else 0
-    return Schedule(token_tile, splits, blocks, workspace)
+    return Schedule("portable", token_tile, blocks, splits, workspace)
 
 
 @lru_cache(maxsize=4096)
@@ -195,6 +188,5 @@ def hopper_schedule(
     blocks = blocks_of(block)
     workspace = splits * blocks * block.panels * 64 * block.tokens if splits > 1 else 0
     return Schedule(
-        *(block.tokens, splits, blocks, workspace, True, block.panels, processors),
-        _NEAR // (block.panels * 6144),
+        "hopper", block.tokens, blocks, splits, workspace, block.panels, processors
     )
