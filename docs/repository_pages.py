@@ -19,7 +19,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).resolve().parents[1]
-LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<target>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)")
+LINK = re.compile(
+    r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<target>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)"
+)
 
 
 def place(path: str) -> str:
@@ -73,7 +75,9 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
                 if not path.startswith("docs/"):
                     waiting.append(path)
     for file in files.documentation_pages():
-        if origin(file.src_uri) == file.src_uri:  # linked to, but need not be in the nav
+        if (
+            origin(file.src_uri) == file.src_uri
+        ):  # linked to, but need not be in the nav
             file.inclusion = InclusionLevel.NOT_IN_NAV
     return files
 
