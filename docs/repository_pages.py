@@ -57,7 +57,8 @@ def with_site_links(markdown: str, page: str) -> str:
 
 def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
     """Add all files outside of ``docs/`` that are linked to, in nav or pages."""
-    nav = re.findall(r": (\S+\.md)$", Path(config.config_file_path).read_text(), re.M)
+    listed = Path(config.config_file_path).read_text("utf-8")
+    nav = re.findall(r": (\S+\.md)$", listed, re.M)
     waiting = [name for name in nav if (ROOT / name).is_file()]
     waiting += [f"docs/{page.src_uri}" for page in files.documentation_pages()]
     seen = set(waiting)
@@ -75,9 +76,7 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
                 if not path.startswith("docs/"):
                     waiting.append(path)
     for file in files.documentation_pages():
-        if (
-            origin(file.src_uri) == file.src_uri
-        ):  # linked to, but need not be in the nav
+        if origin(file.src_uri) == file.src_uri:  # need not be in the nav
             file.inclusion = InclusionLevel.NOT_IN_NAV
     return files
 
