@@ -201,8 +201,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "run": {"workdir": str(folder / "runs/mine"), "verify": False, "threads": 1},
     }
     compress.run(done)
-    config = "model: {path: my_model}\nquantize: {method: rtn, scheme: int4-g32}\n"
-    (folder / "mine.yaml").write_text(f"{config}run: {{workdir: runs/new}}\n")
+    (folder / "mine.yaml").write_text(
+        "model: {path: my_model}\n"
+        "quantize: {method: rtn, scheme: int4-g32}\n"
+        "evaluate: {perplexity: [wikitext2], windows: 1}\n"
+        "run: {workdir: runs/new}\n"
+    )
     shutil.copytree(folder / "runs/mine", folder / "runs/quickstart")
     return folder
 
