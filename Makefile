@@ -1,4 +1,5 @@
-# make demo: the quickstart on this machine.  make test: lint, types, layers, tests.
+# make demo: the quickstart on this machine.  make test: lint, types, layers, tests, docs.
+# make docs: the site of docs/, in site/.
 # make package: wheel and sdist, checked.  make audit: known vulnerabilities (network).
 # All make .venv first. PYTHON=python3.12 chooses the interpreter it is made with.
 
@@ -6,9 +7,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test package audit clean
+.PHONY: demo test docs package audit clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -19,7 +21,11 @@ test: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MKDOCS) build --strict --quiet
 	$(BIN)/python -m pytest
+
+docs: $(VENV)/.dev
+	$(MKDOCS) build --strict
 
 package: $(VENV)/.release
 	rm -rf dist
@@ -60,4 +66,4 @@ $(VENV)/.made:
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,7 @@
-"""A distribution of one file adds two plug-ins: installed as a user would do it."""
+"""A distribution from outside adds two plug-ins: installed as a user would do it.
+
+Its files are those that ``docs/howto/own_quantizer.md`` shows.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip += ["--no-build-isolation", "--no-index", "--target", str(site), str(copy)]
     subprocess.run(pip, check=True, capture_output=True, text=True)
     return site
+
+
+def test_a_quantizer_takes_forty_lines_at_most() -> None:
+    lines = (SOURCE / "demo_power_of_two.py").read_text("utf-8").splitlines()
+    assert len(lines) <= 40
 
 
 def run(installed: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

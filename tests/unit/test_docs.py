@@ -8,14 +8,18 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from ruamel.yaml import YAML
 
-from compress.config import SweepConfig, load_config
+import compress
+from compress.config import SweepConfig
 from compress.core.families import FAMILIES
-from compress.core.scheme import Scheme
-from compress.registry import names
+from compress.registry import KINDS, names
+from compress.transforms.catalog import TRANSFORMS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks/README.md"]
+)
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 
 
@@ -26,12 +30,6 @@ def generator() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """Return the fenced blocks of a language."""
-    text = page.read_text("utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.S | re.M)
 
 
 def test_config_reference_is_up_to_date() -> None:
@@ -47,48 +45,69 @@ def test_config_reference_describes_every_key() -> None:
     assert [row for row in rows if row.rstrip(" |").endswith("| ")] == []
 
 
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as MkDocs and code hosts make them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.S | re.M)
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    plain = [re.sub(r"[^\w\s-]", "", title).strip().lower() for title in titles]
+    made = re.findall(r"^::: ([\w.]+)$", text, re.M)  # by mkdocstrings
+    return {re.sub(r"[-\s]+", "-", title) for title in plain} | set(made)
+
+
 @by_page
 def test_links_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text("utf-8"))
-    local = [t for t in targets if "://" not in t and "mailto:" not in t]
-    assert [t for t in local if not (page.parent / t).exists()] == []
+    lost = []
+    for target, anchor in re.findall(
+        r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text("utf-8")
+    ):
+        there = (page.parent / target).resolve() if target else page
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        if not there.exists() or (anchor and anchor not in anchors(there)):
+            lost.append((target, anchor))
+    assert lost == []
 
 
-@by_page
-def test_yaml_configs_in_pages_are_valid(page: Path, tmp_path: Path) -> None:
-    for index, block in enumerate(blocks(page, "yaml")):
-        if block.startswith("model:"):
-            file = tmp_path / f"{index}.yaml"
-            file.write_text(block)
-            load_config(file)
+def test_every_family_and_plugin_has_its_place() -> None:
+    docs = ROOT / "docs"
+    wanted = {
+        "supported.md": [k for f in FAMILIES for k in f.model_types],
+        "quantizers.md": names("quantizers"),
+        "pruning.md": names("pruners"),
+        "allocators.md": names("allocators"),
+        "transforms.md": list(TRANSFORMS),
+    }
+    wanted["supported.md"] += [name for kind in KINDS for name in names(kind)]
+    lost = [
+        (page, word)
+        for page, words in wanted.items()
+        for word in words
+        if f"`{word}`" not in (docs / page).read_text("utf-8")
+    ]
+    assert lost == []
 
 
-@by_page
-def test_python_in_pages_compiles(page: Path) -> None:
-    for block in blocks(page, "python"):
-        compile(block, str(page), "exec")
+@pytest.mark.parametrize("method", names("quantizers"))
+def test_the_page_of_a_quantizer_says_what_one_must_know(method: str) -> None:
+    text = (ROOT / "docs" / "methods" / f"{method}.md").read_text("utf-8")
+    assert re.search(r"\*\*Formula\.\*\*", text)
+    assert re.search(r"\*\*Source\.\*\*", text)
+    assert re.search(r"\*\*Limits\.\*\*|^## Limits$", text, re.M)
+    assert "RESULTS.md#" in text  # what we measured
+    assert f"methods/{method}.md" in (ROOT / "docs/references.md").read_text("utf-8")
 
 
-def test_readme_quantizer_keeps_the_contract() -> None:
-    import torch
-
-    (source,) = (b for b in blocks(ROOT / "README.md", "python") if "class " in b)
-    space: dict[str, object] = {"__name__": "readme"}
-    exec(source, space)  # noqa: S102 - our own page
-    plugin = space["Clipped"]
-    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
-    coded = plugin().quantize(weight, Scheme.parse("int8-g32"), None)  # type: ignore[operator]
-    step = coded.scale.float().repeat_interleave(32, 1)
-    inside = (coded.codes > -128) & (coded.codes < 127)
-    assert bool(((coded.dequantize() - weight).abs() <= 0.5001 * step)[inside].all())
+def test_the_page_on_python_names_what_is_public() -> None:
+    text = (ROOT / "docs" / "api.md").read_text("utf-8")
+    assert [n for n in compress.__all__ if f"`compress.{n}`" not in text] == []
+    described = set(re.findall(r"^::: compress\.(\w+)$", text, re.M))
+    assert described == set(compress.__all__) - {"__version__"}
 
 
-def test_readme_names_every_family_and_plugin() -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
-    kinds = [kind for family in FAMILIES for kind in family.model_types]
-    wanted = [*kinds, *names("exporters")]
-    wanted += [name for name in names("quantizers") if name in ("rtn", "gptq")]
-    assert [word for word in wanted if f"`{word}`" not in text] == []
+def test_the_citation_is_of_this_version() -> None:
+    cited = YAML(typ="safe", pure=True).load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(cited)
+    assert (cited["version"], cited["license"]) == (compress.__version__, "Apache-2.0")
 
 
 def test_the_page_on_sweeps_describes_every_key() -> None:
@@ -97,19 +116,14 @@ def test_the_page_on_sweeps_describes_every_key() -> None:
 
 
 def test_mkdocs_lists_every_page() -> None:
-    from ruamel.yaml import YAML
-
-    text = re.sub(r"!!python/\S+", "", (ROOT / "mkdocs.yml").read_text("utf-8"))
-    site = YAML(typ="safe", pure=True).load(text)
-
-    def files(node: object) -> list[str]:
-        if isinstance(node, str):
-            return [node]
-        values = node.values() if isinstance(node, dict) else node
-        return [file for value in values for file in files(value)]  # type: ignore[union-attr]
-
-    pages = {p.name for p in (ROOT / "docs").glob("*.md")}
-    assert set(files(site["nav"])) == pages
+    text = (ROOT / "mkdocs.yml").read_text("utf-8")
+    listed = re.findall(r"(?:- |: )(\S+\.md)$", text, re.M)
+    assert len(set(listed)) == len(listed)
+    docs = ROOT / "docs"
+    assert {str(p.relative_to(docs)) for p in docs.glob("**/*.md")} <= set(listed)
+    assert [
+        p for p in listed if not (docs / p).exists() and not (ROOT / p).exists()
+    ] == []
 
 
 def test_the_page_on_commands_names_every_command() -> None:

@@ -23,7 +23,7 @@ from compress.core.statistics import LayerStatistics
 from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
 
 TESTS = Path(__file__).resolve().parents[1]
-OUTSIDE = TESTS / "plugin/compress-plugin-demo/compress_plugin_demo.py"
+OUTSIDE = TESTS / "plugin/compress-plugin-demo/demo_power_of_two.py"
 SCHEMES = (
     "int2-g32",
     "int3-g64",

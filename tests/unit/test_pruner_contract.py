@@ -23,7 +23,7 @@ NEURONS = 40
 def pruner_class(name: str) -> type[Pruner]:
     if name != "outside":
         return registry.get_pruner(name)
-    file = OUTSIDE / "compress_plugin_demo.py"
+    file = OUTSIDE / "demo_longest.py"
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
