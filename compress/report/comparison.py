@@ -62,6 +62,7 @@ def comparison_tables(data: Data) -> list[Table]:
         summary_table(data),
         *(_text_table(data, protocol) for protocol in protocols),
         _task_table(data),
+        _instruction_table(data),
         _pair_table(data),
     ]
     return [table for table in tables if table.rows]
@@ -186,6 +187,43 @@ def _task_table(data: Data) -> Table:
         "exact test, starred if below 5 % after Holm's correction for all tasks."
     )
     return _table("Tasks", columns, rows, left=2, caption=caption)
+
+
+def _instruction_table(data: Data) -> Table:
+    """Return the accuracies of written answers, as IFEval has them."""
+    found = [row for row in data["tasks"] if "prompt_strict" in row]
+    rows = [
+        (
+            row["task"],
+            row["model"],
+            count(row["instructions"]),
+            *(percent(row[f"prompt_{kind}"]) for kind in ("strict", "loose")),
+            percent(row["instruction_strict"]),
+            _starred(row, "instruction_strict_difference", _points),
+            percent(row["instruction_loose"]),
+            count(row["answer_tokens"]),
+            percent(row["cut"]),
+        )
+        for row in found
+    ]
+    columns = ("task", "model", "instructions", "prompts, strict", "loose")
+    columns += ("instructions, strict", "difference", "loose ", "tokens", "cut")
+    caption = ""
+    if found:
+        most = count(found[0]["most_tokens"])
+        caption = (
+            "Greedy answers, checked by rules: strict as they are, loose after removal "
+            "of a first or last line and of asterisks. Accuracy above is that of whole "
+            f"prompts, strict. Answers have {most} tokens at most; cut: did not end "
+            "before."
+        )
+    for row in found[:1]:
+        if row["left_out"]:
+            caption += (
+                f" {count(row['left_out'])} of {count(row['of'])} prompts are left out: "
+                "the language of their answers counts and langdetect is not installed."
+            )
+    return _table("Instructions followed", columns, rows, left=2, caption=caption)
 
 
 def _pair_table(data: Data) -> Table:
