@@ -12,17 +12,15 @@ import torch
 from compress import provenance
 from compress.core.continuations import Continuation, Likelihood
 from compress.core.errors import CompressError
-from compress.core.foreign import MALFORMED, parse_json
 from compress.evaluation.generations import continue_greedily, round_inputs_
 from compress.evaluation.likelihood import likelihoods
 from compress.evaluation.measure import Predictor
-from compress.model.loading import ModelHandle, locate, open_model
+from compress.model.loading import end_tokens, locate, open_model
 from compress.model.streaming import StreamedModel
 from compress.recovery.models import WholeModel
 from compress.scoring import checkpoint_of, inspect, predictor_of, streamed
 from compress.served_folder import served_as
 
-_EOS = "eos_token_id"
 _TOGETHER = 16
 """Prompts that are answered together in torch."""
 
@@ -185,21 +183,3 @@ class Subject:
             "size_bytes": inspection.size_bytes,
             "bits_per_weight": inspection.bits_per_weight,
         }
-
-
-def end_tokens(handle: ModelHandle) -> frozenset[int]:
-    """Return the tokens that end an answer: of tokenizer, config, generation config."""
-    named = [handle.tokenizer().eos_token_id, handle.description.config.get(_EOS)]
-    file = handle.description.assets
-    file = file / "generation_config.json" if file else None
-    if file is not None and file.is_file():
-        try:
-            named.append(parse_json(file.read_text("utf-8")).get(_EOS))
-        except MALFORMED:
-            pass  # no model is refused for it: the other two are there
-    flat = [one for entry in named for one in _listed(entry)]
-    return frozenset(one for one in flat if isinstance(one, int))
-
-
-def _listed(entry: Any) -> list[Any]:
-    return entry if isinstance(entry, list) else [entry]

@@ -218,7 +218,7 @@ def _of_report(report: Mapping[str, Any]) -> dict[str, Any]:
     if name in report["exports"]:
         found["bytes"] = report["exports"][name]["size_bytes"]
     base = report["metrics"]["base"]
-    if base is not None:
+    if base is not None and base["texts"]:
         figures = next(iter(base["texts"].values()))
         found["original"] = {
             "bytes": report["size_bytes"]["base"],

@@ -230,7 +230,8 @@ def _json(text: str, _: Arguments) -> bool:
 
 
 def _title(text: str, _: Arguments) -> bool:
-    return any(part.strip("<> ") for part in re.findall(r"<<[^\n]+>>", text))
+    marked = re.findall(r"<<[^\n]+>>", text)
+    return any(part.lstrip("<").rstrip(">").strip() for part in marked)
 
 
 def _two_responses(text: str, _: Arguments) -> bool:

@@ -75,7 +75,7 @@ def task_rows(found: Measurements) -> list[dict[str, Any]]:
         rows = []
         triples = zip(found.tasks, scores, found.scores[found.base], strict=True)
         for task, own, base in triples:
-            figures = _figures(own, None if name == found.base else base)
+            figures = figures_of(own, None if name == found.base else base)
             about = {"task": task.name, "model": name, "of": task.total}
             rows.append({**about, **figures})
         tested = [row for row in rows if "p" in row]
@@ -85,9 +85,10 @@ def task_rows(found: Measurements) -> list[dict[str, Any]]:
     return [row for rows in zip(*by_model, strict=True) for row in rows]
 
 
-def _figures(
+def figures_of(
     own: TaskScores | AnswerScores, base: TaskScores | AnswerScores | None
 ) -> dict[str, Any]:
+    """Return the figures of a task, and differences from a base's if there is one."""
     if isinstance(own, AnswerScores):
         assert base is None or isinstance(base, AnswerScores), "of one task"
         return answer_figures(own, base)

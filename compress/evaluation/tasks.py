@@ -38,6 +38,9 @@ _log = logging.getLogger(__name__)
 _SPLITS = ("validation", "test", "valid", "dev", "train")
 """Splits a file's name may end with; the first two are scored, ``dev`` is shown."""
 
+_NAMELESS = ("input_data", "data")
+"""Names of files that say nothing: the folder's is the task's."""
+
 HUB: dict[str, tuple[str, str | None, str]] = {
     "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test"),
     "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test"),
@@ -182,6 +185,18 @@ def _read(form: RowForm, row: Row, shown: Sequence[Row], where: str) -> Item | P
         ) from error
 
 
+def check_source(source: str) -> None:
+    """Raise unless a source holds tasks; of the hub its name alone is checked.
+
+    Raises:
+        ConfigError: It is missing, or none of its files has a known form.
+    """
+    if source.startswith("hub:"):
+        _hub_name(source)
+    else:
+        _files(Path(source))
+
+
 _Raw = dict[str, tuple[str, list[Row], list[Row]]]
 """For each task: where it is from, its rows, and rows to show as examples."""
 
@@ -231,6 +246,8 @@ def _name_and_split(file: Path) -> tuple[str, str]:
     words = file.name.removesuffix(".jsonl").split(".")
     if words[0] in _SPLITS:
         return file.parent.name, words[0]
+    if words[0] in _NAMELESS:
+        return file.parent.name, ""
     split = next((word for word in words[1:] if word in _SPLITS), "")
     return words[0], split
 
@@ -253,11 +270,7 @@ def _rows(file: Path) -> list[Row]:
 def _hub(source: str) -> _Raw:
     import datasets
 
-    name = source.removeprefix("hub:")
-    if name not in HUB:
-        raise ConfigError(
-            f"unknown task {source!r}; there are hub:{', hub:'.join(HUB)}"
-        )
+    name = _hub_name(source)
     path, part, split = HUB[name]
     try:
         rows = list(datasets.load_dataset(path, part, split=split))
@@ -270,6 +283,15 @@ def _hub(source: str) -> _Raw:
             f"{type(error).__name__}: {error}; or give a JSONL file or folder"
         ) from error
     return {name: (source, rows, shown)}
+
+
+def _hub_name(source: str) -> str:
+    name = source.removeprefix("hub:")
+    if name not in HUB:
+        raise ConfigError(
+            f"unknown task {source!r}; there are hub:{', hub:'.join(HUB)}"
+        )
+    return name
 
 
 def encoded(task: Task, tokenizer: Any, *, longest: int) -> list[list[Continuation]]:

@@ -16,6 +16,7 @@ from compress.report.tables import (
     quality_table,
     size_table,
 )
+from compress.report.tasks import task_table
 from compress.report.wording import branch, calibration_note, methods_used
 
 # A Windows console of code page 1252 has no arrows or lamps.
@@ -39,11 +40,12 @@ def summary_table(report: Report) -> str:
         budget_table(report),
         scheme_table(report),
     ]
-    tables += [quality_table(report), parts_table(report)]
+    tables += [quality_table(report), task_table(report), parts_table(report)]
     tables += [upgrades_table(report), cache_table(report), export_table(report)]
     parts = [_heading(report)]
     parts += [draw_table(table) for table in tables if table.rows]
-    parts += [t.caption for t in (pruning_table(report), cache_table(report)) if t.rows]
+    noted = pruning_table(report), task_table(report), cache_table(report)
+    parts += [table.caption for table in noted if table.rows]
     warnings = report.get("warnings") or []
     if warnings:
         parts.append("\n".join(f"WARNING: {warning}" for warning in warnings))
