@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from compress.bench.commands import app as bench_app
 from compress.cli_compare import compare
+from compress.cli_kv import kv
 from compress.cli_setup import init, list_plugins
 from compress.core.errors import CompressError
 from compress.log import is_first, set_up_logging
@@ -231,6 +232,7 @@ def evaluate(
 
 
 app.command()(compare)
+app.command()(kv)
 
 
 @app.command()
