@@ -73,4 +73,5 @@ def _grouped(x: Tensor, bits: int) -> Tensor:
     low = groups.amin(-1, keepdim=True)
     scale = (groups.amax(-1, keepdim=True) - low) / (2**bits - 1)
     codes = torch.where(scale == 0, 0.0, (groups - low) / scale).round_()
-    return (codes * scale.half().float() + low.half().float()).flatten(-2)
+    found: Tensor = (codes * scale.half().float() + low.half().float()).flatten(-2)
+    return found
