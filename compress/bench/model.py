@@ -36,16 +36,15 @@ WAYS = (DENSE, INT8, SERVED)
 
 _CPU: dict[str, Any] = {
     **{"ways": (DENSE, SERVED), "batches": (1, 4), "prefill_tokens": 256},
-    **{"context_tokens": 64, "new_tokens": 16, "runs": 3, "warm_up": 1},
-    **{"idle_seconds": 3.0, "windows": 2},
+    **{"context_tokens": 64, "new_tokens": 16, "runs": 5, "warm_up": 3},
+    **{"idle_seconds": 30.0, "windows": 2},
 }
 _LLAMACPP: dict[str, Any] = {
-    **{"batches": (1, 8), "context_tokens": 128, "new_tokens": 64, "runs": 5},
-    **{"warm_up": 2, "idle_seconds": 30.0},
+    **{"batches": (1, 8), "context_tokens": 128, "new_tokens": 64},
 }
 _QUICK_CPU: dict[str, Any] = {
     **{"batches": (1,), "prefill_tokens": 32, "context_tokens": 16, "new_tokens": 4},
-    **{"runs": 2, "idle_seconds": 0.5, "windows": 1},
+    **{"runs": 2, "warm_up": 1, "idle_seconds": 0.5, "windows": 1},
 }
 _QUICK_GPU: dict[str, Any] = {
     **{"batches": (1, 8), "new_tokens": 32, "runs": 3, "warm_up": 1},
