@@ -310,6 +310,13 @@ def sweep(
     overwrite: Annotated[
         bool, typer.Option(help="Run points again that are finished.")
     ] = False,
+    fit: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Say which point to take for a size, such as 1GB; repeatable.",
+        ),
+    ] = None,
     sets: Sets = None,
     as_json: AsJson = False,
 ) -> None:
@@ -319,7 +326,8 @@ def sweep(
     """
     from compress.config import load_sweep
 
-    loaded = load_sweep(config, sets or ())
+    chosen = [f"fits={json.dumps(fit)}"] if fit else []
+    loaded = load_sweep(config, [*(sets or ()), *chosen])
     from compress import sweeping
 
     command = shlex.join(["compress", *sys.argv[1:]])

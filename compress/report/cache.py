@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.report.markdown import table_sections
 from compress.report.tables import Table
-from compress.report.terminal import draw_table
+from compress.report.terminal import ASCII, draw_table
 from compress.report.wording import (
     branch,
     count,
@@ -31,7 +31,9 @@ def study_text(data: Data) -> str:
     """Return tables and advice for a terminal."""
     tables = [t for t in (types_table(data), blocks_table(data)) if t.rows]
     parts = [f"{draw_table(t)}\n{textwrap.fill(t.caption, _WIDTH)}" for t in tables]
-    said = [textwrap.fill(sentence, _WIDTH) for sentence in advice(data)]
+    said = [
+        textwrap.fill(sentence, _WIDTH).translate(ASCII) for sentence in advice(data)
+    ]
     return "\n\n".join([*parts, *said])
 
 

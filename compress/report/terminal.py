@@ -19,10 +19,10 @@ from compress.report.tables import (
 from compress.report.tasks import task_table
 from compress.report.wording import branch, calibration_note, methods_used
 
-# A Windows console of code page 1252 has no arrows or lamps.
-_ASCII = str.maketrans(
+ASCII = str.maketrans(
     {"±": "+-", "×": "x", "–": "-", "●": "*", "▲": "!", "■": "#", "Δ": "d"}
 )
+"""What takes the place of letters that a Windows console of page 1252 lacks."""
 _FILES_SHOWN = 6
 _FOLDED = ("protocol", "tokens", "limit")
 
@@ -82,7 +82,7 @@ def draw_table(table: Table) -> str:
     """
     table, shared = _fold(table)
     grid = [
-        [cell.translate(_ASCII).replace("\n", " ") for cell in row]
+        [cell.translate(ASCII).replace("\n", " ") for cell in row]
         for row in (table.headers, *table.rows)
     ]
     widths = [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]

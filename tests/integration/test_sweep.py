@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,7 +18,7 @@ from pipeline_fixtures import (
 )
 
 import compress
-from compress import pipeline, searching
+from compress import pipeline, searching, sweep_speed
 from compress.core.errors import CompressError
 
 
@@ -220,12 +221,33 @@ def test_an_option_of_the_search_makes_no_second_point_of_a_scheme(
     assert len(data["points"]) == 1
 
 
-def test_speed_is_measured_in_llamacpp(folder: Path) -> None:
+def test_speed_is_measured_in_llamacpp(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("llama_cpp")
     changes = {"models": [], "sparsities": [0], "budgets": []}
-    data = compress.sweep(wide_sweep(folder, **changes, export=True, speed=8)).data
-    assert [point["tokens_per_second"] > 0 for point in data["points"]] == [True] * 2
+    config = wide_sweep(folder, **changes, export=True, speed=8, fits=["1GB"])
+    found = compress.sweep(config)
+    for point in found.data["points"]:
+        ratio = point["tokens_per_second"] / point["original_tokens_per_second"]
+        assert ratio > 0 and point["times_original"] > 0
+    assert found.data["is_complete"]
     assert "tokens/s" in (folder / "sweep/sweep.html").read_text()
+    assert re.search(r"1GB: take .* tokens/s \(x[\d.]+ the original's\)", found.text())
+    (original,) = (folder / "sweep/originals").glob("*/export/gguf/*.gguf")
+    assert original.stat().st_size > max(p["bytes"] for p in found.data["points"])
+
+    monkeypatch.setattr(sweep_speed, "generation_speeds", None)  # nothing is timed
+    assert compress.sweep(config).data["points"] == found.data["points"]
+
+
+def test_speed_without_llamacpp_is_refused_before_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_speed, "find_spec", lambda _: None)
+    with pytest.raises(CompressError, match=r"compress-llm\[verify\]"):
+        compress.sweep(wide_sweep(folder, export=True, speed=8))
+    assert not (folder / "sweep").exists()
 
 
 def test_speed_without_files_is_an_error_with_its_place(folder: Path) -> None:
