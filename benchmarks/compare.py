@@ -96,9 +96,9 @@ def main() -> None:
                 pair_row(pair, text) for pair in data["pairs"] for text in pair["texts"]
             ],
         },
-        command=f"python benchmarks/compare.py --model {shown(arguments.model)} --tasks "
-        f"{shown(arguments.tasks)} --tokens {arguments.tokens} --limit "
-        f"{arguments.limit}",
+        command=f"python benchmarks/compare.py --model {shown(arguments.model)} "
+        f"--tasks {shown(arguments.tasks)} --tokens {arguments.tokens} "
+        f"--limit {arguments.limit}",
         versions=(*PACKAGES, "llama-cpp-python"),
     )
 
