@@ -57,12 +57,18 @@ def kv(
     to: Annotated[
         Path | None, typer.Option(help="Folder for kv.json and kv.md.")
     ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the model with the FP8 scales, for vLLM, to this folder."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure what types of the key-value cache cost a model, and say which to take.
 
-    Writes nothing into the model; flags for llama.cpp and vLLM end the table.
+    Flags for llama.cpp and vLLM end the table. The model itself is never changed.
     """
     if strategy not in ("tensor", "attn_head"):
         raise typer.BadParameter("--strategy is tensor or attn_head")
@@ -72,6 +78,7 @@ def kv(
     from compress.kvcache.names import STUDIED_PAIRS
     from compress.kvcache.scales import ScaleRule
 
+    command = shlex.join(["compress", *sys.argv[1:]])
     found = kvstudy.kv_study(
         model,
         types=STUDIED_PAIRS if types is None else types,
@@ -87,6 +94,17 @@ def kv(
         tight_limit=tight_limit,
         device=device,
         folder=to,
-        command=shlex.join(["compress", *sys.argv[1:]]),
+        command=command,
     )
+    if store is not None:
+        place = kvstudy.store_scales(
+            model,
+            store,
+            rule=ScaleRule(strategy, scale),
+            calibration=calibration,
+            samples=samples,
+            sequence_length=sequence_length,
+            command=command,
+        )
+        typer.echo(f"with scales: {place}", err=True)
     typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.text())

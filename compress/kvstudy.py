@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress import provenance
+from compress import pipeline, provenance
 from compress.calibration.data import load_tokens
 from compress.calibration.observe import observe
 from compress.calibration.sources import check_sources
@@ -29,6 +29,7 @@ from compress.kvcache.measure import (
 )
 from compress.kvcache.names import FP8, STUDIED_PAIRS, CachePair
 from compress.kvcache.scales import ScaleRule
+from compress.model.coded_source import CodedSource
 from compress.model.devices import choose_device
 from compress.model.loading import open_model
 from compress.report.cache import study_markdown, study_text
@@ -170,3 +171,66 @@ def kv_study(
         write_atomically(root / "kv.json", content.encode())
         write_atomically(root / "kv.md", study_markdown(data).encode())
     return CacheStudy(data)
+
+
+def store_scales(
+    model: str | Path,
+    folder: str | Path,
+    *,
+    rule: ScaleRule | None = None,
+    calibration: str = "mix",
+    samples: int = 32,
+    sequence_length: int = 512,
+    command: str | None = None,
+) -> Path:
+    """Write a dense checkpoint again with calibrated FP8 scales of its cache.
+
+    vLLM and transformers read them. Weights are copied as they are.
+
+    Args:
+        model: HF folder or id, or ``builtin:NAME``, not quantized.
+        folder: Work directory; the checkpoint is ``export/safetensors`` in it.
+        rule: How scales are chosen; one a tensor, of its amax, if absent.
+        calibration: Bundled text or file.
+        samples: Windows of it.
+        sequence_length: Tokens of a window.
+        command: How it was called, for the record.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        ConfigError: The model is quantized: its own run can store scales.
+    """
+    rule = rule or ScaleRule()
+    path = str(model)
+    with tempfile.TemporaryDirectory() as cache:
+        handle = open_model(path, cache=Path(cache))
+        if handle.description.source_gguf or isinstance(handle.source, CodedSource):
+            raise ConfigError(
+                f"{path} is quantized, and writing it again would decode it; put "
+                "kv_cache: {scheme: fp8} into the config of the run that makes it"
+            )
+    result = pipeline.run(
+        {
+            "model": {"path": path},
+            "calibration": {
+                "data": calibration,
+                "samples": samples,
+                "sequence_length": sequence_length,
+            },
+            "kv_cache": {
+                "scheme": FP8,
+                "strategy": rule.strategy,
+                "scale": rule.choice,
+                "percentile": rule.percentile,
+                "samples": samples,
+            },
+            "evaluate": None,
+            "export": [{"format": "safetensors"}],
+            "run": {"workdir": str(folder)},
+        },
+        resume=True,
+        command=command,
+    )
+    return result.workdir / "export" / "safetensors"

@@ -153,8 +153,8 @@ def recommended_for_vllm(
             "limit": limit,
             "kl": entry["kl"],
             "vllm_flags": f"--kv-cache-dtype {FP8 if fits else 'auto'}",
-            "how": "Scales are those of the checkpoint: compress run with kv_cache: "
-            "{scheme: fp8} writes them; without, vLLM takes 1."
+            "how": "With scales in the checkpoint, as here: compress kv --store writes "
+            "them, or kv_cache: {scheme: fp8} in a config; without, vLLM takes 1."
             if fits
             else "FP8 costs more than the limit; the cache stays in the model's type.",
         }

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pipeline_fixtures import call, save_checkpoint, write_text
+from safetensors.torch import load_file
 
 import compress
+from compress import kvstudy
 from compress.core.errors import ConfigError
 
 
@@ -80,3 +83,21 @@ def test_the_command_prints_a_table_or_json(ground: tuple[Path, Path]) -> None:
     assert [entry["type"] for entry in data["types"]] == ["q8_0/q8_0"]
     assert data["recommended_vllm"] is None
     assert call(*words, "--strategy", "row").exit_code == 2
+
+
+def test_scales_are_stored_beside_untouched_weights(
+    ground: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, text = ground
+    options = {"calibration": str(text), "samples": 2, "sequence_length": 64}
+    place = kvstudy.store_scales(model, tmp_path / "run", **options)
+    before = load_file(model / "model.safetensors")
+    after = load_file(place / "model.safetensors")
+    scales = {name for name in after if name.endswith(("k_scale", "v_scale"))}
+    assert (
+        len(scales)
+        == 2 * json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    )
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(ConfigError, match="is quantized"):
+        kvstudy.store_scales(place, tmp_path / "again", **options)
