@@ -121,9 +121,19 @@ def blocks_table(data: Data) -> Table:
     )
 
 
+def _beside_weights(data: Data) -> str:
+    """Return how large an exact cache is beside the weights."""
+    exact, weights = _exact(data)["cache_bytes"], data["weights_bytes"]
+    shares = ", ".join(
+        f"{percent(exact[str(length)] / weights)} at {int(length):,} tokens"
+        for length in data["contexts"]
+    )
+    return f"An exact cache of one sequence, beside the weights: {shares}."
+
+
 def advice(data: Data) -> list[str]:
     """Return what to take in llama.cpp and in vLLM, in sentences."""
-    lines = []
+    lines = [_beside_weights(data)]
     words = {"recommended": "llama.cpp", "recommended_tight": "llama.cpp, memory short"}
     for key, where in words.items():
         choice = branch(data, key)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from pipeline_fixtures import config_of, save_checkpoint, write_text
 from task_fixtures import ROWS, write_rows, write_tasks
 
 import compress
 from compress.core.errors import ConfigError
+from compress.subject import Subject
 
 
 def test_a_run_reports_its_tasks_as_a_comparison_does(tmp_path: Path) -> None:
@@ -51,6 +53,30 @@ def test_a_run_reports_its_tasks_as_a_comparison_does(tmp_path: Path) -> None:
     for kind in ("md", "html"):
         page = (tmp_path / "run" / f"report.{kind}").read_text("utf-8")
         assert "9 of 12" in page and "ifeval, compressed: prompts" in page
+
+
+def test_answers_are_written_as_the_model_is_served(tmp_path: Path) -> None:
+    """With rounded inputs and an FP8 cache, token by token as in one pass."""
+    save_checkpoint(tmp_path / "model", head_dim=32)
+    text = write_text(tmp_path)
+    serving = {
+        "quantize": {"method": "rtn", "scheme": "w6a8-g32"},
+        "kv_cache": {"scheme": "fp8", "samples": 2},
+    }
+    config = config_of(
+        tmp_path / "model",
+        text,
+        tmp_path / "run",
+        evaluate=None,
+        export=[{"format": "safetensors"}],
+    )
+    compress.run({**config, **serving})
+    subject = Subject(str(tmp_path / "run"), name="x", cache=tmp_path / "cache")
+    assert subject.rounds_inputs
+    prompts = [[9, 8, 7], [20, 21, 22, 23, 24]]
+    for prompt, answer in zip(prompts, subject.answers(prompts, most=6), strict=True):
+        (logits,) = subject.logits(torch.tensor([[*prompt, *answer]]))
+        assert answer == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
 def test_tasks_that_are_not_there_are_refused_before_work(tmp_path: Path) -> None:
