@@ -27,6 +27,8 @@ from compress.workdir import WorkDir
 
 _log = logging.getLogger(__name__)
 _ROUNDS = 3
+_QUIET = 0.25
+"""Spread of rounds, over their median, beyond which a speed is not kept."""
 
 
 def check_speed(loaded: SweepConfig) -> None:
@@ -45,7 +47,7 @@ def speed_of(point: SweepPoint, loaded: SweepConfig) -> dict[str, float]:
     """Return tokens a second of a point's file, and of the original beside it.
 
     What was measured before is not measured again while files and settings are the
-    same.
+    same, unless the machine was busy then.
 
     Raises:
         ExportError: llama.cpp refuses a file, or crashes.
@@ -59,7 +61,16 @@ def speed_of(point: SweepPoint, loaded: SweepConfig) -> dict[str, float]:
     if found is None:
         _log.info("speed of %s", point.name)
         found = _measured(file, original, loaded.speed)
-        WorkDir(folder.parent).write_json(stored.name, {"with": key, "speed": found})
+        rate, spread = found["tokens_per_second"], found["tokens_per_second_spread"]
+        if spread <= _QUIET * rate:
+            kept = {"with": key, "speed": found}
+            WorkDir(folder.parent).write_json(stored.name, kept)
+        else:
+            _log.warning(
+                "%s: %.1f tokens/s, but rounds are up to %.1f apart: the machine was "
+                "busy; the same command measures it again",
+                *(point.name, rate, spread),
+            )
     return found
 
 

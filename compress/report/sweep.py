@@ -41,7 +41,7 @@ _FOREIGN = (
 _TIMED = (
     " Speed is that of writing one token at a time in llama.cpp on this machine's CPU, "
     "in turns with an unquantized float16 file of the model; differences within the "
-    "spread of three rounds count as none."
+    "spread of three rounds, of which ± is half, count as none."
 )
 _SPEED_NOTE = (
     "Up and left is better: faster and closer. Tokens a second of writing one at a "
@@ -103,7 +103,7 @@ def point_table(data: Data) -> Table:
             percent(number_at(point, "top1")),
             times(number_at(point, "ppl_ratio")),
             fixed(number_at(point, BITS_PER_BYTE), 4),
-            fixed(number_at(point, SPEED), 1),
+            _speed(point),
             times(number_at(point, "times_original"), 2),
             nats(number_at(point, "predicted_kl")),
             duration(number_at(point, "seconds")),
@@ -122,6 +122,13 @@ def point_table(data: Data) -> Table:
         tuple(tuple(row[i] for i in kept) for row in rows),
         _caption(data),
     )
+
+
+def _speed(point: Data) -> str:
+    """Return tokens a second, and half the spread of the rounds where it is known."""
+    half = number_at(point, f"{SPEED}_spread")
+    shown = fixed(number_at(point, SPEED), 1)
+    return shown if half is None else f"{shown} ± {half / 2:.1f}"
 
 
 def _caption(data: Data) -> str:
