@@ -37,7 +37,7 @@ NEED_LANGUAGE = frozenset(
 _CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 _CLOSING = r"[.!?]+[\"'”’)\]*_]*"
 _ABBREVIATION = re.compile(
-    r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|Inc|Ltd|Co|e\.g|i\.e|[A-Z])\.$"
+    r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|Inc|Ltd|Co|e\.g|i\.e|[A-Z])\.$|^\d{1,3}\.$"
 )
 
 
@@ -73,13 +73,18 @@ def loose_variants(text: str) -> list[str]:
 
 
 def sentence_count(text: str) -> int:
-    """Return the number of sentences: runs that end with ``.``, ``!`` or ``?``."""
+    """Return the number of sentences: runs that end with ``.``, ``!`` or ``?``.
+
+    Not at abbreviations, initials and numbers, nor where a small letter follows a dot.
+    """
+    parts = re.split(r"(?<=[.!?\"'”’)\]*_])\s+|\n{2,}", text.strip())
     count, pending = 0, ""
-    for part in re.split(r"(?<=[.!?\"'”’)\]*_])\s+|\n{2,}", text.strip()):
+    for part, after in zip(parts, [*parts[1:], ""], strict=True):
         pending = f"{pending} {part}".strip()
         ends = re.search(rf"{_CLOSING}$", pending)
         if ends and not _ABBREVIATION.search(pending):
-            count, pending = count + 1, ""
+            if not (pending.endswith(".") and after[:1].islower()):
+                count, pending = count + 1, ""
     return count + bool(pending)
 
 
