@@ -73,12 +73,14 @@ def main() -> None:
             "perplexity ratio": point["ppl_ratio"],
             "bits per byte": point["bits_per_byte"],
             "tokens/s": point.get("tokens_per_second"),
+            "of the original's": point.get("times_original"),
             "seconds": point["seconds"],
         }
         for point in points
     ]
     if not given.speed:
-        rows = [{k: v for k, v in row.items() if k != "tokens/s"} for row in rows]
+        timed = ("tokens/s", "of the original's")
+        rows = [{k: v for k, v in row.items() if k not in timed} for row in rows]
     write_result(
         "sweep_pareto",
         claim="Rounding to nearest over pruning ratios, schemes and budgets: bytes of "

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from compress.api_prune import prune
     from compress.comparing import compare
     from compress.core.errors import CompressError
+    from compress.kvstudy import kv_study
     from compress.pipeline import evaluate, plan, run
     from compress.runtime.accelerate import accelerate
     from compress.runtime.load import load
@@ -29,6 +30,7 @@ __all__ = [
     "accelerate",
     "compare",
     "evaluate",
+    "kv_study",
     "load",
     "plan",
     "prune",
@@ -42,6 +44,7 @@ _HOME = {
     "accelerate": "compress.runtime.accelerate",
     "compare": "compress.comparing",
     "evaluate": "compress.pipeline",
+    "kv_study": "compress.kvstudy",
     "load": "compress.runtime.load",
     "plan": "compress.pipeline",
     "prune": "compress.api_prune",

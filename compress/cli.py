@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from compress.bench.commands import app as bench_app
 from compress.cli_compare import compare
+from compress.cli_kv import kv
 from compress.cli_setup import init, list_plugins
 from compress.core.errors import CompressError
 from compress.log import is_first, set_up_logging
@@ -231,6 +232,7 @@ def evaluate(
 
 
 app.command()(compare)
+app.command()(kv)
 
 
 @app.command()
@@ -308,6 +310,13 @@ def sweep(
     overwrite: Annotated[
         bool, typer.Option(help="Run points again that are finished.")
     ] = False,
+    fit: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Say which point to take for a size, such as 1GB; repeatable.",
+        ),
+    ] = None,
     sets: Sets = None,
     as_json: AsJson = False,
 ) -> None:
@@ -317,7 +326,8 @@ def sweep(
     """
     from compress.config import load_sweep
 
-    loaded = load_sweep(config, sets or ())
+    chosen = [f"fits={json.dumps(fit)}"] if fit else []
+    loaded = load_sweep(config, [*(sets or ()), *chosen])
     from compress import sweeping
 
     command = shlex.join(["compress", *sys.argv[1:]])

@@ -44,6 +44,9 @@ def compare(
     limit: Annotated[
         int, typer.Option(min=0, help="Questions of a task, evenly spread; 0 for all.")
     ] = 100,
+    answer_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of an answer that is written.")
+    ] = 1280,
     to: Annotated[
         Path, typer.Option(help="Folder for tables, figure and measurements.")
     ] = Path("runs/compare"),
@@ -69,6 +72,7 @@ def compare(
         tasks=tasks or (),
         only=only or (),
         limit=limit or None,
+        answer_tokens=answer_tokens,
         folder=to,
         device=device,
         overwrite=overwrite,

@@ -38,6 +38,15 @@ from compress.evaluation.side_by_side import (
 )
 from compress.evaluation.tasks import Task, TaskScores, encoded, load_tasks, scores_of
 from compress.evaluation.texts import check_evaluation_text
+from compress.evaluation.written import (
+    ANSWER_TOKENS,
+    Answer,
+    AnswerScores,
+    WritingTask,
+    answer_scores,
+    answers_in_parts,
+    asked,
+)
 from compress.model.devices import choose_device
 from compress.report.comparison import comparison_markdown, comparison_text
 from compress.report.comparison_plot import comparison_svg
@@ -49,7 +58,6 @@ _log = logging.getLogger(__name__)
 
 PROTOCOLS = ("hf2048", "llamacpp512")
 _PROBE = "The quick brown fox, 2 + 2 = 4:\n    def f(x): return x"
-_Groups = Sequence[Sequence[Continuation]]
 _FILES = ("compare.json", "compare.md", "compare.svg")
 
 
@@ -85,6 +93,7 @@ def compare(
     tasks: Sequence[str] = (),
     only: Sequence[str] = (),
     limit: int | None = 100,
+    answer_tokens: int = ANSWER_TOKENS,
     folder: str | Path = "runs/compare",
     device: str = "auto",
     overwrite: bool = False,
@@ -102,6 +111,7 @@ def compare(
         tasks: JSONL files, folders of them, or ``hub:NAME``.
         only: Tasks to keep; all if empty.
         limit: Questions of a task, evenly spread; all if ``None``.
+        answer_tokens: Most tokens of an answer, for tasks that want written text.
         folder: For results, and for what was measured.
         device: Of what runs in torch: ``auto``, ``cpu``, ``cuda``.
         overwrite: Measure everything again.
@@ -140,8 +150,20 @@ def compare(
         ]
         root = Path(folder)
         longest = int(models[0].config["max_position_embeddings"])
-        groups = [encoded(task, tokenizer, longest=longest) for task in loaded]
-        job = _Job(models, windows, loaded, groups, root, overwrite=overwrite)
+        questions = [
+            asked(task, tokenizer, longest=longest, most=answer_tokens)
+            if isinstance(task, WritingTask)
+            else encoded(task, tokenizer, longest=longest)
+            for task in loaded
+        ]
+        job = _Job(
+            models,
+            windows,
+            list(zip(loaded, questions, strict=True)),
+            root,
+            most=answer_tokens,
+            overwrite=overwrite,
+        )
         job.measure()
         data = job.data()
     data |= {
@@ -203,14 +225,14 @@ class _Job:
         self,
         models: Sequence[Subject],
         texts: Sequence[PreparedText],
-        tasks: Sequence[Task],
-        groups: Sequence[_Groups],
+        tasks: Sequence[tuple[Task | WritingTask, Any]],
         root: Path,
         *,
+        most: int,
         overwrite: bool,
     ) -> None:
-        self._models, self._texts, self._tasks = models, texts, tasks
-        self._groups = groups
+        self._models, self._texts, self._most = models, texts, most
+        self._tasks = tasks
         self._files = {
             model.name: Measured(
                 root / "measured" / f"{model.name}-{model.identity[:12]}.json",
@@ -220,23 +242,26 @@ class _Job:
         }
         self._version = provenance.versions()["compress"]
         self._task_keys = {
-            task.name: provenance.digest_of(
-                [
-                    task.digest,
-                    [[vars(one) for one in g] for g in choices],
-                    self._version,
-                ]
-            )
-            for task, choices in zip(tasks, groups, strict=True)
+            task.name: self._task_key(task, questions) for task, questions in tasks
         }
+
+    def _task_key(self, task: Task | WritingTask, questions: Any) -> str:
+        if isinstance(task, WritingTask):  # answers are checked anew each time
+            return provenance.digest_of([questions, self._most, self._version])
+        plain = [[vars(one) for one in group] for group in questions]
+        return provenance.digest_of([task.digest, plain, self._version])
 
     def measure(self) -> None:
         """Measure what is not in the files."""
         for text in self._texts:
             self._measure_text(text)
-        for task, groups in zip(self._tasks, self._groups, strict=True):
-            for model in self._models:
-                self._measure_task(model, task, groups)
+        for model in self._models:
+            for task, questions in self._tasks:
+                if isinstance(task, WritingTask):
+                    self._answers(model, task, questions)
+                else:
+                    self._measure_task(model, task, questions)
+            model.release()
 
     def _text_key(self, text: PreparedText) -> str:
         ids = hashlib.sha256(text.windows.ids.numpy().tobytes()).hexdigest()
@@ -265,7 +290,27 @@ class _Job:
             record = text_record(found[model.name][text.name], scores, size)
             self._files[model.name].add(key, name, record)
 
-    def _measure_task(self, model: Subject, task: Task, groups: _Groups) -> None:
+    def _answers(
+        self, model: Subject, task: WritingTask, prompts: Sequence[Sequence[int]]
+    ) -> list[Answer]:
+        """Return the answers of a model: those in its file, and the rest written."""
+        file, key = self._files[model.name], self._task_keys[task.name]
+
+        def write(part: Sequence[Sequence[int]]) -> list[list[int]]:
+            _log.info("%s, %d prompts: %s", task.name, len(part), model.name)
+            return model.answers(part, most=self._most)
+
+        return answers_in_parts(
+            prompts,
+            write,
+            model.handle.tokenizer(),
+            known=lambda number: file.part(f"{key}-{number}"),
+            keep=lambda number, data: file.add(f"{key}-{number}", task.name, data),
+        )
+
+    def _measure_task(
+        self, model: Subject, task: Task, groups: Sequence[Sequence[Continuation]]
+    ) -> None:
         file, key = self._files[model.name], self._task_keys[task.name]
         if file.part(key):
             return
@@ -280,12 +325,15 @@ class _Job:
         """Return the figures of all models."""
         found = Measurements(
             texts=self._texts,
-            tasks=self._tasks,
+            tasks=[task for task, _ in self._tasks],
             records={
                 m.name: [self._text(m, t) for t in self._texts] for m in self._models
             },
             scores={
-                m.name: [self._scores(m, t) for t in self._tasks] for m in self._models
+                m.name: [
+                    self._scores(m, task, questions) for task, questions in self._tasks
+                ]
+                for m in self._models
             },
         )
         return {
@@ -302,7 +350,12 @@ class _Job:
         assert record is not None, "measured before"
         return record
 
-    def _scores(self, model: Subject, task: Task) -> TaskScores:
+    def _scores(
+        self, model: Subject, task: Task | WritingTask, questions: Any
+    ) -> TaskScores | AnswerScores:
+        if isinstance(task, WritingTask):
+            answers = self._answers(model, task, questions)
+            return answer_scores(task, answers, most=self._most)
         found = self._files[model.name].part(self._task_keys[task.name])
         assert found is not None, "measured before"
         return scores_of(task, found["nats"])

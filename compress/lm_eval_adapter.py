@@ -7,15 +7,15 @@ command with that model known::
         --model_args pretrained=runs/mine/export/gguf/model.gguf --tasks arc_easy
 
 GGUF files run in llama.cpp on the CPU, everything else in torch: log-likelihoods block
-by block, generation (greedy only) on the whole model with decoded weights.
+by block, generation (greedy only) on the whole model with decoded weights. Inputs and
+cache are rounded in both where the config of a folder says so.
 """
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -161,42 +161,10 @@ class CompressLM(TemplateLM):  # type: ignore[misc]
             stops, most = _limits(options)
             room = max(1, self.max_length - most)
             prompts = [self.tok_encode(r.args[0])[-room:] for r in group]
-            for ids in self._generated(prompts, most, stops):
+            for ids in self._subject.answers(prompts, most=most, stops=stops):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
                 answers.append(_before(text, stops))
         return answers
-
-    def _generated(
-        self, prompts: Sequence[Sequence[int]], most: int, stops: Sequence[str]
-    ) -> Iterator[list[int]]:
-        if self._subject.in_llamacpp:
-            from compress.export.gguf_runtime import llamacpp_generate
-
-            file = self._subject.file
-            yield from llamacpp_generate(file, prompts, most=most, stops=stops)
-            return
-        import torch
-
-        for prompt in prompts:
-            ids = torch.tensor([prompt], device=self._device)
-            written = self._whole.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=most,
-                do_sample=False,
-                stop_strings=list(stops) or None,
-                tokenizer=self.tokenizer,
-                pad_token_id=self.eot_token_id,
-            )
-            yield written[0, len(prompt) :].tolist()
-
-    @cached_property
-    def _whole(self) -> Any:
-        from compress.runtime.load import load
-
-        if self._subject.rounds_inputs:
-            _log.warning("generation leaves inputs and cache exact; scores round them")
-        return load(self._subject.file, device=self._device)
 
 
 def _device(wanted: str | None) -> str:

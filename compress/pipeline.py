@@ -1,8 +1,7 @@
 """All stages in order: load, plan, calibrate, quantize, evaluate, export, report.
 
-The only module that knows them all. Methods and formats are found by name; everything
-that was computed lies in the work directory, so that an interrupted run goes on where
-it stopped.
+The only module that knows them all. Plug-ins are found by name; what was computed lies
+in the work directory, so that an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -209,6 +208,7 @@ class Run:
         metrics = self._measured("evaluation", self.serving.evaluate)
         self.cache = self._measured("kv-cache", self.serving.measure_cache)
         self.samples = self._measured("samples", self.serving.write_samples)
+        self.tasks = self._measured("tasks", self.serving.measure_tasks)
         if write_exports and not self.force:
             self.held_back = guarding.held_back(metrics, self.config.run)
         wanted = self.exporters if write_exports and not self.held_back else ()

@@ -13,6 +13,7 @@ from compress.config.plugins import create_chain, create_quantizer
 from compress.config.schema import Config
 from compress.core.contracts import Quantizer
 from compress.core.errors import ConfigError
+from compress.evaluation.tasks import check_source
 from compress.evaluation.texts import check_evaluation_text
 from compress.model.loading import ModelHandle, open_model
 
@@ -39,6 +40,8 @@ def check_inputs(config: Config) -> None:
         raise ConfigError("export: each format may be named once")
     for name in config.evaluate.perplexity if config.evaluate else ():
         check_evaluation_text(name)
+    for source in config.evaluate.tasks if config.evaluate else ():
+        check_source(source)
     if config.prune is not None or _quantizing_uses_data(config):
         check_sources(config.calibration.data)
 

@@ -11,7 +11,7 @@ from compress.calibration.data import CalibrationTokens
 from compress.calibration.experts import FEW_TOKENS
 from compress.core.artifact import ModelDescription
 from compress.core.plan import LayerPlan
-from compress.evaluation.measure import headline
+from compress.evaluation.measure import with_tasks
 from compress.exporting import failures
 from compress.planning.budget import linear_bits_per_weight, parameter_count
 from compress.transform import block_of_layer, part_of_layer
@@ -71,9 +71,7 @@ def build_report(
         "size_bytes": sizes,
         "bits_per_weight": bits,
         "size_breakdown": {k: dict(v) for k, v in shown.parts.items()},
-        "metrics": {
-            key: headline(texts) if texts else None for key, texts in metrics.items()
-        },
+        "metrics": with_tasks(metrics, run.tasks),
         "pruning": reshaping.about(run.pruned, run),
         "recovery": run.pruned["recovery"] if run.pruned else None,
         "tuning": dict(run.tuned.record) if run.tuned else None,

@@ -21,7 +21,9 @@ from compress.core.artifact import CompressedModel
 from compress.core.errors import ConfigError
 from compress.core.plan import Plan
 from compress.core.scheme import InputScheme
+from compress.evaluation.asking import Asked, figures_of_tasks
 from compress.evaluation.generations import PROMPTS, generations, round_inputs_
+from compress.evaluation.likelihood import likelihoods
 from compress.evaluation.measure import (
     PreparedText,
     evaluate_candidates,
@@ -29,10 +31,11 @@ from compress.evaluation.measure import (
 )
 from compress.evaluation.perplexity import TokenWindows
 from compress.evaluation.rounding import rounding_of
+from compress.evaluation.tasks import load_tasks
 from compress.kvcache.measure import measure_types, recommended, rounded_cache
 from compress.kvcache.names import FP8, CachePair
 from compress.kvcache.scales import ScaleRule
-from compress.model.loading import ModelHandle
+from compress.model.loading import ModelHandle, end_tokens
 from compress.model.streaming import Rewrite, StreamedModel
 from compress.planning.input_upgrades import shared_inputs, with_inputs
 from compress.recovery.models import WholeModel
@@ -271,6 +274,35 @@ class Serving:
             team=run.team,
         )
         return {"base": own, COMPRESSED: None, **others}
+
+    def measure_tasks(self) -> dict[str, dict[str, Any]]:
+        """Return figures of each task by model, if tasks are asked for."""
+        run, section = self._run, self._run.config.evaluate
+        if section is None or not section.tasks:
+            return {}
+        tasks = load_tasks(section.tasks, limit=section.task_limit or None)
+        base = StreamedModel(run.base, run.handle.source, device=run.device)
+        compressed = ModelHandle(run.model, run.compressed_source())
+        models = {
+            "base": Asked(
+                partial(likelihoods, base, name="base"),
+                partial(self._whole, run.handle),
+            ),
+            COMPRESSED: Asked(
+                partial(likelihoods, self.served(), name=COMPRESSED),
+                partial(self._whole, compressed, self.rounding()),
+            ),
+        }
+        return run.team.alone(
+            lambda: figures_of_tasks(
+                tasks,
+                models,
+                run.handle.tokenizer(),
+                longest=int(run.model.config["max_position_embeddings"]),
+                most=section.answer_tokens,
+                ends=end_tokens(run.handle),
+            )
+        )
 
     def write_samples(self) -> dict[str, Any] | None:
         """Return what base and compressed model write after prompts, if wanted.

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compress import provenance
 from compress.core.continuations import Continuation, Likelihood
+from compress.core.errors import CompressError
+from compress.evaluation.generations import continue_greedily, round_inputs_
 from compress.evaluation.likelihood import likelihoods
 from compress.evaluation.measure import Predictor
-from compress.model.loading import locate, open_model
+from compress.model.loading import end_tokens, locate, open_model
 from compress.model.streaming import StreamedModel
+from compress.recovery.models import WholeModel
 from compress.scoring import checkpoint_of, inspect, predictor_of, streamed
 from compress.served_folder import served_as
+
+_TOGETHER = 16
+"""Prompts that are answered together in torch."""
 
 
 class Subject:
@@ -94,6 +102,75 @@ class Subject:
 
             return list(llamacpp_scores(self.file, groups))
         return likelihoods(self._streamed(), groups, name=self.name)
+
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        most: int,
+        stops: Sequence[str] = (),
+    ) -> list[list[int]]:
+        """Return what the model writes greedily after each prompt, as tokens.
+
+        In torch the whole model is in memory, in float32, and stays there; inputs and
+        cache are rounded where its config says so.
+
+        Args:
+            prompts: Token ids, at least one each.
+            most: Tokens of an answer at most.
+            stops: An answer may end once its text holds one of these; what follows
+                them is not cut off.
+
+        Raises:
+            CompressError: The whole model does not fit the device.
+        """
+        if self.in_llamacpp:
+            from compress.export.gguf_runtime import llamacpp_generate
+
+            return list(llamacpp_generate(self.file, prompts, most=most, stops=stops))
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        found: dict[int, list[int]] = {}
+        for start in range(0, len(order), _TOGETHER):
+            part = order[start : start + _TOGETHER]
+            rows = continue_greedily(
+                self._whole,
+                [prompts[index] for index in part],
+                tokens=most,
+                ends=self._ends,
+                is_enough=self._is_enough(stops),
+                new_cache=self._served.new_cache if self._served else None,
+                name=self.name,
+            )
+            found |= dict(zip(part, rows, strict=True))
+        return [found[index] for index in range(len(prompts))]
+
+    @cached_property
+    def _whole(self) -> WholeModel:
+        try:
+            model = WholeModel(self.handle, device=self._device, dtype=torch.float32)
+        except torch.OutOfMemoryError as error:
+            raise CompressError(
+                f"{self.path}: writing text needs the whole model in float32, which "
+                f"does not fit {self._device}: {error}"
+            ) from error
+        round_inputs_(model.module, self._served.rounding if self._served else {})
+        return model
+
+    def release(self) -> None:
+        """Forget the whole model, if answers were written."""
+        vars(self).pop("_whole", None)
+
+    @cached_property
+    def _ends(self) -> frozenset[int]:
+        return end_tokens(self.handle)
+
+    def _is_enough(
+        self, stops: Sequence[str]
+    ) -> Callable[[Sequence[int]], bool] | None:
+        if not stops:
+            return None
+        tokenizer = self.handle.tokenizer()
+        return lambda ids: any(stop in tokenizer.decode(ids) for stop in stops)
 
     def facts(self) -> dict[str, Any]:
         """Return name, size and bits, everything in the files included."""

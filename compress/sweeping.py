@@ -14,7 +14,6 @@ to quantize for, and its KL is what the search measured of its plan.
 from __future__ import annotations
 
 import logging
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from compress.report.sweep import render_sweep, sweep_text
 from compress.report.sweep_plots import render_svg
 from compress.report.sweep_png import can_draw, render_png
 from compress.report.wording import duration
-from compress.scoring import generation_speeds
+from compress.sweep_speed import check_speed, speed_of
 from compress.workdir import WorkDir, write_atomically
 
 _log = logging.getLogger(__name__)
@@ -90,6 +89,7 @@ def sweep(
     """
     check_single("a sweep")
     loaded = config if isinstance(config, SweepConfig) else load_sweep(config)
+    check_speed(loaded)
     foreign = _foreign_points(loaded.points) if loaded.points else []
     points = sweep_points(loaded)
     work = WorkDir(loaded.workdir)
@@ -110,18 +110,37 @@ def sweep(
             work.write_json(f"points/{point.name}/point.json", result)
             made += 1
         found.append(result["point"])
-        data = {
-            "version": 1,
-            "config": loaded.model_dump(mode="json"),
-            "command": command or "compress.sweep(config)",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "versions": provenance.versions(),
-            "points": with_front(found),
-            "foreign": foreign,
-            "is_complete": number == len(points),
-        }
+        is_last = number == len(points) and not loaded.speed
+        data = _data(loaded, found, foreign, command, is_complete=is_last)
+        _write(work, data)
+    if loaded.speed:  # now that nothing else of the sweep runs
+        found = [
+            {**own, **speed_of(point, loaded)}
+            for point, own in zip(points, found, strict=True)
+        ]
+        data = _data(loaded, found, foreign, command, is_complete=True)
         _write(work, data)
     return Sweep(data, work.root)
+
+
+def _data(
+    loaded: SweepConfig,
+    found: Sequence[Mapping[str, Any]],
+    foreign: Sequence[Mapping[str, Any]],
+    command: str | None,
+    *,
+    is_complete: bool,
+) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "config": loaded.model_dump(mode="json"),
+        "command": command or "compress.sweep(config)",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": provenance.versions(),
+        "points": with_front(found),
+        "foreign": list(foreign),
+        "is_complete": is_complete,
+    }
 
 
 def _write(work: WorkDir, data: Mapping[str, Any]) -> None:
@@ -143,7 +162,7 @@ def _time_left(seconds: float, made: int, waiting: int) -> str:
 def _digest(point: SweepPoint, loaded: SweepConfig) -> str:
     config = point.config.model_dump(mode="json")
     version = provenance.versions()["compress"]
-    return provenance.digest_of([config, loaded.export, loaded.speed, version])
+    return provenance.digest_of([config, loaded.export, version])
 
 
 def _finished(point: SweepPoint, loaded: SweepConfig) -> dict[str, Any] | None:
@@ -186,9 +205,6 @@ def _run(point: SweepPoint, loaded: SweepConfig) -> dict[str, Any]:
     else:
         result = pipeline.run(config, resume=True, write_exports=loaded.export)
         found |= _of_report(result.report) | {"failures": result.failures}
-        if loaded.speed:
-            (file,) = (folder / "export" / "gguf").glob("*.gguf")
-            found |= _timed(file, loaded.speed)
     found["workdir"] = str(folder)
     return {"with": _digest(point, loaded), "point": found}
 
@@ -218,7 +234,7 @@ def _of_report(report: Mapping[str, Any]) -> dict[str, Any]:
     if name in report["exports"]:
         found["bytes"] = report["exports"][name]["size_bytes"]
     base = report["metrics"]["base"]
-    if base is not None:
+    if base is not None and base["texts"]:
         figures = next(iter(base["texts"].values()))
         found["original"] = {
             "bytes": report["size_bytes"]["base"],
@@ -226,15 +242,6 @@ def _of_report(report: Mapping[str, Any]) -> dict[str, Any]:
         }
     found["seconds"] = sum(report["seconds"].values())
     return found | _measured(report, record)
-
-
-def _timed(file: Path, tokens: int) -> dict[str, float]:
-    """Return the median speed of a file in llama.cpp, and how far apart runs were."""
-    rates = generation_speeds(file, tokens=tokens, repeats=3)
-    return {
-        "tokens_per_second": statistics.median(rates),
-        "tokens_per_second_spread": max(rates) - min(rates),
-    }
 
 
 def _measured(

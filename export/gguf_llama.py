@@ -37,7 +37,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what llama.cpp itself prints is no answer
     try:
-        for about, data in _COMMANDS[command](_import_llama(), path, *numbers):
+        for about, data in _COMMANDS[command](import_llama(), path, *numbers):
             answers.write(json.dumps(about).encode() + b"\n")
             answers.write(data)
             answers.flush()
@@ -52,7 +52,7 @@ def _logits(
     tokens = array("i", sys.stdin.buffer.read())
     size = int(length)
     with ExitStack() as cleanup:
-        model = _load(llama, path)
+        model = load_model(llama, path)
         cleanup.callback(llama.llama_model_free, model)
         context = _open_context(llama, model, size, threads=int(threads))
         if not context:
@@ -88,7 +88,7 @@ def _scores(
     """
     given = array("i", sys.stdin.buffer.read())
     with ExitStack() as cleanup:
-        model = _load(llama, path)
+        model = load_model(llama, path)
         cleanup.callback(llama.llama_model_free, model)
         size, count = int(length), int(branches)
         context = _open_context(
@@ -128,7 +128,7 @@ def _generate(
     given = array("i", sys.stdin.buffer.read())
     marks = [text.encode() for text in json.loads(stops)]
     with ExitStack() as cleanup:
-        model = _load(llama, path)
+        model = load_model(llama, path)
         cleanup.callback(llama.llama_model_free, model)
         size = int(length)
         context = _open_context(llama, model, size, threads=int(threads))
@@ -238,7 +238,7 @@ def _decode(llama: Any, path: str, threads: str, copy: str) -> Iterator[Answer]:
 
 def _tokens(llama: Any, path: str) -> Iterator[Answer]:
     data = sys.stdin.buffer.read()
-    model = _load(llama, path, vocabulary_only=True)
+    model = load_model(llama, path, vocabulary_only=True)
     tokens = (ctypes.c_int32 * (len(data) + 8))()
     vocabulary = llama.llama_model_get_vocab(model)
     count = llama.llama_tokenize(
@@ -257,7 +257,7 @@ def _speed(
     """
     size = int(tokens)
     with ExitStack() as cleanup:
-        model = _load(llama, path)
+        model = load_model(llama, path)
         cleanup.callback(llama.llama_model_free, model)
         context = _open_context(llama, model, size, threads=int(threads))
         if not context:
@@ -289,7 +289,8 @@ _COMMANDS = {
 }
 
 
-def _import_llama() -> Any:
+def import_llama() -> Any:
+    """Return the module ``llama_cpp``, ready and quiet."""
     import llama_cpp
 
     # llama-cpp-python's own log callback prints what is at or above its logger's level;
@@ -299,7 +300,12 @@ def _import_llama() -> Any:
     return llama_cpp
 
 
-def _load(llama: Any, path: str, *, vocabulary_only: bool = False) -> Any:
+def load_model(llama: Any, path: str, *, vocabulary_only: bool = False) -> Any:
+    """Return a model on the CPU, to be freed by ``llama_model_free``.
+
+    Raises:
+        ExportError: llama.cpp refuses the file.
+    """
     params = llama.llama_model_default_params()
     params.n_gpu_layers = 0
     params.vocab_only = vocabulary_only

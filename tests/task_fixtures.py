@@ -44,6 +44,15 @@ ROWS: dict[str, Mapping[str, Any]] = {
         "answer": 1,
     },
     "gsm8k": {"question": "What is 2 + 3?", "answer": "It is 5.\n#### 5"},
+    "ifeval": {
+        "key": 1,
+        "prompt": "Say hello in two words without a comma.",
+        "instruction_id_list": [
+            "punctuation:no_comma",
+            "length_constraints:number_words",
+        ],
+        "kwargs": [{}, {"relation": "less than", "num_words": 3}],
+    },
     "own": {"context": "2 + 2 =", "choices": [" 3", " 4"], "answer": 1},
     "own_reference": {"context": "Say it:", "answer": " it"},
 }

@@ -39,7 +39,8 @@ def model(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="A checkpoint, ours or dense; or random:llama-2-7b and the like.",
+            help="A checkpoint, ours or dense; a .gguf file, which llama.cpp runs on "
+            "the CPU; or random:llama-2-7b and the like.",
             show_default=False,
         ),
     ],
@@ -76,7 +77,8 @@ def model(
     """Time a model: tokens a second, memory and energy, dense and as it is served."""
     from compress.bench.model import ModelSettings, bench_model, check_settings
 
-    settings = ModelSettings.for_device(folder, device or _device(), quick=quick)
+    usual = "cpu" if folder.suffix == ".gguf" else _device()
+    settings = ModelSettings.for_device(folder, device or usual, quick=quick)
     given = {
         "original": original,
         "ways": tuple(way) if way else None,

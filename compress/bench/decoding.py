@@ -89,6 +89,14 @@ class Generator:
         """The newest token of each sequence, ``[B, 1]``."""
         return self._ids
 
+    @property
+    def kv_bytes(self) -> int:
+        """Size of all keys and values."""
+        return self.cache.bytes
+
+    def close(self) -> None:
+        """Do nothing: memory is given back with the generator."""
+
     def prefill(self) -> None:
         """Read the prompt and choose the first token."""
         self._run("prefill", self._prefill)

@@ -15,12 +15,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from compress.bench.efficiency import compression_rate
-from compress.core.errors import CheckpointError, ConfigError
+from compress.core.errors import (
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    MissingDependencyError,
+)
 from compress.provenance import hardware, versions
 
 _LOG = logging.getLogger(__name__)
@@ -30,12 +36,15 @@ WAYS = (DENSE, INT8, SERVED)
 
 _CPU: dict[str, Any] = {
     **{"ways": (DENSE, SERVED), "batches": (1, 4), "prefill_tokens": 256},
-    **{"context_tokens": 64, "new_tokens": 16, "runs": 3, "warm_up": 1},
-    **{"idle_seconds": 3.0, "windows": 2},
+    **{"context_tokens": 64, "new_tokens": 16, "runs": 5, "warm_up": 3},
+    **{"idle_seconds": 30.0, "windows": 2},
+}
+_LLAMACPP: dict[str, Any] = {
+    **{"batches": (1, 8), "context_tokens": 128, "new_tokens": 64},
 }
 _QUICK_CPU: dict[str, Any] = {
     **{"batches": (1,), "prefill_tokens": 32, "context_tokens": 16, "new_tokens": 4},
-    **{"runs": 2, "idle_seconds": 0.5, "windows": 1},
+    **{"runs": 2, "warm_up": 1, "idle_seconds": 0.5, "windows": 1},
 }
 _QUICK_GPU: dict[str, Any] = {
     **{"batches": (1, 8), "new_tokens": 32, "runs": 3, "warm_up": 1},
@@ -48,9 +57,11 @@ class ModelSettings:
     """What is measured.
 
     Attributes:
-        folder: A checkpoint; one with 6-bit layers is also run as it is served. Or a
-            known shape with random weights, ``random:llama-2-7b``.
-        original: The model it was made from; ``None`` runs the decoded one.
+        folder: A checkpoint; one with 6-bit layers is also run as it is served. A GGUF
+            file is served by llama.cpp on the CPU. Or a known shape with random
+            weights, ``random:llama-2-7b``.
+        original: The model it was made from; ``None`` runs the decoded one, or of a
+            GGUF file nothing.
         device: Of torch.
         ways: How to run it, of :data:`WAYS`.
         batches: Sequences at a time.
@@ -89,6 +100,8 @@ class ModelSettings:
             whole = cls(folder, device=device)
             return replace(whole, **_QUICK_GPU) if quick else whole
         small = cls(folder, device=device, **_CPU)
+        if folder.suffix == ".gguf":
+            small = replace(small, **_LLAMACPP)
         return replace(small, **_QUICK_CPU) if quick else small
 
 
@@ -112,11 +125,11 @@ def bench_model(
     check_settings(settings)
     ways: list[dict[str, Any]] = []
     errors: dict[str, str] = {}
-    for way in settings.ways:
+    for way in _ways(settings):
         say(f"measuring {way} on {settings.device}")
         try:
             ways.append(_apart(settings, way) if apart else _here(settings, way))
-        except (CheckpointError, BrokenProcessPool) as error:
+        except (CheckpointError, ExportError, BrokenProcessPool) as error:
             errors[way] = str(error)
             _LOG.warning("%s was not measured: %s", way, error)
     if not ways:
@@ -139,6 +152,12 @@ def bench_model(
     }
 
 
+def _ways(settings: ModelSettings) -> list[str]:
+    """Return the ways to run; a GGUF file alone is served, and nothing else."""
+    is_alone = settings.folder.suffix == ".gguf" and settings.original is None
+    return [way for way in settings.ways if way == SERVED or not is_alone]
+
+
 def check_settings(settings: ModelSettings) -> None:
     """Raise unless a measurement with these settings can begin.
 
@@ -157,7 +176,9 @@ def check_settings(settings: ModelSettings) -> None:
             raise ConfigError("a random model has no original; leave out --original")
         checked = []
     for folder in checked:
-        if folder is not None and not (folder / "config.json").is_file():
+        if folder is not None and folder.suffix == ".gguf":
+            _check_gguf(folder, settings)
+        elif folder is not None and not (folder / "config.json").is_file():
             raise CheckpointError(
                 f"{folder}: no config.json there; give a folder that transformers or "
                 "compress.load opens"
@@ -170,6 +191,11 @@ def check_settings(settings: ModelSettings) -> None:
     unknown = [way for way in settings.ways if way not in WAYS]
     if unknown or not settings.ways:
         raise ConfigError(f"ways are {', '.join(WAYS)}, not {', '.join(unknown)}")
+    if not _ways(settings):
+        raise ConfigError(
+            f"{settings.folder}: llama.cpp runs the file as it is served; leave out "
+            "--way, or give --original"
+        )
     numbers = {
         "batches": min(settings.batches, default=0),
         "prefill_tokens": settings.prefill_tokens,
@@ -182,8 +208,24 @@ def check_settings(settings: ModelSettings) -> None:
             raise ConfigError(f"{name} must be one or more, not {value}")
 
 
+def _check_gguf(file: Path, settings: ModelSettings) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    if settings.device.startswith("cuda"):
+        raise ConfigError(
+            f"{file}: llama.cpp is timed on the CPU; use --device cpu, or for the GPU "
+            "a folder of safetensors"
+        )
+    if find_spec("llama_cpp") is None:
+        raise MissingDependencyError(
+            "llama-cpp-python", extra="verify", purpose="timing a GGUF file"
+        )
+
+
 def artefact_bytes(folder: Path) -> int:
     """Return the size of the weights on disk."""
+    if folder.suffix == ".gguf":
+        return folder.stat().st_size
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
@@ -269,6 +311,8 @@ def _over(a: dict[str, Any], b: dict[str, Any], key: str) -> float | None:
 
 
 def _protocol(settings: ModelSettings, *, apart: bool) -> dict[str, Any]:
+    import torch
+
     described = {k: v for k, v in asdict(settings).items() if "folder" not in k}
     described.pop("original")
     return {
@@ -276,5 +320,6 @@ def _protocol(settings: ModelSettings, *, apart: bool) -> dict[str, Any]:
         "batches": list(settings.batches),
         "decoding": "greedy, fixed number of tokens, no stopping",
         "cache": "static",
+        "threads": torch.get_num_threads(),
         "one_process_each": apart,
     }

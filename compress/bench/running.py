@@ -8,14 +8,16 @@ from statistics import quantiles
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress.bench.counters import Counters, Sampler, counters_for
 from compress.bench.decoding import Generator
 from compress.bench.efficiency import flops_utilization, joules_per_token, usage_of
 from compress.bench.int8_linear import Int8Linear, with_int8_
+from compress.bench.llamacpp import LlamaGenerator, LlamaModel
 from compress.bench.model import DENSE, INT8, SERVED, ModelSettings
 from compress.bench.random_models import is_random, random_model
+from compress.core.errors import CheckpointError
 from compress.runtime.load import load
 from compress.runtime.w6a8.linear import W6A8Linear
 
@@ -36,20 +38,18 @@ def measure(settings: ModelSettings, way: str) -> dict[str, Any]:
     counters = counters_for(device)
     idle = _idle_watts(counters, settings.idle_seconds)
     start = time.perf_counter()
-    model: Any = _load(settings, way, device)
+    model = _open(settings, way, device)
     _wait(device)
     found: dict[str, Any] = {
         "way": way,
-        "label": _label(settings, way, model),
+        "label": model.label,
         "device": _device_name(device),
         "load_seconds": time.perf_counter() - start,
-        "params": parameter_count(model),
-        "weights_bytes": weights_bytes(model),
+        "params": model.parameters,
+        "weights_bytes": model.weights_bytes,
         "idle_power_w": idle,
         "counters": counters.source,
     }
-    if settings.compiled:
-        model.forward = torch.compile(model.forward, dynamic=False)
     with torch.inference_mode():
         peak = _peak_flops(device, model.dtype)
         found["peak_flops"] = peak
@@ -96,6 +96,51 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": middle, "p25": low, "p75": high}
 
 
+class TorchModel:
+    """A model of torch, as it is measured.
+
+    Args:
+        model: Of transformers, on its device.
+        label: How it is run, in words.
+        compiled: Run it through ``torch.compile``.
+    """
+
+    run_as = "eager"
+
+    def __init__(self, model: Any, label: str, *, compiled: bool = False) -> None:
+        self._model, self.label = model, label
+        self.parameters = parameter_count(model)
+        self.weights_bytes = weights_bytes(model)
+        self.multiplied = multiplied_count(model)
+        self.dtype: torch.dtype = model.dtype
+        self.vocabulary = int(model.config.vocab_size)
+        if compiled:
+            model.forward = torch.compile(model.forward, dynamic=False)
+
+    def generator(self, prompts: Tensor, new_tokens: int) -> Generator:
+        """Return what continues prompts, int64 ``[B, T]``; a CUDA graph on a GPU."""
+        device = next(self._model.parameters()).device
+        generator = Generator(self._model, prompts.to(device), new_tokens)
+        generator.prefill()
+        if device.type == "cuda":
+            generator.capture()
+        return generator
+
+
+def _open(
+    settings: ModelSettings, way: str, device: torch.device
+) -> TorchModel | LlamaModel:
+    """Return the model to measure: a GGUF file in llama.cpp, all else in torch."""
+    dense = settings.original or settings.folder
+    file = settings.folder if way == SERVED else dense
+    if file.suffix == ".gguf":
+        if way == INT8:
+            raise CheckpointError(f"{file}: int8 is a way of torch, not of llama.cpp")
+        return LlamaModel(file)
+    model = _load(settings, way, device)
+    return TorchModel(model, _label(settings, way, model), compiled=settings.compiled)
+
+
 def _load(settings: ModelSettings, way: str, device: torch.device) -> Any:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     folder: Path = settings.folder
@@ -123,9 +168,9 @@ def _label(settings: ModelSettings, way: str, model: Any) -> str:
 
 
 def _prefill(
-    model: Any, settings: ModelSettings, device: torch.device
+    model: TorchModel | LlamaModel, settings: ModelSettings, device: torch.device
 ) -> dict[str, Any]:
-    generator = _generator(model, settings, device, (1, settings.prefill_tokens), 1)
+    generator = _generator(model, settings, (1, settings.prefill_tokens), 1)
     for _ in range(settings.warm_up):
         generator.prefill()
     seconds = [_timed(generator.prefill, device) for _ in range(settings.runs)]
@@ -134,12 +179,12 @@ def _prefill(
         "tokens": settings.prefill_tokens,
         "seconds": found,
         "tok_s": settings.prefill_tokens / found["median"],
-        **_graph(generator),
+        **_how(model, generator),
     }
 
 
 def _requests(
-    model: Any,
+    model: TorchModel | LlamaModel,
     settings: ModelSettings,
     device: torch.device,
     counters: Counters,
@@ -150,7 +195,7 @@ def _requests(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     shape = (batch, settings.context_tokens)
-    generator = _generator(model, settings, device, shape, settings.new_tokens)
+    generator = _generator(model, settings, shape, settings.new_tokens)
     for _ in range(settings.warm_up):
         _request(generator, settings.new_tokens, device)
     first, steps = [], []
@@ -175,35 +220,32 @@ def _requests(
         "al_s": _median_sum(first, steps, settings.new_tokens),
         "it_tok_s": rate,
         "generated_tokens": made,
-        "kv_bytes": generator.cache.bytes,
+        "kv_bytes": generator.kv_bytes,
         "peak_gb": _peak_gb(device),
         "amu_gb": None if usage.amu_bytes is None else usage.amu_bytes / 1e9,
         "pcu": usage.pcu,
-        "mfu": flops_utilization(multiplied_count(model), rate, peak),
+        "mfu": flops_utilization(model.multiplied, rate, peak),
         "power_w": usage.power_watts,
         "j_per_token": joules_per_token(usage, made, idle_watts=idle),
-        **_graph(generator),
+        **_how(model, generator),
     }
 
 
 def _generator(
-    model: Any,
+    model: TorchModel | LlamaModel,
     settings: ModelSettings,
-    device: torch.device,
     shape: tuple[int, int],
     new_tokens: int,
-) -> Generator:
+) -> Generator | LlamaGenerator:
     random = torch.Generator().manual_seed(settings.seed)
-    ids = torch.randint(0, int(model.config.vocab_size), shape, generator=random)
-    generator = Generator(model, ids.to(device), new_tokens)
+    ids = torch.randint(0, model.vocabulary, shape, generator=random)
+    generator = model.generator(ids, new_tokens)
     generator.prefill()
-    if device.type == "cuda":
-        generator.capture()
     return generator
 
 
 def _request(
-    generator: Generator, new_tokens: int, device: torch.device
+    generator: Generator | LlamaGenerator, new_tokens: int, device: torch.device
 ) -> tuple[float, float]:
     """Return the seconds to the first token, and those of all that follow."""
     first = _timed(generator.prefill, device)
@@ -237,8 +279,16 @@ def _guarded(work: Any, *arguments: Any) -> dict[str, Any]:
         return {"error": str(error).splitlines()[0]}
 
 
-def _graph(generator: Generator) -> dict[str, Any]:
-    return {"cuda_graph": generator.is_captured, "no_graph": generator.refusal}
+def _how(
+    model: TorchModel | LlamaModel, generator: Generator | LlamaGenerator
+) -> dict[str, Any]:
+    """Return how steps were run, once the generator's memory is given back."""
+    generator.close()
+    return {
+        "run_as": model.run_as,
+        "cuda_graph": generator.is_captured,
+        "no_graph": generator.refusal,
+    }
 
 
 def _median_sum(first: list[float], steps: list[float], new_tokens: int) -> float:

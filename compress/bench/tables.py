@@ -194,7 +194,8 @@ def _devices(data: Data) -> str:
 
 
 def _eager(found: Data) -> str:
-    return f"eager ({found['no_graph']})" if found.get("no_graph") else "eager"
+    how = str(found.get("run_as") or "eager")
+    return f"{how} ({found['no_graph']})" if found.get("no_graph") else how
 
 
 def _milliseconds(seconds: float) -> str:

@@ -302,6 +302,21 @@ class EvaluateSection(Section):
     kl: bool = Field(
         default=True, description="KL divergence and agreement with the base."
     )
+    tasks: Annotated[tuple[PathText, ...], Field(strict=False)] = Field(
+        default=(),
+        description="Questions for base and compressed model: JSONL files, folders of "
+        "them, or hub:NAME, as in compress compare.",
+    )
+    task_limit: int = Field(
+        default=100,
+        ge=0,
+        description="Questions of each task, evenly spread over it; 0 takes all.",
+    )
+    answer_tokens: int = Field(
+        default=1280,
+        ge=1,
+        description="Most tokens of an answer, for tasks that want written text.",
+    )
     generate: int = Field(
         default=0,
         ge=0,

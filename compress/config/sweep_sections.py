@@ -74,7 +74,8 @@ class SweepConfig(Section):
         ge=0,
         le=4096,
         description="Tokens that llama.cpp writes with each point's GGUF file, timed "
-        "three times; 0 measures no speed.",
+        "three times in turns with the original's, once all points are made; 0 "
+        "measures no speed.",
     )
     fits: Annotated[
         tuple[Annotated[Text, AfterValidator(_check_size)], ...], Field(strict=False)

@@ -8,7 +8,8 @@ than how many words are equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ PROMPTS = (
     "def is_prime(n):\n    ",
 )
 """The stored prompts: a fact, a tale, an instruction and code; ours."""
+
+_ROUND = 16
+"""Tokens between two looks at whether all answers have ended."""
 
 
 def generations(
@@ -49,13 +53,11 @@ def generations(
         and ``same_tokens`` by model: how many of the first are those of ``base``.
     """
     ids = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    stop = tokenizer.eos_token_id
+    ends = {tokenizer.eos_token_id}
     written = {}
     for name, load in models.items():
         model = load()
-        written[name] = [
-            _until(row, stop) for row in continue_greedily(model, ids, tokens=tokens)
-        ]
+        written[name] = continue_greedily(model, ids, tokens=tokens, ends=ends)
         del model
     return {
         "tokens": tokens,
@@ -79,9 +81,16 @@ def generations(
 
 @torch.no_grad()
 def continue_greedily(
-    model: WholeModel, prompts: Sequence[Sequence[int]], *, tokens: int
+    model: WholeModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    tokens: int,
+    ends: Collection[int | None] = (),
+    is_enough: Callable[[Sequence[int]], bool] | None = None,
+    new_cache: Callable[[], Any] | None = None,
+    name: str = "samples",
 ) -> list[list[int]]:
-    """Return the ``tokens`` most probable ids after each prompt, one after another.
+    """Return the most probable ids after each prompt, one after another.
 
     All prompts advance together from their first token, without padding: where one
     still goes on, its next token is taken instead of the model's.
@@ -89,7 +98,11 @@ def continue_greedily(
     Args:
         model: Whole on its device.
         prompts: Token ids, at least one each; lengths may differ.
-        tokens: To write after each.
+        tokens: To write after each at most.
+        ends: Ids that end an answer; they are no part of it.
+        is_enough: Whether an answer may stop; asked every :data:`_ROUND` tokens.
+        new_cache: Makes the cache of keys and values; an exact one if absent.
+        name: Labels the progress bar.
     """
     from transformers import DynamicCache
 
@@ -99,9 +112,16 @@ def continue_greedily(
     for row, prompt in zip(rows, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
     rows, own = rows.to(model.device), lengths.to(model.device)
-    cache = DynamicCache(config=model.body.config)
+    cache = new_cache() if new_cache else DynamicCache(config=model.body.config)
+
+    def answers(place: int) -> list[list[int]]:
+        return [
+            _until(row[length : min(place, length + tokens)], ends)
+            for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)
+        ]
+
     steps = range(1, longest + tokens)
-    for place in tqdm(steps, desc="samples", unit="token", leave=False, disable=None):
+    for place in tqdm(steps, desc=name, unit="token", leave=False, disable=None):
         with model.arithmetic():
             output = model.body(
                 input_ids=rows[:, place - 1, None],
@@ -110,10 +130,15 @@ def continue_greedily(
             )
         best = model.head.logits(output.last_hidden_state[:, -1]).argmax(-1)
         rows[:, place] = torch.where(place < own, rows[:, place], best)
-    return [
-        row[length : length + tokens]
-        for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)
-    ]
+        if place >= longest and place % _ROUND == 0:
+            found = answers(place + 1)
+            if all(
+                len(answer) < place + 1 - length  # an end was there, or the limit
+                or (is_enough is not None and is_enough(answer))
+                for answer, length in zip(found, lengths.tolist(), strict=True)
+            ):
+                return found
+    return answers(longest + tokens)
 
 
 def round_inputs_(module: nn.Module, rounding: Mapping[str, Rewrite]) -> None:
@@ -132,9 +157,9 @@ def _hook(rewrite: Rewrite) -> Callable[[nn.Module, tuple[Tensor, ...]], Any]:
     return lambda _, inputs: (rewrite(inputs[0]), *inputs[1:])
 
 
-def _until(ids: Sequence[int], stop: int | None) -> list[int]:
-    """Return the ids before the one that ends a text."""
-    return list(ids[: ids.index(stop)]) if stop in ids else list(ids)
+def _until(ids: Sequence[int], ends: Collection[int | None]) -> list[int]:
+    """Return the ids before the first that ends a text."""
+    return list(takewhile(lambda token: token not in ends, ids))
 
 
 def _same(first: Sequence[int], second: Iterable[int]) -> int:

@@ -236,6 +236,24 @@ def _joined(scores: list[Scores]) -> Scores:
     )
 
 
+def with_tasks(
+    texts: Mapping[str, Any], tasks: Mapping[str, Any]
+) -> dict[str, dict[str, Any] | None]:
+    """Return headline figures and tasks by model; ``None`` where nothing was measured.
+
+    Args:
+        texts: Figures by model and text; of a model that was not measured ``None``.
+        tasks: Figures by model and task.
+    """
+    found: dict[str, dict[str, Any] | None] = {}
+    for key, own in texts.items():
+        entry = headline(own) if own else None
+        if key in tasks:
+            entry = {**(entry or {"texts": {}}), "tasks": tasks[key]}
+        found[key] = entry
+    return found
+
+
 def headline(texts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the figures of the first text beside those of all."""
     first = next(iter(texts.values()))

@@ -24,6 +24,7 @@ from compress.evaluation.significance import (
     mcnemar,
 )
 from compress.evaluation.tasks import TaskScores
+from compress.evaluation.written import AnswerScores
 
 
 def text_record(scores: Scores, base: Scores | None, text_bytes: int) -> dict[str, Any]:
@@ -79,7 +80,8 @@ class Difference:
 
 
 def differences(
-    first: Sequence[TaskScores], second: Sequence[TaskScores]
+    first: Sequence[TaskScores | AnswerScores],
+    second: Sequence[TaskScores | AnswerScores],
 ) -> Difference:
     """Return how a second model's answers to some tasks differ from a first one's.
 
@@ -119,6 +121,19 @@ def task_figures(scores: TaskScores, base: TaskScores | None) -> dict[str, Any]:
     if scores.is_choice:
         figures |= differences([base], [scores]).to_dict()
     return figures
+
+
+def answer_figures(scores: AnswerScores, base: AnswerScores | None) -> dict[str, Any]:
+    """Return the figures of written answers, and their differences from a base's."""
+    figures = scores.figures()
+    if base is None:
+        return figures
+    for name in ("strict", "loose"):
+        gap = getattr(scores, name) - getattr(base, name)
+        figures[f"instruction_{name}_difference"] = bootstrap(
+            [gap], [scores.given]
+        ).to_dict()
+    return figures | differences([base], [scores]).to_dict()
 
 
 def text_figures(

@@ -9,6 +9,7 @@ from typing import Any
 
 from compress.evaluation.measure import PreparedText
 from compress.evaluation.paired import (
+    answer_figures,
     differences,
     task_figures,
     text_figures,
@@ -16,6 +17,7 @@ from compress.evaluation.paired import (
 )
 from compress.evaluation.significance import CONFIDENCE, holm
 from compress.evaluation.tasks import Task, TaskScores
+from compress.evaluation.written import AnswerScores, WritingTask
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,9 @@ class Measurements:
     """
 
     texts: Sequence[PreparedText]
-    tasks: Sequence[Task]
+    tasks: Sequence[Task | WritingTask]
     records: Mapping[str, Sequence[Mapping[str, Any]]]
-    scores: Mapping[str, Sequence[TaskScores]]
+    scores: Mapping[str, Sequence[TaskScores | AnswerScores]]
 
     @property
     def base(self) -> str:
@@ -45,8 +47,8 @@ class Measurements:
         """Names of the others."""
         return list(self.records)[1:]
 
-    def choices(self, name: str) -> list[TaskScores]:
-        """Return scores of the tasks that have something to choose from."""
+    def choices(self, name: str) -> list[TaskScores | AnswerScores]:
+        """Return scores of the tasks whose answers may be right or wrong."""
         return [one for one in self.scores[name] if one.is_choice]
 
 
@@ -73,7 +75,7 @@ def task_rows(found: Measurements) -> list[dict[str, Any]]:
         rows = []
         triples = zip(found.tasks, scores, found.scores[found.base], strict=True)
         for task, own, base in triples:
-            figures = task_figures(own, None if name == found.base else base)
+            figures = figures_of(own, None if name == found.base else base)
             about = {"task": task.name, "model": name, "of": task.total}
             rows.append({**about, **figures})
         tested = [row for row in rows if "p" in row]
@@ -83,15 +85,26 @@ def task_rows(found: Measurements) -> list[dict[str, Any]]:
     return [row for rows in zip(*by_model, strict=True) for row in rows]
 
 
+def figures_of(
+    own: TaskScores | AnswerScores, base: TaskScores | AnswerScores | None
+) -> dict[str, Any]:
+    """Return the figures of a task, and differences from a base's if there is one."""
+    if isinstance(own, AnswerScores):
+        assert base is None or isinstance(base, AnswerScores), "of one task"
+        return answer_figures(own, base)
+    assert base is None or isinstance(base, TaskScores), "of one task"
+    return task_figures(own, base)
+
+
 def mean_rows(found: Measurements) -> list[dict[str, Any]]:
-    """Return the mean of the tasks with choices, for each model."""
+    """Return the mean of the tasks that have an accuracy, for each model."""
     base = found.choices(found.base)
     rows = []
     for name in found.scores if base else ():
         mine = found.choices(name)
         accuracy = sum(float(one.right.mean()) for one in mine) / len(mine)
         row: dict[str, Any] = {"model": name, "tasks": len(mine)}
-        row |= {"items": sum(len(one.acc) for one in mine), "accuracy": accuracy}
+        row |= {"items": sum(len(one.right) for one in mine), "accuracy": accuracy}
         if name != found.base:
             row |= differences(base, mine).to_dict()
         rows.append(row)

@@ -19,6 +19,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compress.evaluation.instructions import CHECKERS, NEED_LANGUAGE, is_followed
+
+INSTRUCTIONS = "instructions"
+"""Metric of prompts whose answers are written and checked."""
+
 Row = Mapping[str, Any]
 
 
@@ -38,21 +43,47 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Instruction:
+    """Something a text can be checked for.
+
+    Attributes:
+        kind: A key of :data:`~compress.evaluation.instructions.CHECKERS`.
+        arguments: Of the checker, by name.
+    """
+
+    kind: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked to write, and what its answer is checked for.
+
+    Attributes:
+        text: What a user says.
+        instructions: At least one.
+    """
+
+    text: str
+    instructions: tuple[Instruction, ...]
+
+
+@dataclass(frozen=True)
 class RowForm:
     """A shape of rows.
 
     Attributes:
         name: Of the set.
         keys: What a row must have.
-        metric: The usual one: ``acc``, ``acc_norm``, or ``bits_per_byte`` where there
-            is nothing to choose from.
+        metric: The usual one: ``acc``, ``acc_norm``, ``bits_per_byte`` where there
+            is nothing to choose from, or :data:`INSTRUCTIONS`.
         read: Makes an item of a row and of the rows that are shown as examples.
     """
 
     name: str
     keys: frozenset[str]
     metric: str
-    read: Callable[[Row, Sequence[Row]], Item]
+    read: Callable[[Row, Sequence[Row]], Item | Prompt]
 
 
 def form_of(row: Row) -> RowForm | None:
@@ -143,13 +174,32 @@ def _own_reference(row: Row, _: Sequence[Row]) -> Item:
     return _choice(row["context"], [row["answer"]], 0)
 
 
+def _ifeval(row: Row, _: Sequence[Row]) -> Prompt:
+    pairs = zip(row["instruction_id_list"], row["kwargs"], strict=True)
+    wanted = []
+    for kind, given in pairs:
+        if kind not in CHECKERS:
+            raise ValueError(f"unknown instruction {kind!r}")
+        known = {key: value for key, value in given.items() if value is not None}
+        if kind not in NEED_LANGUAGE:
+            is_followed(kind, "a", known)  # all arguments are there
+        wanted.append(Instruction(kind, known))
+    if not wanted or not row["prompt"].strip():
+        raise ValueError("no prompt, or no instruction")
+    return Prompt(row["prompt"], tuple(wanted))
+
+
 def _form(
-    name: str, keys: str, metric: str, read: Callable[[Row, Sequence[Row]], Item]
+    name: str,
+    keys: str,
+    metric: str,
+    read: Callable[[Row, Sequence[Row]], Item | Prompt],
 ) -> RowForm:
     return RowForm(name, frozenset(keys.split()), metric, read)
 
 
 FORMS: tuple[RowForm, ...] = (
+    _form("ifeval", "prompt instruction_id_list kwargs", INSTRUCTIONS, _ifeval),
     _form("winogrande", "sentence option1 option2 answer", "acc", _winogrande),
     _form(
         "hellaswag",

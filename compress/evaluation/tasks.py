@@ -23,12 +23,23 @@ from torch import Tensor
 
 from compress.core.continuations import Continuation
 from compress.core.errors import ConfigError
-from compress.evaluation.task_rows import Item, Row, RowForm, form_of
+from compress.evaluation.task_rows import (
+    INSTRUCTIONS,
+    Item,
+    Prompt,
+    Row,
+    RowForm,
+    form_of,
+)
+from compress.evaluation.written import WritingTask, writing_task
 
 _log = logging.getLogger(__name__)
 
 _SPLITS = ("validation", "test", "valid", "dev", "train")
 """Splits a file's name may end with; the first two are scored, ``dev`` is shown."""
+
+_NAMELESS = ("input_data", "data")
+"""Names of files that say nothing: the folder's is the task's."""
 
 HUB: dict[str, tuple[str, str | None, str]] = {
     "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test"),
@@ -37,6 +48,7 @@ HUB: dict[str, tuple[str, str | None, str]] = {
     "commonsense_qa": ("tau/commonsense_qa", None, "validation"),
     "gsm8k": ("openai/gsm8k", "main", "test"),
     "hellaswag": ("Rowan/hellaswag", None, "validation"),
+    "ifeval": ("google/IFEval", None, "train"),
     "mmlu": ("cais/mmlu", "all", "test"),
     "openbookqa": ("allenai/openbookqa", "main", "test"),
     "piqa": ("baber/piqa", None, "validation"),
@@ -101,7 +113,7 @@ class TaskScores:
 
 def load_tasks(
     sources: Sequence[str], *, only: Sequence[str] = (), limit: int | None = None
-) -> list[Task]:
+) -> list[Task | WritingTask]:
     """Return the tasks of files, folders and hub data sets.
 
     Files of one task (``NAME.validation.part1of3.jsonl``) are joined. Of a folder, and
@@ -137,9 +149,14 @@ def load_tasks(
 
 def _task(
     name: str, where: str, rows: Sequence[Row], shown: Sequence[Row], limit: int | None
-) -> Task:
+) -> Task | WritingTask:
     form = form_of(rows[0])
     assert form is not None, "sources keep known forms only"
+    if form.metric == INSTRUCTIONS:
+        read = [
+            _read(form, row, (), f"{where}: row {i + 1}") for i, row in enumerate(rows)
+        ]
+        return writing_task(name, [p for p in read if isinstance(p, Prompt)], limit)
     kept = len(rows) if limit is None else min(limit, len(rows))
     chosen = [i * len(rows) // kept for i in range(kept)]
     items = tuple(_item(form, rows[i], shown, f"{where}: row {i + 1}") for i in chosen)
@@ -147,20 +164,37 @@ def _task(
 
 
 def _item(form: RowForm, row: Row, shown: Sequence[Row], where: str) -> Item:
+    item = _read(form, row, shown, where)
+    assert isinstance(item, Item), "prompts are of another metric"
+    if not all(item.contexts) or not all(text.strip() for text in item.continuations):
+        raise ConfigError(f"{where}: a context or an answer is empty")
+    return item
+
+
+def _read(form: RowForm, row: Row, shown: Sequence[Row], where: str) -> Item | Prompt:
     if form_of(row) is not form:
         lacks = ", ".join(sorted(form.keys - row.keys())) or "a value of the same kind"
         raise ConfigError(
             f"{where}: rows before are {form.name}'s; this one lacks {lacks}"
         )
     try:
-        item = form.read(row, shown)
+        return form.read(row, shown)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ConfigError(
             f"{where} is no row of {form.name}: {type(error).__name__}: {error}"
         ) from error
-    if not all(item.contexts) or not all(text.strip() for text in item.continuations):
-        raise ConfigError(f"{where}: a context or an answer is empty")
-    return item
+
+
+def check_source(source: str) -> None:
+    """Raise unless a source holds tasks; of the hub its name alone is checked.
+
+    Raises:
+        ConfigError: It is missing, or none of its files has a known form.
+    """
+    if source.startswith("hub:"):
+        _hub_name(source)
+    else:
+        _files(Path(source))
 
 
 _Raw = dict[str, tuple[str, list[Row], list[Row]]]
@@ -212,6 +246,8 @@ def _name_and_split(file: Path) -> tuple[str, str]:
     words = file.name.removesuffix(".jsonl").split(".")
     if words[0] in _SPLITS:
         return file.parent.name, words[0]
+    if words[0] in _NAMELESS:
+        return file.parent.name, ""
     split = next((word for word in words[1:] if word in _SPLITS), "")
     return words[0], split
 
@@ -234,11 +270,7 @@ def _rows(file: Path) -> list[Row]:
 def _hub(source: str) -> _Raw:
     import datasets
 
-    name = source.removeprefix("hub:")
-    if name not in HUB:
-        raise ConfigError(
-            f"unknown task {source!r}; there are hub:{', hub:'.join(HUB)}"
-        )
+    name = _hub_name(source)
     path, part, split = HUB[name]
     try:
         rows = list(datasets.load_dataset(path, part, split=split))
@@ -251,6 +283,15 @@ def _hub(source: str) -> _Raw:
             f"{type(error).__name__}: {error}; or give a JSONL file or folder"
         ) from error
     return {name: (source, rows, shown)}
+
+
+def _hub_name(source: str) -> str:
+    name = source.removeprefix("hub:")
+    if name not in HUB:
+        raise ConfigError(
+            f"unknown task {source!r}; there are hub:{', hub:'.join(HUB)}"
+        )
+    return name
 
 
 def encoded(task: Task, tokenizer: Any, *, longest: int) -> list[list[Continuation]]:

@@ -19,8 +19,9 @@ from compress.core.artifact import ModelDescription
 from compress.core.errors import ConfigError
 from compress.core.families import interleaves_rotary
 from compress.kvcache.blocks import BLOCK, fake_quantize_blocks
-from compress.kvcache.names import EXACT, FP8, CachePair, CacheType
+from compress.kvcache.names import EXACT, FP8, STUDY, CachePair, CacheType
 from compress.kvcache.scales import fake_quantize_fp8
+from compress.kvcache.studied import fake_quantize_studied
 
 Rounding = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """From keys and values ``[B, heads, T, size]`` of a block to those that are stored."""
@@ -58,6 +59,12 @@ class CacheRounding:
                 f"cache type {self.pair.name}: heads of {size} values do not split "
                 f"into blocks of {BLOCK}; use {EXACT} or {FP8}"
             )
+        rotated = "rot4" in (self.pair.keys.name, self.pair.values.name)
+        if rotated and size & (size - 1):
+            raise ConfigError(
+                f"cache type rot4: heads of {size} values are no power of two, which "
+                "the rotation needs; leave it out"
+            )
         if self.pair.uses_fp8 and not self.scales:
             raise ConfigError(f"cache type {FP8} needs the scales of kv_cache.scheme")
 
@@ -71,20 +78,26 @@ class CacheRounding:
         # llama.cpp pairs neighbours where transformers rotates halves: its blocks of
         # keys hold other channels than runs of 32 here would.
         turned = interleaves_rotary(self.model.gguf_architecture)
-        paired = turned and bool(self.pair.keys.group)
+        paired = turned and self.pair.keys.runtime == "llama.cpp"
         rounded = self._round(
             _paired(keys) if paired else keys, self.pair.keys, k_scale
         )
         return (
             (_halved(rounded) if paired else rounded).to(keys.dtype),
-            self._round(values, self.pair.values, v_scale).to(values.dtype),
+            self._round(values, self.pair.values, v_scale, is_keys=False).to(
+                values.dtype
+            ),
         )
 
-    def _round(self, states: Tensor, kind: CacheType, scale: str) -> Tensor:
+    def _round(
+        self, states: Tensor, kind: CacheType, scale: str, *, is_keys: bool = True
+    ) -> Tensor:
         if kind.name == EXACT:
             return states
         if kind.name == FP8:
             return fake_quantize_fp8(states, self.scales[scale])
+        if kind.runtime == STUDY:
+            return fake_quantize_studied(states, kind.name, is_keys=is_keys)
         return fake_quantize_blocks(states, kind.name)
 
 

@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress.core.artifact import ModelDescription
 from compress.evaluation.measure import Predictor, PreparedText, evaluate_candidates
 from compress.kvcache.cache import CacheRounding, FakeQuantCache, head_count, head_size
-from compress.kvcache.names import CachePair, bytes_a_token
+from compress.kvcache.names import FP8, CachePair, bytes_a_token
 from compress.model.streaming import StreamedModel
 
 EXACT_PAIR = CachePair.parse("f16")
@@ -52,8 +53,10 @@ def measure_types(
     exact = build()
     model = exact.description
     candidates: dict[str, Predictor] = {}
+    errors: dict[str, _Errors] = {}
     for pair in pairs:
-        cached = build(new_cache=rounded_cache(model, pair, scales))
+        errors[pair.name] = _Errors(CacheRounding(model, pair, scales))
+        cached = build(new_cache=partial(FakeQuantCache, errors[pair.name]))
         candidates[pair.name] = partial(cached.logits, name=f"cache {pair.name}")
     _, found = evaluate_candidates(
         [text],
@@ -64,8 +67,39 @@ def measure_types(
     return [
         _entry(pair, model)
         | {key: found[pair.name][text.name][key] for key in _FIGURES}
+        | {"blocks": errors[pair.name].by_block(model.block_count)}
         for pair in pairs
     ]
+
+
+class _Errors:
+    """Rounds as another does, and adds up the squared errors of each block."""
+
+    def __init__(self, rounding: CacheRounding) -> None:
+        self._rounding = rounding
+        self._sums: dict[int, Tensor] = {}
+
+    def __call__(
+        self, keys: Tensor, values: Tensor, block: int
+    ) -> tuple[Tensor, Tensor]:
+        rounded = self._rounding(keys, values, block)
+        pairs = zip(rounded, (keys.float(), values.float()), strict=True)
+        squares = [s.square().sum() for x, y in pairs for s in (x.float() - y, y)]
+        sums = torch.stack(squares).view(2, 2)
+        self._sums[block] = self._sums.get(block, 0) + sums
+        return rounded
+
+    def by_block(self, count: int) -> list[dict[str, float | None]]:
+        """Return root mean square errors over what is stored, by block."""
+        found: list[dict[str, float | None]] = []
+        for block in range(count):
+            entry: dict[str, float | None] = {"keys": None, "values": None}
+            if block in self._sums and self._rounding.model.has_attention(block):
+                (a, b), (c, d) = self._sums[block].tolist()
+                entry = {"keys": (a / b) ** 0.5 if b else None}
+                entry["values"] = (c / d) ** 0.5 if d else None
+            found.append(entry)
+        return found
 
 
 def _entry(pair: CachePair, model: ModelDescription) -> dict[str, Any]:
@@ -82,6 +116,7 @@ def _entry(pair: CachePair, model: ModelDescription) -> dict[str, Any]:
         "bits": pair.bits,
         "bytes_per_token": size(pair),
         "bytes_per_token_f16": size(EXACT_PAIR),
+        "runtime": pair.runtime,
         "for_llamacpp": pair.is_for_llamacpp,
     }
 
@@ -104,3 +139,23 @@ def recommended(entries: Sequence[Mapping[str, Any]], limit: float) -> dict[str,
         "kl": best["kl"] if best else 0.0,
         "llamacpp_flags": flags,
     }
+
+
+def recommended_for_vllm(
+    entries: Sequence[Mapping[str, Any]], limit: float
+) -> dict[str, Any] | None:
+    """Return whether vLLM's FP8 cache is worth it; ``None`` if it was not measured."""
+    for entry in entries:
+        if (entry["keys"], entry["values"]) != (FP8, FP8):
+            continue
+        fits = entry["kl"] <= limit
+        return {
+            "limit": limit,
+            "kl": entry["kl"],
+            "vllm_flags": f"--kv-cache-dtype {FP8 if fits else 'auto'}",
+            "how": "With scales in the checkpoint, as here: compress kv --store writes "
+            "them, or kv_cache: {scheme: fp8} in a config; without, vLLM takes 1."
+            if fits
+            else "FP8 costs more than the limit; the cache stays in the model's type.",
+        }
+    return None

@@ -28,6 +28,8 @@ class CacheType:
 
 EXACT = "f16"
 FP8 = "fp8"
+STUDY = "none"
+"""Runtime of types that no engine has under a flag; measured for comparison."""
 CACHE_TYPES = {
     kind.name: kind
     for kind in (
@@ -38,6 +40,9 @@ CACHE_TYPES = {
         CacheType("q5_0", 5.5, "llama.cpp"),
         CacheType("q4_1", 5.0, "llama.cpp"),
         CacheType("q4_0", 4.5, "llama.cpp"),
+        CacheType("kivi4", 5.0, STUDY),
+        CacheType("kivi2", 3.0, STUDY),
+        CacheType("rot4", 4.5, STUDY),
     )
 }
 
@@ -87,9 +92,21 @@ class CachePair:
         return FP8 in (self.keys.name, self.values.name)
 
     @property
+    def runtime(self) -> str:
+        """The engine that has both types: its name, ``any``, or :data:`STUDY`."""
+        named = {t.runtime for t in (self.keys, self.values)} - {"any"}
+        if not named:
+            return "any"
+        return named.pop() if len(named) == 1 else STUDY
+
+    @property
     def is_for_llamacpp(self) -> bool:
         """Whether llama.cpp has both types."""
-        return all(t.runtime in ("llama.cpp", "any") for t in (self.keys, self.values))
+        return self.runtime in ("llama.cpp", "any")
+
+
+STUDIED_PAIRS = (*DEFAULT_PAIRS, "kivi4", "rot4", "kivi2")
+"""What ``compress kv`` measures: forms beside them that no flag selects."""
 
 
 def bytes_a_token(pair: CachePair, *, blocks: int, heads: int, size: int) -> float:

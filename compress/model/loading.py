@@ -17,7 +17,7 @@ from torch import Tensor
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.errors import CheckpointError, MissingDependencyError
 from compress.core.families import family_of
-from compress.core.foreign import parse_json
+from compress.core.foreign import MALFORMED, parse_json
 from compress.core.shapes import blocks_differ, memory_config
 from compress.core.tensors import TORCH_DTYPES
 from compress.model.coded_source import open_coded
@@ -34,6 +34,7 @@ _COUNTS = (
     "num_experts",
     "n_routed_experts",
 )
+_EOS = "eos_token_id"
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 _WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
 
@@ -296,3 +297,21 @@ def check_tensors(handle: ModelHandle) -> None:
                 f"{description.label}: {name} has shape {info.shape}; the config says "
                 f"{tuple(parameter.shape)}"
             )
+
+
+def end_tokens(handle: ModelHandle) -> frozenset[int]:
+    """Return the tokens that end an answer: of tokenizer, config, generation config."""
+    named = [handle.tokenizer().eos_token_id, handle.description.config.get(_EOS)]
+    file = handle.description.assets
+    file = file / "generation_config.json" if file else None
+    if file is not None and file.is_file():
+        try:
+            named.append(parse_json(file.read_text("utf-8")).get(_EOS))
+        except MALFORMED:
+            pass  # no model is refused for it: the other two are there
+    flat = [one for entry in named for one in _listed(entry)]
+    return frozenset(one for one in flat if isinstance(one, int))
+
+
+def _listed(entry: Any) -> list[Any]:
+    return entry if isinstance(entry, list) else [entry]

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from compress.report.intervals import (
+    accuracy,
+    as_factor,
+    difference_in_bits,
+    in_points,
+    p_value,
+    points,
+    ranged,
+    signed_nats,
+    starred,
+)
 from compress.report.markdown import table_sections
 from compress.report.tables import Table
 from compress.report.terminal import draw_table
@@ -19,14 +30,12 @@ from compress.report.wording import (
     number_at,
     percent,
     size,
-    times,
 )
 
 Data = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 _WIDTH = 110
-_STAR = "*"
 _RISE = "rise of it"
 _WIDE = ("median", "90 %", "95 %", "99.9 %", "changed")
 
@@ -62,6 +71,7 @@ def comparison_tables(data: Data) -> list[Table]:
         summary_table(data),
         *(_text_table(data, protocol) for protocol in protocols),
         _task_table(data),
+        _instruction_table(data),
         _pair_table(data),
     ]
     return [table for table in tables if table.rows]
@@ -89,9 +99,9 @@ def summary_table(data: Data) -> Table:
                 fixed(number_at(model, "bits_per_weight")),
                 nats(number_at(text, "kl")),
                 percent(number_at(text, "top1")),
-                _starred(text, "ppl_ratio_interval", _factor),
+                starred(text, "ppl_ratio_interval", as_factor),
                 percent(number_at(mean, "accuracy")),
-                _starred(mean, "accuracy_difference", _points),
+                starred(mean, "accuracy_difference", in_points),
                 percent(number_at(mean, "flips")),
             )
         )
@@ -122,9 +132,9 @@ def _text_table(data: Data, protocol: str) -> Table:
                 row["text"],
                 row["model"],
                 fixed(number_at(row, "perplexity")),
-                _starred(row, "ppl_ratio_interval", _factor),
+                starred(row, "ppl_ratio_interval", as_factor),
                 fixed(number_at(row, "bits_per_byte"), 3),
-                _ranged(branch(row, "kl_interval"), nats),
+                ranged(branch(row, "kl_interval"), nats),
                 *(nats(number_at(row, f"kl_{q}")) for q in ("median", "p90", "p95")),
                 *(nats(number_at(row, f"kl_{q}")) for q in ("p99", "p999", "max")),
                 percent(number_at(row, "top1")),
@@ -161,13 +171,13 @@ def _task_table(data: Data) -> Table:
                 row["task"],
                 row["model"],
                 count(number_at(row, "items")) + (f" of {count(of)}" if of else ""),
-                _accuracy(row),
-                _starred(row, "accuracy_difference", _points),
+                accuracy(row),
+                points(row),
                 percent(number_at(row, "flips")),
                 percent(number_at(row, "changed")),
-                _p_value(row),
+                p_value(row),
                 fixed(number_at(row, "bits_per_byte"), 3),
-                _starred(row, "bits_per_byte_difference", _signed),
+                difference_in_bits(row),
             )
         )
     columns = (
@@ -188,16 +198,55 @@ def _task_table(data: Data) -> Table:
     return _table("Tasks", columns, rows, left=2, caption=caption)
 
 
+def _instruction_table(data: Data) -> Table:
+    """Return the accuracies of written answers, as IFEval has them."""
+    found = [row for row in data["tasks"] if "prompt_strict" in row]
+    rows = [
+        (
+            row["task"],
+            row["model"],
+            count(row["instructions"]),
+            *(percent(row[f"prompt_{kind}"]) for kind in ("strict", "loose")),
+            percent(row["instruction_strict"]),
+            starred(row, "instruction_strict_difference", in_points),
+            percent(row["instruction_loose"]),
+            count(row["answer_tokens"]),
+            percent(row["cut"]),
+        )
+        for row in found
+    ]
+    columns = (
+        *("task", "model", "checks", "prompts strict", "loosely", "checks strict"),
+        *("difference", "loose", "tokens", "cut"),
+    )
+    caption = ""
+    if found:
+        most = count(found[0]["most_tokens"])
+        caption = (
+            "Greedy answers, checked by rules: strict as they are, loose after removal "
+            "of a first or last line and of asterisks. Accuracy above is that of whole "
+            f"prompts, strict. Answers have {most} tokens at most; cut: did not end "
+            "before."
+        )
+    for row in found[:1]:
+        if row["left_out"]:
+            caption += (
+                f" {count(row['left_out'])} of {count(row['of'])} prompts are left "
+                "out: their language counts, and langdetect is not installed."
+            )
+    return _table("Instructions followed", columns, rows, left=2, caption=caption)
+
+
 def _pair_table(data: Data) -> Table:
     rows = []
     for row in data["pairs"]:
         name = f"{row['second']} - {row['first']}"
         tasks = branch(row, "tasks")
-        accuracy = _starred(tasks, "accuracy_difference", _points)
+        accuracy = starred(tasks, "accuracy_difference", in_points)
         for index, text in enumerate(row["texts"] or [{}]):
             where = f"{text['text']}, {text['protocol']}" if text else MISSING
-            kl = _starred(text, "kl_difference", _signed_nats)
-            ends = (accuracy, _p_value(tasks)) if index == 0 else (MISSING, MISSING)
+            kl = starred(text, "kl_difference", signed_nats)
+            ends = (accuracy, p_value(tasks)) if index == 0 else (MISSING, MISSING)
             rows.append((name, where, kl, *ends))
     columns = ("candidates", "text", "KL", "accuracy, mean of tasks", "p")
     return _table("Candidates against each other", columns, rows, left=2)
@@ -250,54 +299,3 @@ def _table(
         tuple(tuple(row[i] for i in kept) for row in cells),
         caption,
     )
-
-
-def _accuracy(row: Row) -> str:
-    accuracy, error = number_at(row, "accuracy"), number_at(row, "accuracy_se")
-    if accuracy is None:
-        return MISSING
-    return percent(accuracy) if error is None else _with_error(accuracy, error)
-
-
-def _with_error(share: float, error: float) -> str:
-    return f"{100 * share:.1f} ± {100 * error:.1f} %"
-
-
-def _p_value(row: Row) -> str:
-    p = number_at(row, "p")
-    if p is None:
-        return MISSING
-    shown = f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
-    return shown + (_STAR if row.get("significant") else "")
-
-
-def _starred(row: Row, key: str, write: Callable[[float], str]) -> str:
-    interval = branch(row, key)
-    star = _STAR if interval.get("significant") else ""
-    return _ranged(interval, write) + star
-
-
-def _ranged(interval: Row, write: Callable[[float], str]) -> str:
-    value, low, high = (number_at(interval, k) for k in ("value", "low", "high"))
-    if value is None:
-        return MISSING
-    if low is None or high is None:
-        return write(value)
-    ends = (write(end).removeprefix("×") for end in (low, high))
-    return f"{write(value)} [{', '.join(ends)}]"
-
-
-def _factor(ratio: float) -> str:
-    return times(ratio)
-
-
-def _points(share: float) -> str:
-    return f"{round(100 * share, 1) + 0.0:+.1f}"  # no -0.0
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}"
-
-
-def _signed_nats(value: float) -> str:
-    return f"{value:+.4f}"

@@ -1,7 +1,8 @@
 """Which points of a sweep are worth taking: the Pareto front, and what fits a size.
 
 A point is dominated if another one is no larger, no worse and no slower, and better in
-one of the three; speed counts where every point has one. Distance to the original (KL)
+one of the three; speed counts where every point has one, and two that differ by no more
+than the larger spread of their own rounds are alike. Distance to the original (KL)
 compares points of one model. Points of several models are compared by bits per byte of
 the same text, which no tokenizer changes; without that each model has its own front.
 """
@@ -37,15 +38,13 @@ def with_front(points: Sequence[Point]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for index, point in enumerate(ordered):
         rivals = [
-            (place, _costs(other, key, timed=timed))
+            (place, other)
             for place, other in enumerate(ordered)
             if place != index and (key != KL or other["model"] == point["model"])
         ]
-        own = _costs(point, key, timed=timed)
         beaten = any(
-            all(a <= b for a, b in zip(costs, own, strict=True))
-            and (costs != own or place < index)
-            for place, costs in rivals
+            _beats(other, point, key, timed=timed, is_first=place < index)
+            for place, other in rivals
         )
         found.append({**point, "on_front": not beaten})
     return found
@@ -74,6 +73,13 @@ def best_that_fit(points: Sequence[Point], size_bytes: float) -> list[Point]:
     return list(best.values())
 
 
-def _costs(point: Point, key: str, *, timed: bool) -> tuple[float, ...]:
-    costs = (float(point["bytes"]), float(point[key]))
-    return (*costs, -float(point[SPEED])) if timed else costs
+def _beats(a: Point, b: Point, key: str, *, timed: bool, is_first: bool) -> bool:
+    """Whether ``a`` dominates ``b``, or stands for both because it comes first."""
+    costs = [(float(a[name]), float(b[name])) for name in ("bytes", key)]
+    no_worse = all(x <= y for x, y in costs)
+    better = any(x < y for x, y in costs)
+    if timed:
+        gap = float(a[SPEED]) - float(b[SPEED])
+        slack = max(float(point.get(f"{SPEED}_spread") or 0) for point in (a, b))
+        no_worse, better = no_worse and gap >= -slack, better or gap > slack
+    return no_worse and (better or is_first)

@@ -21,6 +21,7 @@ from compress.report.tables import (
     size_table,
     worst_layers_table,
 )
+from compress.report.tasks import task_table
 from compress.report.transforms import transform_table
 from compress.report.tuning import tuning_table
 from compress.report.wording import (
@@ -54,7 +55,7 @@ def render_markdown(report: Report) -> str:
             + ", ".join(f"{grade.label}: {grade.meaning}" for grade in GRADES)
             + "."
         )
-    parts += _section(distance_table(report))
+    parts += [*_section(distance_table(report)), *_section(task_table(report))]
     for table in (parts_table(report), upgrades_table(report), cache_table(report)):
         parts += _section(table)
     parts += _section(samples_table(report))

@@ -26,6 +26,7 @@ from compress.report.tables import (
     size_table,
     verdict,
 )
+from compress.report.tasks import task_table
 from compress.report.training_plots import training_plot
 from compress.report.transforms import transform_table
 from compress.report.tuning import tuning_table
@@ -214,9 +215,9 @@ def _size_section(report: Report) -> str:
 
 
 def _quality_section(report: Report) -> str:
-    table = quality_table(report)
+    table, tasks = quality_table(report), task_table(report)
     if not table.rows:
-        return ""
+        return _headed(tasks)
     parts = [draw(table)]
     distance = distance_table(report)
     ladder = ladder_plot(report)
@@ -225,7 +226,7 @@ def _quality_section(report: Report) -> str:
         plots = [ladder, *histogram_plots(report)]
         parts.append(element("div", *plots, class_="figures"))
         parts.append(_headed(distance))
-    return "".join(parts)
+    return "".join([*parts, _headed(tasks)])
 
 
 def _headed(table: Table, *, class_: str = "") -> str:

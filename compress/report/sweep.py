@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -13,7 +14,7 @@ from compress.report.plots import captioned
 from compress.report.svg import element, mark_legend
 from compress.report.sweep_plots import TITLE, drawn, names_of_series, speed_plot
 from compress.report.tables import Table
-from compress.report.terminal import draw_table
+from compress.report.terminal import ASCII, draw_table
 from compress.report.wording import (
     MISSING,
     branch,
@@ -37,6 +38,11 @@ _FOREIGN = (
     "Points of other tools are hollow; they have a KL alone, and are in the table only "
     "where models are compared by bits per byte."
 )
+_TIMED = (
+    " Speed is that of writing one token at a time in llama.cpp on this machine's CPU, "
+    "in turns with an unquantized float16 file of the model; differences within the "
+    "spread of three rounds, of which ± is half, count as none."
+)
 _SPEED_NOTE = (
     "Up and left is better: faster and closer. Tokens a second of writing one at a "
     "time in llama.cpp on the CPU of this machine."
@@ -46,7 +52,7 @@ _SPEED_NOTE = (
 def sweep_text(data: Data) -> str:
     """Return the table that ends a sweep, for a terminal."""
     table = point_table(data)
-    said = [text.replace("±", "+-") for text in answers(data)]  # as in tables
+    said = [text.translate(ASCII) for text in answers(data)]
     notes = [*said, *(f"WARNING: {text}" for text in _failures(data))]
     return "\n".join([draw_table(table), "", table.caption, *notes])
 
@@ -72,7 +78,9 @@ def _described(point: Data) -> str:
     if bits is not None:
         about.append(f"{fixed(bits, 4)} bits per byte")
     if speed is not None:
-        about.append(f"{fixed(speed, 1)} tokens/s")
+        ratio = times(number_at(point, "times_original"), 2)
+        beside = f" ({ratio} the original's)" if ratio != MISSING else ""
+        about.append(f"{fixed(speed, 1)} tokens/s{beside}")
     return f"take {point['name']} ({point['model']}): {', '.join(about)}"
 
 
@@ -82,7 +90,8 @@ def point_table(data: Data) -> Table:
     points = sorted(everything, key=lambda point: float(point["bytes"]))
     headers = (
         *("point", "front", "bytes", "of budget", "KL (nats)", "same top-1"),
-        *("perplexity ratio", "bits per byte", "tokens/s", "predicted KL", "time"),
+        *("perplexity ratio", "bits per byte", "tokens/s", "of original"),
+        *("predicted KL", "time"),
     )
     rows = [
         (
@@ -94,7 +103,8 @@ def point_table(data: Data) -> Table:
             percent(number_at(point, "top1")),
             times(number_at(point, "ppl_ratio")),
             fixed(number_at(point, BITS_PER_BYTE), 4),
-            fixed(number_at(point, SPEED), 1),
+            _speed(point),
+            times(number_at(point, "times_original"), 2),
             nats(number_at(point, "predicted_kl")),
             duration(number_at(point, "seconds")),
         )
@@ -108,10 +118,17 @@ def point_table(data: Data) -> Table:
     return Table(
         "Points of the sweep",
         tuple(headers[i] for i in kept),
-        "".join("llrrrrrrrrr"[i] for i in kept),
+        "".join("llrrrrrrrrrr"[i] for i in kept),
         tuple(tuple(row[i] for i in kept) for row in rows),
         _caption(data),
     )
+
+
+def _speed(point: Data) -> str:
+    """Return tokens a second, and half the spread of the rounds where it is known."""
+    half = number_at(point, f"{SPEED}_spread")
+    shown = fixed(number_at(point, SPEED), 1)
+    return shown if half is None else f"{shown} ± {half / 2:.1f}"
 
 
 def _caption(data: Data) -> str:
@@ -128,17 +145,25 @@ def _caption(data: Data) -> str:
     return (
         f"KL to the original on: {', '.join(texts)}. Points with a star are on the "
         f"front: {among} has no more bytes and less {what}{speed}. Time is that of the "
-        "whole point; what the cache had already took none."
+        "whole point; what the cache had already took none." + (_TIMED if speed else "")
     )
 
 
 def originals(data: Data) -> list[dict[str, Any]]:
     """Return the models that the points come from, where they were measured."""
-    found = {
-        str(point["model"]): dict(point["original"])
-        for point in data["points"]
-        if point.get("original")
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for point in data["points"]:
+        if point.get("original"):
+            found[str(point["model"])] = dict(point["original"])
+    for name, about in found.items():
+        rates = [
+            rate
+            for point in data["points"]
+            if point["model"] == name
+            and (rate := number_at(point, "original_tokens_per_second")) is not None
+        ]
+        if rates:
+            about[SPEED] = statistics.median(rates)
     return [{"name": f"original {name}", **about} for name, about in found.items()]
 
 

@@ -16,12 +16,13 @@ from compress.report.tables import (
     quality_table,
     size_table,
 )
+from compress.report.tasks import task_table
 from compress.report.wording import branch, calibration_note, methods_used
 
-# A Windows console of code page 1252 has no arrows or lamps.
-_ASCII = str.maketrans(
+ASCII = str.maketrans(
     {"±": "+-", "×": "x", "–": "-", "●": "*", "▲": "!", "■": "#", "Δ": "d"}
 )
+"""What takes the place of letters that a Windows console of page 1252 lacks."""
 _FILES_SHOWN = 6
 _FOLDED = ("protocol", "tokens", "limit")
 
@@ -39,11 +40,12 @@ def summary_table(report: Report) -> str:
         budget_table(report),
         scheme_table(report),
     ]
-    tables += [quality_table(report), parts_table(report)]
+    tables += [quality_table(report), task_table(report), parts_table(report)]
     tables += [upgrades_table(report), cache_table(report), export_table(report)]
     parts = [_heading(report)]
     parts += [draw_table(table) for table in tables if table.rows]
-    parts += [t.caption for t in (pruning_table(report), cache_table(report)) if t.rows]
+    noted = pruning_table(report), task_table(report), cache_table(report)
+    parts += [table.caption for table in noted if table.rows]
     warnings = report.get("warnings") or []
     if warnings:
         parts.append("\n".join(f"WARNING: {warning}" for warning in warnings))
@@ -80,7 +82,7 @@ def draw_table(table: Table) -> str:
     """
     table, shared = _fold(table)
     grid = [
-        [cell.translate(_ASCII).replace("\n", " ") for cell in row]
+        [cell.translate(ASCII).replace("\n", " ") for cell in row]
         for row in (table.headers, *table.rows)
     ]
     widths = [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]

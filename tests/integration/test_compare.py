@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from pipeline_fixtures import Ground, call, save_checkpoint, write_text
-from task_fixtures import write_tasks
+from task_fixtures import ROWS, write_rows, write_tasks
+from transformers import AutoTokenizer
 
 import compress
 from compress import comparing
@@ -135,6 +136,41 @@ def test_what_was_measured_is_not_measured_again(
     ran.clear()
     compared(ground, tmp_path, int4, only=["boolq"], overwrite=True)
     assert ran == ["int4", "base task", "int4 task"]
+
+
+def test_written_answers_are_compared(ground: Ground, tmp_path: Path) -> None:
+    rows = [{**ROWS["ifeval"], "prompt": f"Say hello {i} times."} for i in range(18)]
+    options: dict[str, Any] = {
+        "texts": [],
+        "tasks": [str(write_rows(tmp_path / "ifeval" / "input_data.jsonl", rows))],
+        "answer_tokens": 5,
+    }
+    names = f"same={ground.model}", f"gguf={gguf_of(ground)}"
+    found = compared(ground, tmp_path / "out", *names, **options)
+    base, same, gguf = found.data["tasks"]
+    assert base["task"] == "ifeval" and base["items"] == 18
+    assert base["instructions"] == 36 and base["most_tokens"] == 5
+    assert same["flips"] == same["changed"] == 0
+    assert 0 < gguf["answer_tokens"] <= 5
+    assert "Instructions followed" in found.text()
+
+    (file,) = (tmp_path / "out" / "measured").glob("base-*.json")
+    parts = json.loads(file.read_text())["parts"].values()
+    assert [len(part["data"]["texts"]) for part in parts] == [16, 2]
+    model, tokenizer = (
+        compress.load(ground.model),
+        AutoTokenizer.from_pretrained(ground.model),
+    )
+    said = [{"role": "user", "content": rows[0]["prompt"]}]
+    asked = tokenizer.apply_chat_template(
+        said, tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(asked, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    new = model.generate(ids, max_new_tokens=5, do_sample=False)
+    expected = tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
+    assert next(iter(parts))["data"]["texts"][0] == expected
+    again = compared(ground, tmp_path / "out", *names, **options)
+    assert again.data["tasks"] == found.data["tasks"]
 
 
 def test_an_interrupted_comparison_goes_on(

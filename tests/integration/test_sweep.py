@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -17,7 +20,7 @@ from pipeline_fixtures import (
 )
 
 import compress
-from compress import pipeline, searching
+from compress import pipeline, searching, sweep_speed
 from compress.core.errors import CompressError
 
 
@@ -220,12 +223,58 @@ def test_an_option_of_the_search_makes_no_second_point_of_a_scheme(
     assert len(data["points"]) == 1
 
 
-def test_speed_is_measured_in_llamacpp(folder: Path) -> None:
+def test_speed_is_measured_in_llamacpp(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("llama_cpp")
+    monkeypatch.setattr(sweep_speed, "_QUIET", math.inf)  # however busy it is here
     changes = {"models": [], "sparsities": [0], "budgets": []}
-    data = compress.sweep(wide_sweep(folder, **changes, export=True, speed=8)).data
-    assert [point["tokens_per_second"] > 0 for point in data["points"]] == [True] * 2
+    config = wide_sweep(folder, **changes, export=True, speed=8, fits=["1GB"])
+    found = compress.sweep(config)
+    for point in found.data["points"]:
+        ratio = point["tokens_per_second"] / point["original_tokens_per_second"]
+        assert ratio > 0 and point["times_original"] > 0
+    assert found.data["is_complete"]
     assert "tokens/s" in (folder / "sweep/sweep.html").read_text()
+    assert re.search(r"1GB: take .* tokens/s \(x[\d.]+ the original's\)", found.text())
+    (original,) = (folder / "sweep/originals").glob("*/export/gguf/*.gguf")
+    assert original.stat().st_size > max(p["bytes"] for p in found.data["points"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_speed, "generation_speeds", None)  # nothing is timed
+        assert compress.sweep(config).data["points"] == found.data["points"]
+
+
+def test_a_speed_of_a_busy_machine_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("point/run/export/gguf/a.gguf", "b.gguf"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    run = SimpleNamespace(workdir=tmp_path / "point/run")
+    model = SimpleNamespace(path=str(tmp_path / "b.gguf"))
+    config = SimpleNamespace(run=run, model=model)
+    point: Any = SimpleNamespace(name="point", config=config)
+    loaded: Any = SimpleNamespace(workdir=tmp_path, speed=8)
+    rates = [8.0, 10.0, 8.0, 20.0, 8.0, 12.0] + [8.0, 10.0, 8.0, 11.0, 8.0, 12.0]
+    monkeypatch.setattr(
+        sweep_speed, "generation_speeds", lambda *_, **__: [rates.pop(0)]
+    )
+    busy = sweep_speed.speed_of(point, loaded)
+    assert busy["tokens_per_second"] == 12 and busy["times_original"] == 1.5
+    assert "the machine was busy" in caplog.text
+    quiet = sweep_speed.speed_of(point, loaded)
+    assert quiet == sweep_speed.speed_of(point, loaded)  # no rate is left: it is kept
+    assert quiet["tokens_per_second_spread"] == 2
+
+
+def test_speed_without_llamacpp_is_refused_before_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_speed, "find_spec", lambda _: None)
+    with pytest.raises(CompressError, match=r"compress-llm\[verify\]"):
+        compress.sweep(wide_sweep(folder, export=True, speed=8))
+    assert not (folder / "sweep").exists()
 
 
 def test_speed_without_files_is_an_error_with_its_place(folder: Path) -> None:

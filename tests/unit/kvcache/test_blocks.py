@@ -10,7 +10,7 @@ from gguf.quants import dequantize, quantize
 from compress.kvcache.blocks import fake_quantize_blocks
 from compress.kvcache.names import CACHE_TYPES
 
-BLOCKS = [name for name, kind in CACHE_TYPES.items() if kind.group]
+BLOCKS = [n for n, kind in CACHE_TYPES.items() if kind.runtime == "llama.cpp"]
 
 
 def states() -> torch.Tensor:

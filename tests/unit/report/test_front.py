@@ -66,6 +66,20 @@ def test_what_is_on_the_front_is_beaten_by_nothing(
                 )
 
 
+def test_speeds_within_their_spread_are_alike() -> None:
+    fast = {"model": "a", "text": "t", "kl": 0.2, "bytes": 2, "name": "fast"}
+    fast |= {"tokens_per_second": 10.4, "tokens_per_second_spread": 1.0}
+    small = {**fast, "name": "small", "bytes": 1, "kl": 0.1}
+    small |= {"tokens_per_second": 10.0, "tokens_per_second_spread": 0.1}
+    found = with_front([fast, small])
+    assert [(p["name"], p["on_front"]) for p in found] == [
+        ("small", True),
+        ("fast", False),
+    ]
+    found = with_front([{**fast, "tokens_per_second": 11.1}, small])
+    assert all(point["on_front"] for point in found)
+
+
 @given(POINTS)
 def test_models_are_compared_by_bits_per_byte_where_they_can_be(
     points: list[dict[str, Any]],
