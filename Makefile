@@ -1,5 +1,6 @@
 # make demo: the quickstart on this machine.  make test: lint, types, layers, tests, docs.
 # make docs: the site of docs/, in site/.
+# make kernels-wheel: a wheel with compiled GPU kernels (nvcc); ARCHS="80 90a" PLATFORM=linux_x86_64.
 # make package: wheel and sdist, checked.  make audit: known vulnerabilities (network).
 # All make .venv first. PYTHON=python3.12 chooses the interpreter it is made with.
 
@@ -8,9 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+ARCHS ?= 80 86 89 90a 100 120
+PLATFORM ?= linux_x86_64
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test docs package audit clean
+.PHONY: demo test docs package kernels-wheel audit clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -31,6 +34,12 @@ package: $(VENV)/.release
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
+
+kernels-wheel: $(VENV)/.release
+	rm -rf compress/runtime/prebuilt build
+	$(BIN)/python -m compress.runtime.w6a8.build $(ARCHS) --into compress/runtime/prebuilt
+	$(BIN)/python -m build --wheel --outdir dist -C--build-option=--plat-name=$(PLATFORM) .
+	rm -rf compress/runtime/prebuilt build
 
 audit: $(VENV)/.release
 	$(BIN)/pip-audit --local --skip-editable

@@ -61,7 +61,7 @@ def test_the_real_compiler_makes_a_library_with_our_functions(
     with pytest.raises(KernelError, match="w6a8_probe: CUDA error [0-9]+, [a-zA-Z]"):
         kernels.probe(99)
     with pytest.raises(KernelError, match="w6a8_linear: CUDA error [0-9]+, [a-zA-Z]"):
-        kernels.linear(abi.LinearArguments(device=99), 0)
+        kernels.linear(abi.LinearArguments(device=99), 0, "portable")
 
 
 def test_a_library_is_compiled_once(fake: Path) -> None:
@@ -70,6 +70,18 @@ def test_a_library_is_compiled_once(fake: Path) -> None:
     assert len(paths) == 1
     assert fake.read_text() == "run\n"
     assert paths.pop().read_text() == "made\n"
+
+
+def test_a_library_that_the_package_brings_needs_no_compiler(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
+    monkeypatch.setattr("sys.argv", ["build", "90a", "--into", str(build.PREBUILT)])
+    build.main()
+    (fake.parent / "bin" / "nvcc").unlink()
+    monkeypatch.setattr(build, "find_compiler", lambda: pytest.fail("was asked for"))
+    assert build.build("90a") == build.prebuilt("90a", tmp_path / "prebuilt")
+    assert build.build("90a").read_text() == "made\n"
 
 
 def test_another_architecture_or_compiler_is_another_library(fake: Path) -> None:
@@ -143,7 +155,7 @@ def test_a_library_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "old.c").write_text(functions)
     command = ["gcc", "-shared", "-fPIC", "-o", "old.so", "old.c"]
     subprocess.run(command, cwd=tmp_path, check=True)
-    with pytest.raises(KernelError, match=r"old\.so has interface 999, not 2"):
+    with pytest.raises(KernelError, match=r"old\.so has interface 999, not 3"):
         abi.Kernels(tmp_path / "old.so")
 
 

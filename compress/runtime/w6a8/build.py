@@ -3,11 +3,15 @@
 The library is plain C to the outside and links the CUDA runtime statically, so it fits
 every release of torch and Python. It is kept in the cache folder under a digest of
 sources, options, architecture and compiler; processes that want it at the same time
-build it once. About 20 seconds on two cores with nvcc 13.0.
+build it once. About a minute on two cores with nvcc 13.0. A wheel can bring libraries
+along (``make kernels-wheel``), which need no compiler where they are used::
+
+    python -m compress.runtime.w6a8.build 80 90a --into compress/runtime/prebuilt
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import logging
 import os
@@ -20,6 +24,7 @@ from compress.calibration.cache import cache_folder
 from compress.core.errors import KernelError
 
 SOURCES = Path(__file__).parents[1] / "csrc"
+PREBUILT = SOURCES.with_name("prebuilt")
 _LOG = logging.getLogger(__name__)
 _OPTIONS = (
     "-O3",
@@ -74,6 +79,8 @@ def find_compiler() -> Path:
 def build(arch: str) -> Path:
     """Return the shared library for an architecture, compiled if it is not kept yet.
 
+    One that the package brings along, made from the same sources, comes first.
+
     Args:
         arch: See :func:`architecture`.
 
@@ -82,10 +89,13 @@ def build(arch: str) -> Path:
     """
     import fcntl  # not on Windows, where this fails and the reference is used
 
+    brought = prebuilt(arch, PREBUILT)
+    if brought.is_file():
+        return brought
     compiler = find_compiler()
     try:
         folder = cache_folder() / "kernels"
-        path = folder / f"w6a8-sm{arch}-{_digest(compiler, arch)}.so"
+        path = folder / f"w6a8-sm{arch}-{_digest(_version_of(compiler), arch)}.so"
         if path.is_file():
             return path
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,8 +111,36 @@ def build(arch: str) -> Path:
     return path
 
 
-def _digest(compiler: Path, arch: str) -> str:
-    version = _run([str(compiler), "--version"]).stdout
+def prebuilt(arch: str, folder: Path) -> Path:
+    """Return where a library lies that was built before, for the sources at hand.
+
+    Args:
+        arch: See :func:`architecture`.
+        folder: Of such libraries.
+    """
+    return folder / f"w6a8-sm{arch}-{_digest('', arch)}.so"
+
+
+def main() -> None:
+    """Build libraries for a wheel."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "architectures", nargs="+", help="80 (Ampere), 90a (Hopper) ..."
+    )
+    parser.add_argument("--into", type=Path, required=True)
+    options = parser.parse_args()
+    options.into.mkdir(parents=True, exist_ok=True)
+    for arch in options.architectures:
+        target = prebuilt(arch, options.into)
+        _compile(find_compiler(), arch, target)
+        print(target)
+
+
+def _version_of(compiler: Path) -> str:
+    return _run([str(compiler), "--version"]).stdout
+
+
+def _digest(version: str, arch: str) -> str:
     digest = hashlib.sha256("\0".join([arch, version, *_OPTIONS]).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
@@ -133,3 +171,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
             f"{' '.join(command)} failed with {done.returncode}:\n{done.stderr[-2000:]}"
         )
     return done
+
+
+if __name__ == "__main__":
+    main()
