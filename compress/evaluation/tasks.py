@@ -23,6 +23,7 @@ from torch import Tensor
 
 from compress.core.continuations import Continuation
 from compress.core.errors import ConfigError
+from compress.core.foreign import MALFORMED, parse_json
 from compress.evaluation.task_rows import Item, Row, RowForm, form_of
 
 _log = logging.getLogger(__name__)
@@ -154,7 +155,9 @@ def _item(form: RowForm, row: Row, shown: Sequence[Row], where: str) -> Item:
         )
     try:
         item = form.read(row, shown)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        if not all(isinstance(x, str) for x in (*item.contexts, *item.continuations)):
+            raise TypeError("a context or an answer is no text")
+    except MALFORMED as error:
         raise ConfigError(
             f"{where} is no row of {form.name}: {type(error).__name__}: {error}"
         ) from error
@@ -222,7 +225,7 @@ def _rows(file: Path) -> list[Row]:
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    row = json.loads(line)
+                    row = parse_json(line)
                     if not isinstance(row, dict):
                         raise ConfigError(f"{file}:{number}: not a JSON object")
                     rows.append(row)
