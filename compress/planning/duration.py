@@ -4,8 +4,6 @@ Four things are timed, each for a fraction of a second: a matrix product, a pass
 large tensor, the second moments of one window at each width, and each method of the
 plan on a small matrix of its own. Everything else is counted in products and passes.
 Disks are not timed: a dry run writes nothing.
-
-What a machine does beside is in the timings, as far as it goes on.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import median
 
 import torch
 
@@ -214,7 +211,7 @@ def method_seconds(quantizer: Quantizer, scheme: Scheme, rows: int) -> float:
 
 
 def timed(work: Callable[[], object], *, times: int = 5, device: str = "cpu") -> float:
-    """Return the median seconds of some calls, after one that warms up."""
+    """Return the seconds of the fastest of some calls, after one that warms up."""
     waits = device.startswith("cuda")
     found = []
     for _ in range(times + 1):
@@ -225,4 +222,4 @@ def timed(work: Callable[[], object], *, times: int = 5, device: str = "cpu") ->
         if waits:
             torch.cuda.synchronize(device)
         found.append(time.perf_counter() - started)
-    return median(found[1:])
+    return min(found[1:])
