@@ -47,6 +47,7 @@ KINDS = {
     "recovery": Kind(("recover",), PRUNED | {"recover": {"options": TRAINING}}),
     "level database": Kind(("levels",), {"budget": {"bits_per_weight": 8.0}}),
     "search": Kind(("sensitivity", "search"), {"budget": {"bits_per_weight": 8.0}}),
+    "RL search": Kind(("search",), {"budget": {"bits_per_weight": 8.0}}),
     "quantization": Kind(("quantize",), {}),
     "PV tuning": Kind(("tune",), {"tune": {"options": TRAINING}}),
     "eDKM tuning": Kind(("tune",), {"tune": {"method": "edkm", "options": TRAINING}}),
@@ -61,6 +62,16 @@ _SEARCHED = {
     "windows": 2,
     "options": {"evaluations": 60, "offspring": 8},
 }
+_LEARNED = {
+    "method": "ramp",
+    "options": {
+        "warm_up": 4,
+        "episodes": 12,
+        "hidden": [32, 32],
+        "gradient_steps": 4,
+        "batch": 16,
+    },
+}
 
 
 def config(kind: str, work: Path, workdir: Path) -> dict[str, Any]:
@@ -74,7 +85,8 @@ def config(kind: str, work: Path, workdir: Path) -> dict[str, Any]:
     sections: dict[str, Any] = {"export": BOTH, **KINDS[kind].sections}
     if "budget" in sections:
         sections |= {"quantize": {"method": "gptq", "scheme": None}}
-        sections |= {"allocate": _SEARCHED, "export": BOTH[1:]}
+        search = _SEARCHED | (_LEARNED if kind == "RL search" else {})
+        sections |= {"allocate": search, "export": BOTH[1:]}
     elif kind == "eDKM tuning":
         sections["quantize"] = {"method": "kmeans", "scheme": "palette2"}
         sections["export"] = [{"format": "palette"}]

@@ -2,7 +2,9 @@
 
 Random models of three sizes and of 32,000 tokens, quantized by GPTQ to 4 bits,
 evaluated, exported and verified, each in a process of its own. Nothing is fitted to
-these runs: the speeds are those that the dry run measures on the spot.
+these runs: the speeds are those that the dry run measures on the spot. So what other
+programs do meanwhile shows: a second dry run, after the run, says whether the machine
+was then as fast as before. Take a quiet one; it is some five minutes on two cores.
 
     python benchmarks/prediction.py [--sizes small,medium,large]
 """
@@ -69,24 +71,28 @@ def config(name: str) -> Path:
     return write_config(WORK / f"{name}.yaml", settings)
 
 
-def compress(*arguments: str) -> None:
-    """Call the command with a cache of its own."""
-    subprocess.run(
+def compress(*arguments: str) -> str:
+    """Call the command with a cache of its own; return what it prints."""
+    done = subprocess.run(
         [sys.executable, "-m", "compress", *arguments],
         env={**os.environ, "COMPRESS_CACHE": str(WORK / "cache"), "TQDM_DISABLE": "1"},
         check=True,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
     )
+    return done.stdout
 
 
 def row(name: str) -> dict[str, Any]:
     """Run a size; return its row."""
-    path = config(name)
+    path, load = config(name), os.getloadavg()[0]
     compress("run", str(path), "--overwrite", "--force")
     report = json.loads((WORK / f"{name}-run" / "report.json").read_text())
     predicted = report["predicted"]
     memory = predicted["peak_memory_bytes"] / report["peak_memory_bytes"]
     taken = sum(report["seconds"].values())
+    elsewhere = ["--set", f"run.workdir={WORK / 'none'}"]
+    again = json.loads(compress("run", str(path), "--dry-run", "--json", *elsewhere))
     return {
         "size": name,
         "parameters": f"{report['model']['parameters'] / 1e6:.0f} M",
@@ -94,8 +100,10 @@ def row(name: str) -> dict[str, Any]:
         "GiB measured": round(report["peak_memory_bytes"] / 2**30, 2),
         "memory ratio": round(memory, 2),
         "s predicted": round(predicted["seconds"], 1),
+        "s predicted afterwards": round(again["predicted"]["seconds"], 1),
         "s measured": round(taken, 1),
         "time ratio": round(predicted["seconds"] / taken, 2),
+        "load before": round(load, 1),
         "stages": ", ".join(
             f"{stage} {seconds:.0f}" for stage, seconds in report["seconds"].items()
         ),

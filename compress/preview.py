@@ -173,8 +173,10 @@ def _work(run: Run) -> Work:
         generated=section.generate if section is not None else 0,
         exports=len(run.exporters),
         verified=verified,
-        loads_whole=verified > 0
-        and any(e.consumer == "transformers" for e in run.exporters.values()),
+        loads_whole=sum(
+            verified > 0 and exporter.consumer == "transformers"
+            for exporter in run.exporters.values()
+        ),
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -23,3 +26,12 @@ settings.register_profile(
     "busy", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("busy")
+
+
+@pytest.fixture(autouse=True)
+def messages_reach_caplog() -> Iterator[None]:
+    """Undo what a command has set up: its own handler, and nothing for the root."""
+    yield
+    logger = logging.getLogger("compress")
+    logger.handlers.clear()
+    logger.propagate = True

@@ -16,6 +16,14 @@ TEMPLATE = (
 )
 
 
+QUESTION_FILES = (
+    "piqa.validation.jsonl",
+    "mmlu.test.jsonl",
+    "mmlu.dev.jsonl",
+    "own.jsonl",
+)
+
+
 class Corpus:
     """The whole files that targets begin with, made once in a folder."""
 
@@ -93,6 +101,7 @@ class Corpus:
             "prune": {"method": "cfsp", "sparsity": 0.2, "round_to": 32},
             "recover": {"method": "distill", "options": {"steps": 4, "rank": 8}},
             "tune": {"method": "pv", "options": {"time": "30min"}},
+            "evaluate": {"generate": 4, "prompts": ["One, two"]},
             "kv_cache": {"scheme": "fp8", "types": ["q8_0", "q4_0/q8_0"]},
             "quantize": {"overrides": {"re:.*down_proj": {"scheme": "int8-g32"}}},
             "export": [{"format": "gguf", "embedding": "f16"}],
@@ -149,6 +158,19 @@ class Corpus:
         (folder / "x.dat").write_bytes(data)
         return folder
 
+    def questions(self) -> Path:
+        folder = self._folder("questions")
+        asked = {"subject": "sums", "question": "2 + 2?", "choices": list("2345")}
+        rows: tuple[dict[str, Any], ...] = (
+            {"goal": "a", "sol1": "b", "sol2": "c", "label": 1},
+            asked | {"answer": 2},
+            asked | {"answer": 2},
+            {"context": "2 + 2 =", "choices": [" 3", " 4"], "answer": 1},
+        )
+        for name, row in zip(QUESTION_FILES, rows, strict=True):
+            (folder / name).write_text(f"{json.dumps(row)}\n" * 3)
+        return folder
+
     def texts(self) -> Path:
         folder = self._folder("texts")
         (folder / "a.jsonl").write_text('{"text": "one"}\n{"text": "two \\u00e9"}\n')
@@ -177,6 +199,7 @@ class Corpus:
         from compress.allocation.journal import Journal
         from compress.allocation.store import Level, LevelStore
         from compress.calibration import cache
+        from compress.evaluation.measured import Measured
         from compress.workdir import WorkDir
 
         folder = self._folder("caches")
@@ -187,6 +210,7 @@ class Corpus:
         store = LevelStore(folder)
         store.write(Level("aa", 0.1, 1.0, 1.0, 1.0, 1.0, 1.0, 0.1), tensor)
         store.note("bb", [[0.5, 0.25], [1.0, 2.0]])
+        Measured(folder / "ee.json").add("one", "base", {"perplexity": 4.0})
         journal = Journal(folder / "cc.jsonl", lambda assignment, share: 0.5)
         journal([0, None])
         journal([1, 1], 0.25)
@@ -199,6 +223,7 @@ class Corpus:
             "aa/aa.safetensors",
             "bb/bb.json",
             "cc.jsonl",
+            "ee.json",
             "calibration/dd.safetensors",
         )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fuzz_corpus import TEMPLATE, Corpus
+from fuzz_corpus import QUESTION_FILES, TEMPLATE, Corpus
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def targets(place: Path) -> list[Target]:
         Target("gguf models", made.gguf(), ("model.gguf",), _gguf_model, 8),
         Target("imatrix", made.matrices(), ("x.gguf", "x.dat"), _imatrix),
         Target("calibration", made.texts(), ("a.jsonl", "b.jsonl", "c.txt"), _text),
+        Target("questions", made.questions(), QUESTION_FILES, _questions),
         Target("policy", made.policy(), ("policy.json", "policy.safetensors"), _policy),
         Target("work directory", made.run("rtn"), made.workdir_files(), _workdir, 2),
         Target("caches", made.caches(), made.cache_files(), _caches),
@@ -182,6 +183,13 @@ def _text(folder: Path) -> None:
         load_text(str(folder / name), _Template(), characters=100)
 
 
+def _questions(folder: Path) -> None:
+    from compress.evaluation.tasks import load_tasks
+
+    for task in load_tasks([str(folder)]):
+        assert all(0 <= item.right < len(item.continuations) for item in task.items)
+
+
 def _policy(folder: Path) -> None:
     from compress.allocators.ramp.policy import load_policy
 
@@ -211,12 +219,14 @@ def _caches(folder: Path) -> None:
     from compress.allocation.journal import Journal
     from compress.allocation.store import LevelStore
     from compress.calibration import cache
+    from compress.evaluation.measured import Measured
 
     store = LevelStore(folder)
     store.noted("bb")
     if store.find("aa") is not None:
         store.read("aa").dequantize()
     Journal(folder / "cc.jsonl", lambda assignment, share: 0.5)
+    Measured(folder / "ee.json").part("one")
     os.environ["COMPRESS_CACHE"] = str(folder)
     cache.read_entry("dd", (2, 4))
 

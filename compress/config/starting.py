@@ -9,6 +9,7 @@ from pathlib import Path
 
 from compress.config.budget_sections import budget_assignments
 from compress.config.loader import load_config
+from compress.core.foreign import MALFORMED, parse_json
 
 _GROUPS = (128, 64, 32)
 _WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size")
@@ -182,9 +183,9 @@ def _name(model: str) -> str:
 def _group_size(model: str) -> int:
     """Return the widest usual group that divides the widths of a local checkpoint."""
     try:
-        config = json.loads((Path(model) / "config.json").read_text("utf-8"))
+        config = parse_json((Path(model) / "config.json").read_text("utf-8"))
         widths = [int(config[key]) for key in _WIDTHS if config.get(key)]
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, *MALFORMED):
         return 64  # nearly every model has multiples of it; the run checks
     fitting = [g for g in _GROUPS if all(width % g == 0 for width in widths)]
     return fitting[0] if fitting else _GROUPS[-1]

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compress.core.foreign import MALFORMED, parse_json
 from compress.workdir import write_atomically
 
 _log = logging.getLogger(__name__)
@@ -45,8 +46,8 @@ class Measured:
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        parts = json.loads(path.read_text("utf-8"))["parts"]
+        parts = parse_json(path.read_text("utf-8"))["parts"]
         return {k: {"name": p["name"], "data": p["data"]} for k, p in parts.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *MALFORMED) as error:
         _log.warning("%s is damaged, its parts are measured again: %s", path, error)
         return {}

@@ -41,6 +41,11 @@ class Item:
     continuations: tuple[str, ...]
     right: int
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that is read."""
+        return self.contexts + self.continuations
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -66,6 +71,11 @@ class Prompt:
 
     text: str
     instructions: tuple[Instruction, ...]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that is read."""
+        return (self.text,)
 
 
 @dataclass(frozen=True)

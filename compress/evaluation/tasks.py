@@ -23,6 +23,7 @@ from torch import Tensor
 
 from compress.core.continuations import Continuation
 from compress.core.errors import ConfigError
+from compress.core.foreign import MALFORMED, parse_json
 from compress.evaluation.task_rows import (
     INSTRUCTIONS,
     Item,
@@ -178,11 +179,14 @@ def _read(form: RowForm, row: Row, shown: Sequence[Row], where: str) -> Item | P
             f"{where}: rows before are {form.name}'s; this one lacks {lacks}"
         )
     try:
-        return form.read(row, shown)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        item = form.read(row, shown)
+        if not all(isinstance(text, str) for text in item.texts):
+            raise TypeError("a context, a prompt or an answer is no text")
+    except MALFORMED as error:
         raise ConfigError(
             f"{where} is no row of {form.name}: {type(error).__name__}: {error}"
         ) from error
+    return item
 
 
 def check_source(source: str) -> None:
@@ -258,7 +262,7 @@ def _rows(file: Path) -> list[Row]:
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    row = json.loads(line)
+                    row = parse_json(line)
                     if not isinstance(row, dict):
                         raise ConfigError(f"{file}:{number}: not a JSON object")
                     rows.append(row)

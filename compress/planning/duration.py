@@ -1,12 +1,14 @@
 """Time of a run, from operations and from speeds measured on the spot.
 
-Three things are timed, each for a fraction of a second: a matrix product, a pass over a
-large tensor, and each method of the plan on a small matrix of its own. Everything else
-is counted in products and passes. Disks are not timed: a dry run writes nothing.
+Four things are timed, each for a fraction of a second: a matrix product, a pass over a
+large tensor, the second moments of one window at each width, and each method of the
+plan on a small matrix of its own. Everything else is counted in products and passes.
+Disks are not timed: a dry run writes nothing.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from functools import lru_cache
 
 import torch
 
+from compress.calibration.collect import Moments
 from compress.core.contracts import Quantizer
 from compress.core.plan import LayerPlan
 from compress.core.scheme import Scheme
@@ -25,18 +28,23 @@ DISK_BYTES_A_SECOND = 200e6  # an ordinary SSD, with each file flushed
 _PROBE_COLUMNS, _PROBE_ROWS = 256, 2048
 # Passes over each weight beside the method: read, checked, decoded, compared, stored.
 _PASSES_TO_ROUND = 14
-_PASSES_TO_EXPORT = 16  # read, packed, written
-_PASSES_TO_VERIFY = 30  # decoded by us and by the consumer, and compared
+_PASSES_TO_EXPORT = 4  # read, packed, written
+# Beyond what running it takes: decoded by us, by the consumer, and compared.
+_PASSES_TO_VERIFY = 30
+_PASSES_TO_VERIFY_WHOLE = 3  # transformers' modules decode as fast as ours
 _PASSES_TO_RUN = 6  # a model's weights read and decoded for one sweep
 # Passes over the states of a block beside its products: norms, rotation, attention.
 _PASSES_OF_BLOCK = 25
 _PASSES_OF_LOGITS = 12
-# Products of a layer [R, C] in units of R C^2: drift 6, lazy updates 1, its error 4.
-_LAYER_PRODUCTS = 11
+# Products of a layer [R, C] in units of R C^2: lazy updates 1, losses of each row
+# before and after 4, the relative error for the report 4; the correction for drift 6.
+_LAYER_PRODUCTS, _DRIFT_PRODUCTS = 9, 6
 # A factorization and a triangular inverse of [C, C], at half the speed of a product.
 _SQUARE_PRODUCTS = 3
 GRAM_SHARE = 0.65  # of X^T X that is computed; the rest is mirrored
 _VERIFY_TOKENS = 1024
+# Of moments that are timed: columns, and tokens times columns^2, a third of a second.
+_PROBE_WIDTH, _PROBE_MOMENTS = 4096, 1 << 33
 
 
 def seconds(
@@ -61,19 +69,22 @@ def seconds(
     total += sum(weights_of(x) * method_seconds(x) for x in shapes.planned)
     total += planned / DISK_BYTES_A_SECOND
     if work.calibration:
-        tokens, streams = work.calibration[0] * work.calibration[1], 1 + work.drift
-        total += streams * sweep(shapes, tokens, speeds)
-        # Tall products gain little from bfloat16: 220 GFLOP/s where square ones reach
-        # 1000, and 140 in float32.
-        operations = _grams(shapes, tokens, drift=work.drift) + _solvers(shapes)
-        total += shapes.blocks * operations / exact
+        windows, length = work.calibration
+        total += (1 + work.drift) * sweep(shapes, windows * length, speeds)
+        a_window = sum(
+            share * moments_seconds(columns, length, drift=work.drift, dtype=dtype)
+            for columns, share in shapes.inputs
+        )
+        solving = _solvers(shapes, drift=work.drift) / exact
+        total += shapes.blocks * (windows * a_window + solving)
     evaluated = work.evaluation[0] * work.evaluation[1]
     if evaluated:
         total += 2 * _scored(shapes, evaluated, exact_speeds)
     total += 2 * work.generated * shapes.parameters * a_pass
     for passes, files in (
         (_PASSES_TO_EXPORT, work.exports),
-        (_PASSES_TO_VERIFY, work.verified),
+        (_PASSES_TO_VERIFY, work.verified - work.loads_whole),
+        (_PASSES_TO_VERIFY_WHOLE, work.loads_whole),
     ):
         total += files * shapes.parameters * passes * a_pass
     total += work.verified * 2 * _scored(shapes, _VERIFY_TOKENS, exact_speeds)
@@ -130,18 +141,11 @@ def _scored(shapes: Shapes, tokens: int, speeds: Speeds) -> float:
     return sweep(shapes, tokens, speeds) + head + passes * speeds.device_pass
 
 
-def _grams(shapes: Shapes, tokens: int, *, drift: bool) -> float:
-    """Operations of the statistics of a block."""
-    return sum(
-        2 * tokens * share * columns**2 * (GRAM_SHARE + drift)
-        for columns, share in shapes.inputs
-    )
-
-
-def _solvers(shapes: Shapes) -> float:
+def _solvers(shapes: Shapes, *, drift: bool) -> float:
     """Operations of a block's solvers beyond what a small matrix shows."""
+    products = _LAYER_PRODUCTS + drift * _DRIFT_PRODUCTS
     return sum(
-        _LAYER_PRODUCTS * rows * columns**2 + _SQUARE_PRODUCTS * columns**3
+        products * rows * columns**2 + _SQUARE_PRODUCTS * columns**3
         for rows, columns in map(stacked_shape, shapes.inside)
     )
 
@@ -159,6 +163,28 @@ def pass_time(device: str = "cpu") -> float:
     """Return the seconds an element of a pass that makes a new large tensor."""
     x = torch.ones(3 << 22, device=device)  # 48 MiB: too large for an allocator to keep
     return timed(lambda: x * x, device=device) / x.numel()
+
+
+@lru_cache
+def moments_seconds(
+    columns: int, tokens: int, *, drift: bool, dtype: torch.dtype
+) -> float:
+    """Return the seconds that second moments of one window take on the CPU.
+
+    They are products of tall matrices, which are slower than square ones, and float64
+    sums, which wait for memory. A wide input is timed by one with fewer columns.
+
+    Args:
+        columns: Width of the input.
+        tokens: Of a window.
+        drift: Whether those with the dense model's inputs are taken, too.
+        dtype: Of the inputs.
+    """
+    fewer = min(columns, _PROBE_WIDTH, math.isqrt(_PROBE_MOMENTS // tokens))
+    x = torch.ones(1, tokens, fewer, dtype=dtype)
+    moments, dense = Moments(), x if drift else None
+    taken = timed(lambda: moments.add(x, dense), times=2)
+    return taken * (columns / fewer) ** 2
 
 
 @lru_cache
@@ -184,7 +210,7 @@ def method_seconds(quantizer: Quantizer, scheme: Scheme, rows: int) -> float:
     return taken / weight.numel()
 
 
-def timed(work: Callable[[], object], *, times: int = 4, device: str = "cpu") -> float:
+def timed(work: Callable[[], object], *, times: int = 5, device: str = "cpu") -> float:
     """Return the seconds of the fastest of some calls, after one that warms up."""
     waits = device.startswith("cuda")
     found = []

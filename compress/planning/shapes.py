@@ -23,8 +23,8 @@ class Work:
             models.
         exports: Number of files that are written.
         verified: Number of them that are read back and compared.
-        loads_whole: Whether one is read back by a program that holds the whole model
-            in this process.
+        loads_whole: Number of those that are read back by a program that holds the
+            whole model in this process.
         generated: Tokens that each model, whole in memory, writes one by one.
     """
 
@@ -33,7 +33,7 @@ class Work:
     evaluation: tuple[int, int] = (0, 0)
     exports: int = 0
     verified: int = 0
-    loads_whole: bool = False
+    loads_whole: int = 0
     generated: int = 0
 
 

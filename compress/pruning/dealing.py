@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import ConfigError
+from compress.core.foreign import MALFORMED
 from compress.core.neurons import GatedMLP, NeuronStatistics, loudest
 from compress.model.loading import ModelHandle
 from compress.pruning import budgets, gates
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 LADDER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.25)
 GRADIENT_WINDOWS = 64
+_log = logging.getLogger(__name__)
 _GRADIENTS = "gradients.safetensors"
 
 
@@ -62,13 +65,16 @@ class Dealer:
             return {}
         assert windows is not None
         path = work.root / _GRADIENTS
-        if not path.is_file():
+        stored = _load(path)
+        if stored is None:
             running = pruning.streamed(self._model, self._source)
             found = gradients_of(
                 running, windows[:GRADIENT_WINDOWS], self._places, seed=pruning.seed
             )
             _save(path, found)
-        return _load(path)
+            stored = _load(path)
+            assert stored is not None, "it was just written"
+        return stored
 
     def widths(
         self, windows: Tensor | None, gradients: Mapping[str, Gradients]
@@ -281,12 +287,20 @@ def _save(path: Path, found: Mapping[str, Gradients]) -> None:
     write_atomically(path, save(effects | slopes))
 
 
-def _load(path: Path) -> dict[str, Gradients]:
+def _load(path: Path) -> dict[str, Gradients] | None:
+    """Return what :func:`_save` wrote; ``None`` if it is not there or damaged."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    stored = load_file(path)
-    paths = [name.removesuffix(".slope") for name in stored if name.endswith(".slope")]
-    return {
-        path: Gradients(stored[f"{path}.effect"], float(stored[f"{path}.slope"]))
-        for path in paths
-    }
+    if not path.is_file():
+        return None
+    try:
+        stored = load_file(path)
+        names = [x.removesuffix(".slope") for x in stored if x.endswith(".slope")]
+        return {
+            name: Gradients(stored[f"{name}.effect"], float(stored[f"{name}.slope"]))
+            for name in names
+        }
+    except (OSError, SafetensorError, RuntimeError, *MALFORMED) as error:
+        _log.warning("%s is damaged and made again: %s", path, error)
+        return None

@@ -21,6 +21,8 @@ from tqdm import tqdm
 from compress.config.prune_section import PruneSection
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.contracts import Pruner
+from compress.core.errors import CheckpointError
+from compress.core.foreign import MALFORMED
 from compress.model.sources import in_model_order
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
@@ -294,11 +296,19 @@ class _Walk:
 
     def _saved(self, index: int, places: Sequence[Place]) -> list[Cut]:
         """Return what was cut in a block whose shard is there."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        kept = self._work.finished(_block(index))["kept"]
-        stored = load_file(self._folder.path(index))
-        return [Cut(p, torch.tensor(kept[p.path]), stored) for p in places]
+        path = self._folder.path(index)
+        try:
+            kept = self._work.finished(_block(index))["kept"]
+            stored = load_file(path)
+            return [Cut(p, torch.tensor(kept[p.path]), stored) for p in places]
+        except (OSError, SafetensorError, *MALFORMED) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({type(error).__name__}: {error}); delete it and "
+                "run again with --resume"
+            ) from error
 
     def _save(self, index: int, cuts: Sequence[Cut]) -> None:
         tensors: dict[str, Tensor] = {}

@@ -59,7 +59,10 @@ def stamps(workdir: Path) -> dict[str, set[int]]:
 
 CHANGES = {
     "tune": ({"tune": {"options": TRAINING | {"seed": 1}}}, STAGES[:3]),
-    "quantize": ({"quantize": {"scheme": "int3-g32"}}, STAGES[:2]),
+    "quantize": (
+        {"quantize": {"overrides": {"model.layers.1.mlp.up_proj": {"scheme": "int8"}}}},
+        STAGES[:2],
+    ),
     "recover": ({"recover": {"options": TRAINING | {"seed": 1}}}, STAGES[:1]),
     "prune": ({"prune": {"sparsity": 0.4}}, ()),
     "calibration": ({"calibration": {"seed": 1}}, ()),

@@ -72,7 +72,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def weights(folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for file in folder.glob("*.safetensors"):
-        found |= load_file(file)
+        # Some releases of safetensors leave tensors in the file, which is written anew.
+        found |= {name: t.clone() for name, t in load_file(file).items()}
     return found
 
 

@@ -184,6 +184,40 @@ def test_groups_fit_the_small_matrix(scheme: str, columns: int) -> None:
     assert method.given[0][0] == (8, columns)
 
 
+@pytest.mark.parametrize(
+    ("columns", "tokens", "timed"), [(64, 16, 64), (11008, 2048, 2048), (9000, 8, 4096)]
+)
+def test_wide_moments_are_timed_by_fewer_columns(
+    columns: int, tokens: int, timed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenth of a second for each call, which grows with the square of the width."""
+    given = []
+
+    def add(_: object, inputs: torch.Tensor, dense: torch.Tensor | None) -> None:
+        given.append((inputs.shape, inputs.dtype, dense is not None))
+        time.sleep(0.1)
+
+    monkeypatch.setattr(duration.Moments, "add", add)
+    duration.moments_seconds.cache_clear()
+    found = duration.moments_seconds(columns, tokens, drift=True, dtype=torch.bfloat16)
+    duration.moments_seconds.cache_clear()
+    assert set(given) == {((1, tokens, timed), torch.bfloat16, True)}
+    assert found == pytest.approx(0.1 * (columns / timed) ** 2, rel=0.5)
+
+
+def test_drift_and_llama_cpp_take_their_time() -> None:
+    artifact = make_artifact(linears("int4-g32"))
+    plan, model = artifact.plan, artifact.description
+    work = Work((64, 64), exports=1, verified=1)
+
+    def seconds(**changes: Any) -> float:
+        changed = replace(work, **changes)
+        return estimate(model, plan, changed, method_seconds=free).seconds
+
+    assert seconds(drift=True) > seconds()
+    assert seconds(loads_whole=1) < seconds()
+
+
 def test_speeds_are_those_of_this_machine() -> None:
     assert 1e8 < duration.matmul_speed(torch.float32) < 1e16
     assert 1e-12 < duration.pass_time() < 1e-6

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from moe_fixtures import KINDS, expert_layer, opened, plan_of, save_mixture
 
 from compress.config.plugins import create_quantizer
@@ -119,11 +120,18 @@ def test_one_pattern_targets_the_experts_and_nothing_else(
         assert f"{router}.weight" in model.tensors
 
 
-@pytest.mark.parametrize("scheme", ["w4a8-g32", "fp8", "mxfp4"])
+# Releases before leave out scales of experts that are multiplied together.
+DECODED_SINCE = {"w4a8-g32": (5, 17), "fp8": (5, 21), "mxfp4": (5, 17)}
+
+
+@pytest.mark.parametrize("scheme", DECODED_SINCE)
 def test_what_transformers_decodes_of_experts_it_decodes_right(
     scheme: str, model: ModelDescription, tmp_path: Path
 ) -> None:
     assert model.assets is not None
+    release = tuple(map(int, transformers.__version__.split(".")[:2]))
+    if release < DECODED_SINCE[scheme]:
+        pytest.skip(f"transformers {transformers.__version__} decodes it wrongly")
     source = opened(model.assets).source
     plan = changed(full(model), r"self_attn", None)
     plan = changed(plan, "experts", scheme)

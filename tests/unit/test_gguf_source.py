@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from gguf_fixtures import ROWS, compressed, random_state, save_tokenizer, tiny_config
 
 from compress.core.artifact import CompressedModel
@@ -233,6 +234,10 @@ def test_a_merge_of_unknown_tokens_is_refused(assets: Path, tmp_path: Path) -> N
         save_gguf_tokenizer(path, tmp_path)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4),
+    reason="transformers takes heads that do not divide the width",
+)
 def test_a_config_that_cannot_be_is_refused(assets: Path, tmp_path: Path) -> None:
     path, _ = dense_file("llama", assets, tmp_path)
     data = path.read_bytes()

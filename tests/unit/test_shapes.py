@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_fixtures import attention
 from shapes_fixtures import WIDTHS, save_uneven, uneven_model
 from streaming_fixtures import FAMILIES, SIZES, WINDOWS
 
@@ -91,9 +92,11 @@ def test_heads_that_do_not_divide_the_model(kind: str) -> None:
     changes = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16}
     obstacle = heads_obstacle(SIZES | changes | {"model_type": kind})
     if obstacle is not None:
-        with pytest.raises(CheckpointError, match="is not a multiple"):
+        try:
             build_skeleton(SIZES | changes | {"model_type": kind})
-        return
+        except CheckpointError as error:
+            assert "is not a multiple" in str(error)
+            return  # transformers before 5.4 takes it
     model, description, source = uneven_model(kind, **changes)
     streamed = StreamedModel(description, source)
     for ours, theirs in zip(streamed.logits(WINDOWS), logits_of(model), strict=True):
@@ -110,7 +113,9 @@ def test_a_folder_opens_in_stock_transformers_and_here(
 
     model, _, _ = save_uneven(tmp_path, kind, tied=tied)
     expected = logits_of(model)
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    stock = AutoModelForCausalLM.from_pretrained(
+        tmp_path, trust_remote_code=True, attn_implementation=attention(kind)
+    )
     torch.testing.assert_close(logits_of(stock), expected, **CLOSE)
     loaded = compress.load(tmp_path)
     torch.testing.assert_close(logits_of(loaded), expected, **CLOSE)

@@ -87,6 +87,11 @@ def test_the_digest_is_of_what_is_scored(tmp_path: Path) -> None:
             '{"context": "c", "choices": [" a"], "answer": 7}\n',
             r"row 1 is no row of own: .* answer 7 of 1 choices",
         ),
+        (
+            '{"context": "c", "choices": [1, 2], "answer": 1}\n',
+            r"row 1 is no row of own: .* no text",
+        ),
+        ('{"context": ' + "[" * 100_000, r"own\.jsonl:1: no JSON: nested too deeply"),
         ('{"context": "", "answer": " a"}\n', r"row 1: a context or an answer is emp"),
         ("", r"holds no JSONL file of a known form"),
     ],

@@ -202,7 +202,9 @@ def test_a_fused_model_is_one_graph(tmp_path: Path) -> None:
     expected = logits(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.inference_mode():
-        assert torch.equal(compiled(IDS, use_cache=False).logits, expected)
+        found = compiled(IDS, use_cache=False).logits
+    # Some releases of torch take apart what they trace, and round in another place.
+    torch.testing.assert_close(found, expected)
 
 
 def test_nothing_is_computed_for_no_tokens(tmp_path: Path) -> None:

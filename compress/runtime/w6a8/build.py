@@ -3,7 +3,7 @@
 The library is plain C to the outside and links the CUDA runtime statically, so it fits
 every release of torch and Python. It is kept in the cache folder under a digest of
 sources, options, architecture and compiler; processes that want it at the same time
-build it once. About a minute on two cores with nvcc 13.0. A wheel can bring libraries
+build it once. Under a minute on two cores with nvcc 13.0. A wheel can bring libraries
 along (``make kernels-wheel``), which need no compiler where they are used::
 
     python -m compress.runtime.w6a8.build 80 90a --into compress/runtime/prebuilt

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from streaming_fixtures import model_of
 from torch import Tensor
 
-from compress.core.errors import ConfigError
+from compress.core.errors import CheckpointError, ConfigError
 from compress.model.loading import check_tensors, open_model
 from compress.model.padding import padded
 from compress.model.streaming import StreamedModel
@@ -196,6 +196,30 @@ def test_a_pruning_that_was_killed_goes_on_to_the_same_files(
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "whole/pruned").iterdir()}
     pruned(description, source, tmp_path / "whole", **section)
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+
+
+def test_damaged_files_of_a_pruning_are_made_again_or_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, description, source = model_of("llama", num_hidden_layers=2)
+    section = {"method": "taylor", "sparsity": 0.3, "propagate": "pruned"}
+    pruned(description, source, tmp_path / "whole", **section)
+    pruned(description, source, tmp_path / "torn", **section)
+    for name in (
+        "pruned/model-rest.safetensors",
+        "pruned/model.safetensors.index.json",
+    ):
+        (tmp_path / "torn" / name).unlink()  # as if it had been killed here
+    effects = tmp_path / "torn/pruning/gradients.safetensors"
+    effects.write_bytes(effects.read_bytes()[:100])
+    pruned(description, source, tmp_path / "torn", **section)
+    assert "gradients.safetensors is damaged and made again" in caplog.text
+    assert digests(tmp_path / "torn") == digests(tmp_path / "whole")
+    (tmp_path / "torn/pruned/model.safetensors.index.json").unlink()
+    block = tmp_path / "torn/pruned/model-block-0000.safetensors"
+    block.write_bytes(block.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"block-0000.* is damaged .* delete it"):
+        pruned(description, source, tmp_path / "torn", **section)
 
 
 def test_another_pruning_is_refused_in_the_same_folder(tmp_path: Path) -> None:

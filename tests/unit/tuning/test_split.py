@@ -1,4 +1,4 @@
-"""Blocks split over processes: the same codes as in one process, and less memory."""
+"""Two processes: the codes of one; with blocks split over them, in less memory."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tuning_fixtures import (
     tuned_codes,
 )
 
+from compress.config.tune_section import EdkmOptions
 from compress.core.errors import ConfigError
 from compress.core.scheme import Scheme
 from compress.core.tensors import join_rows
@@ -29,6 +30,7 @@ from pathlib import Path
 import torch, torch.distributed as dist
 from safetensors.torch import save_file
 from tuning_fixtures import coded_student, options_of, text_of
+from compress.config.tune_section import EdkmOptions
 from compress.model.loading import open_model
 from compress.recovery.checkpoints import CheckpointFiles
 from compress.tuning.tune import tune
@@ -39,7 +41,11 @@ folder = Path(sys.argv[1])
 teacher = open_model(str(folder / "teacher"), cache=folder / "cache")
 for name, case in json.loads(sys.argv[2]).items():
     student, codes = coded_student(teacher, case.pop("scheme"))
-    stop = case.pop("stop", None)
+    stop, method = case.pop("stop", None), case.pop("method", "pv")
+    if method == "edkm":  # whole matrices have a palette: windows are split alone
+        options = EdkmOptions(batch=4, dtype="float32", **case)
+    else:
+        options = options_of(batch=4, shard=True, **case)
     if stop:
         save = CheckpointFiles.save
         def once(files, checkpoint):
@@ -48,7 +54,7 @@ for name, case in json.loads(sys.argv[2]).items():
         CheckpointFiles.save = once
     found = tune(
         student, teacher, codes, originals=teacher.source, text=text_of(),
-        options=options_of(batch=4, shard=True, **case), device="cpu",
+        options=options, device="cpu",
         state=folder / name,
     )
     if dist.get_rank() == 0:
@@ -67,19 +73,30 @@ CASES: dict[str, dict[str, Any]] = {
     "subspace": {"scheme": "int2-g32", "regime": "pv"},
 }
 COMMON = {"steps": 6, "evaluations": 2, "code_learning_rate": 0.02}
+EDKM = {"steps": 6, "evaluations": 2, "weight_learning_rate": 1e-2}
 
 
 def alone(folder: Path, scheme: str, **options: Any) -> Tuned:
     return tuned_codes(folder, scheme, options_of(**options), state="alone")
 
 
+def alone_by_edkm(folder: Path, scheme: str) -> Tuned:
+    options = EdkmOptions(batch=8, dtype="float32", **EDKM)
+    return tuned_codes(folder, scheme, options, state="edkm-alone")
+
+
 @pytest.mark.slow
 def test_two_processes_find_the_codes_of_one(tmp_path: Path) -> None:
     """Where all codes may change; the largest wishes are chosen in each process."""
     save_teacher(tmp_path)
-    run_processes(SCRIPT, tmp_path, {n: COMMON | case for n, case in CASES.items()})
-    for name, case in CASES.items():
-        expected = alone(tmp_path, **COMMON, **case)
+    edkm = {"edkm": EDKM | {"method": "edkm", "scheme": "palette2"}}
+    cases = {name: COMMON | case for name, case in CASES.items()}
+    run_processes(SCRIPT, tmp_path, cases | edkm)
+    for name in (*CASES, "edkm"):
+        if name == "edkm":
+            expected = alone_by_edkm(tmp_path, "palette2")
+        else:
+            expected = alone(tmp_path, **COMMON, **CASES[name])
         record = json.loads((tmp_path / f"{name}.json").read_text())
         assert record["processes"] == 2
         assert record["trained_values"] == expected.record["trained_values"]
