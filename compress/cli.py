@@ -211,6 +211,10 @@ def evaluate(
     protocol: Annotated[
         str, typer.Option(help="windows, hf2048 or llamacpp512.")
     ] = "windows",
+    prompt: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a soft prompt, put before every window."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity, and KL divergence from a base, of any checkpoint."""
@@ -223,6 +227,7 @@ def evaluate(
         windows=windows,
         sequence_length=sequence_length,
         protocol=protocol,
+        prompt=prompt,
     )
     if as_json:
         _print(metrics)

@@ -223,27 +223,26 @@ def _evaluation(section: EvaluateSection) -> tuple[int, int]:
 
 
 def _reshaping(run: Run) -> dict[str, StageEstimate]:
-    """Return the predictions of what makes another model before the rest."""
+    """Return the predictions of pruning and of recovery."""
     pruning, section = run.pruning, run.config.recover
-    if pruning is None:
-        return {}
     calibration = run.config.calibration
     windows = (calibration.samples, calibration.sequence_length)
-    found = {
-        "prune": estimate_pruning(
+    found = {}
+    if pruning is not None:
+        found["prune"] = estimate_pruning(
             run.base,
             PruneWork.of(pruning, windows),
             dtype=pruning.dtype,
             device=run.device,
         )
-    }
     if section is not None:
+        ranked = importance_tokens(pruning, windows) if pruning is not None else 0
         options = recover_options(section)
         found["recover"] = estimate_recovery(
             run.subject.description,
             run.base,
             options,
-            importances=importance_tokens(pruning, windows),
+            importances=ranked if section.trains_weights else 0,
             dtype=choose_dtype(options.dtype, run.base.dtype, run.device),
             device=run.device,
         )

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from compress import preview, provenance, reshaping
+from compress import preview, prompting, provenance, reshaping
 from compress.calibration.data import CalibrationTokens
 from compress.calibration.experts import FEW_TOKENS
 from compress.core.artifact import ModelDescription
@@ -75,7 +75,7 @@ def build_report(
             key: headline(texts) if texts else None for key, texts in metrics.items()
         },
         "pruning": reshaping.about(run.pruned, run),
-        "recovery": run.pruned["recovery"] if run.pruned else None,
+        "recovery": _recovery(run),
         "tuning": dict(run.tuned.record) if run.tuned else None,
         "transforms": run.transformed.reports,
         "inputs": run.serving.upgrades,
@@ -96,6 +96,13 @@ def build_report(
             run, layers, exports, tokens=tokens.tokens.numel() if tokens else 0
         ),
     }
+
+
+def _recovery(run: Run) -> dict[str, Any] | None:
+    """Return how training went, of weights or of a prompt; ``None`` without any."""
+    if run.prompt is not None:
+        return dict(run.prompt.record)
+    return run.pruned["recovery"] if run.pruned else None
 
 
 def _kept_dense(run: Run) -> list[str]:
@@ -221,7 +228,7 @@ def _skipped(run: Run) -> list[str]:
     """Return what training and samples left out, a sentence for each."""
     found = []
     stages = {
-        "recovery": run.pruned["recovery"] if run.pruned else None,
+        "recovery": _recovery(run),
         "tuning": run.tuned.record if run.tuned else None,
     }
     for stage, record in stages.items():
@@ -260,6 +267,8 @@ def _warnings(
             "quantized before, its weights lie on a coarse grid already: figures "
             "against it say nothing of the loss against the original model."
         )
+    if run.prompt is not None:
+        found += prompting.cautions(run.prompt.record)
     found += _skipped(run)
     few = [row["name"] for row in layers if _has_few_tokens(row)]
     if few:

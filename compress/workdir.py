@@ -36,7 +36,8 @@ _STATE = "state.json"
 _PRUNING = ("pruned", "pruning")
 _RECOVERY = ("recovered", "recovery")
 _TUNING = ("results/tuning.json", "tuned", "tuning")
-_CODES = ("plan.json", "results", _TRANSFORMS, "blocks", *_TUNING)
+_PROMPT = ("prompt", "prompting")
+_CODES = ("plan.json", "results", _TRANSFORMS, "blocks", *_TUNING, *_PROMPT)
 _STAGES = ("pruning", "recovery")  # have a state of their own, before the run's
 _REPORTS = ("report.json", "report.md", "report.html")
 
@@ -191,9 +192,13 @@ class WorkDir:
             results = self.root / "results"
             after = [f for f in results.glob("*.json") if f.stem != "allocation"]
             names = [str(file.relative_to(self.root)) for file in after]
-            self._drop((*names, *_TUNING, *_REPORTS))
+            self._drop((*names, *_TUNING, *_PROMPT, *_REPORTS))
         else:
             self._drop((*_CODES, *_REPORTS))
+
+    def forget_prompt(self) -> None:
+        """Remove the soft prompt and the reports of it."""
+        self._drop((*_PROMPT, *_REPORTS))
 
     def forget_pruning(self) -> None:
         """Remove the pruned model and all that was made from it."""

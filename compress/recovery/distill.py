@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,8 +250,12 @@ class Training:
         )
 
     @torch.no_grad()
-    def _held_out_kl(self) -> float:
-        """Return the mean KL at temperature 1 on the held-out windows, in nats."""
+    def held_out_kl(self, student: Callable[[Tensor], Tensor]) -> float:
+        """Return the mean KL at temperature 1 on the held-out windows, in nats.
+
+        Args:
+            student: From ids int64 ``[B, T]`` to the head's input ``[B, T, C]``.
+        """
         rows = torch.arange(len(self._held_out))[self._team.rank :: self._team.size]
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         batch, count = self._options.batch, len(self._held_out)
@@ -261,7 +266,7 @@ class Training:
         for number, part in enumerate(parts + spare):
             ids = self._held_out[part.to(self._device)]
             known = self._teacher.states(ids)
-            kl = self._divergence(self.learner.states(ids), known, temperature=1)
+            kl = self._divergence(student(ids), known, temperature=1)
             weight = len(ids) if number < len(parts) else 0
             sums += torch.stack([kl.double() * weight, kl.new_tensor(weight)])
         self._team.average_([sums])
@@ -270,7 +275,7 @@ class Training:
     def _evaluate(self, *, steps: int) -> float:
         """Measure, note the best state, and write a checkpoint if it is time."""
         self.learner.as_stored()
-        kl = self._held_out_kl()
+        kl = self.held_out_kl(self.learner.states)
         self._team.average_([self._sums])
         loss, skipped, idle = self._sums.tolist()
         self._sums.zero_()

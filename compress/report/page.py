@@ -12,7 +12,12 @@ from compress.report.layers import SENSITIVITY_NOTE, layer_table
 from compress.report.plots import histogram_plots, ladder_plot, layer_plot, size_plot
 from compress.report.pruning import block_table, pruning_table, recovery_table
 from compress.report.samples import samples_section
-from compress.report.serving import cache_table, parts_table, upgrades_table
+from compress.report.serving import (
+    cache_table,
+    parts_table,
+    prompt_table,
+    upgrades_table,
+)
 from compress.report.svg import element
 from compress.report.tables import (
     Report,
@@ -57,9 +62,12 @@ def render_page(report: Report) -> str:
         "samples": ("Samples", samples_section(report)),
         "pruning": (
             "Pruning",
-            draw(pruning_table(report))
-            + _training(report, "recovery", recovery_table(report))
-            + _headed(block_table(report), class_="tall"),
+            draw(pruning_table(report)) + _headed(block_table(report), class_="tall"),
+        ),
+        "recovery": (
+            "Recovery",
+            _training(report, "recovery", recovery_table(report))
+            + _headed(prompt_table(report)),
         ),
         "transforms": ("Transforms", draw(transform_table(report))),
         "tuning": ("Tuning", _training(report, "tuning", tuning_table(report))),

@@ -8,7 +8,12 @@ from typing import Any
 
 from compress.report.allocation import budget_table, scheme_table, unit_table
 from compress.report.pruning import pruning_table, recovery_table
-from compress.report.serving import cache_table, parts_table, upgrades_table
+from compress.report.serving import (
+    cache_table,
+    parts_table,
+    prompt_table,
+    upgrades_table,
+)
 from compress.report.tables import (
     Report,
     Table,
@@ -39,7 +44,7 @@ def summary_table(report: Report) -> str:
         budget_table(report),
         scheme_table(report),
     ]
-    tables += [quality_table(report), parts_table(report)]
+    tables += [quality_table(report), prompt_table(report), parts_table(report)]
     tables += [upgrades_table(report), cache_table(report), export_table(report)]
     parts = [_heading(report)]
     parts += [draw_table(table) for table in tables if table.rows]
