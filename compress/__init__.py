@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from compress.api import quantize
     from compress.api_prune import prune
     from compress.comparing import compare
+    from compress.config import Config
     from compress.core.errors import CompressError
     from compress.pipeline import evaluate, plan, run
+    from compress.result import Result, open_result
     from compress.runtime.accelerate import accelerate
     from compress.runtime.load import load
     from compress.sweeping import sweep
@@ -25,11 +27,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CompressError",
+    "Config",
+    "Result",
     "__version__",
     "accelerate",
     "compare",
     "evaluate",
     "load",
+    "open_result",
     "plan",
     "prune",
     "quantize",
@@ -39,10 +44,13 @@ __all__ = [
 
 _HOME = {
     "CompressError": "compress.core.errors",
+    "Config": "compress.config",
+    "Result": "compress.result",
     "accelerate": "compress.runtime.accelerate",
     "compare": "compress.comparing",
     "evaluate": "compress.pipeline",
     "load": "compress.runtime.load",
+    "open_result": "compress.result",
     "plan": "compress.pipeline",
     "prune": "compress.api_prune",
     "quantize": "compress.api",

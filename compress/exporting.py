@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compress import provenance
 from compress.calibration.squares import measure_squares
@@ -25,6 +24,7 @@ from compress.evaluation.divergence import compare, mean_and_error
 from compress.evaluation.perplexity import TokenWindows, cut_windows
 from compress.evaluation.texts import evaluation_text
 from compress.model.streaming import StreamedModel
+from compress.progress import progress_bar
 from compress.workdir import WorkDir
 
 if TYPE_CHECKING:
@@ -115,9 +115,7 @@ def write_export(
     """Write one export into ``WORKDIR/export/NAME``; return its report entry."""
     target = workdir.root / "export" / name
     names = artifact.plan.layers
-    with tqdm(
-        desc=name, total=len(names), unit="layer", leave=False, disable=None
-    ) as bar:
+    with progress_bar(desc=name, total=len(names), unit="layer", leave=False) as bar:
         waiting = set(names)
 
         def quantized(layer: str) -> QuantizedTensor:

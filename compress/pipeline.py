@@ -280,8 +280,8 @@ class Run:
         """Return the stored result of a measurement, or make it."""
         sections = self.config.evaluate, self.config.kv_cache
         made_with = [s.model_dump(mode="json") if s else None for s in sections]
-        made_with += [self.prompt.values.tolist()] if self.prompt else []
-        key = provenance.digest_of([made_with, self.plan.to_json()])[:12]
+        prompt = self.prompt.values.tolist() if self.prompt else None
+        key = provenance.digest_of([made_with, prompt, self.plan.to_json()])[:12]
         with self.timed("evaluate"):
             return self.workdir.stage(f"{name}-{key}", measure)
 

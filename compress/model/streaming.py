@@ -16,7 +16,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import CheckpointError
@@ -26,6 +25,7 @@ from compress.model.skeleton import build_skeleton
 from compress.model.sources import check_finite, checked
 from compress.model.spill import Room, give_back
 from compress.model.states import Activations, BlockCall, Mover, allocate, batches
+from compress.progress import progress_bar
 
 Rewrite = Callable[[Tensor], Tensor]
 """Returns what stands in for a tensor, of the same shape."""
@@ -353,7 +353,7 @@ class StreamedModel:
         """
         activations = self.embed(windows)
         indices = range(self.description.block_count)
-        for index in tqdm(indices, desc=name, unit="block", leave=False, disable=None):
+        for index in progress_bar(indices, desc=name, unit="block", leave=False):
             with self.block(index):
                 activations.hidden = self.run_block(index, activations)
         with self.head() as head:

@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compress.config.training_options import TrainingOptions
 from compress.core.errors import CompressError, ConfigError
 from compress.distributed.team import Team
+from compress.progress import progress_bar
 from compress.provenance import device_peak_bytes
 from compress.recovery.checkpoints import Checkpoint, CheckpointFiles, Progress
 from compress.recovery.learner import Learner
@@ -142,7 +142,7 @@ class Training:
         if not progress.evaluations:
             self._evaluate(steps=0)
         since = progress.step
-        bar = tqdm(
+        bar = progress_bar(
             desc=options.stage,
             unit="step",
             initial=progress.step,
