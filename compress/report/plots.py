@@ -29,6 +29,7 @@ from compress.report.wording import (
     percent,
     significant,
     size,
+    text_name,
 )
 
 Report = Mapping[str, Any]
@@ -213,7 +214,7 @@ def _limits(x: Axis, top: float, bottom: float) -> str:
 
 def _rung(name: str, values: Mapping[str, float], x: Axis, y: float) -> str:
     """Return one text: its name above, a line from least to most, a mark for each."""
-    body = label(x.start, y, name, class_="name halo")
+    body = label(x.start, y, text_name(name), class_="name halo")
     y += 13
     body += line(
         x.at(min(values.values())), y, x.at(max(values.values())), y, class_="rung"
@@ -255,7 +256,7 @@ def histogram_plots(report: Report) -> list[str]:
                 class_=f"s{index % 8} solid",
             )
         body += _quantile_lines(branch(texts, name), x, y)
-        title = f"KL over the tokens of {name}"
+        title = f"KL over the tokens of {text_name(name)}"
         svg = figure(body, width=_WIDTH, height=252, title=title)
         plots.append(captioned(svg, title))
     return plots

@@ -22,7 +22,7 @@ _PARTS = {
     "compressed": "weights and inputs",
     "with_cache": "with the cache",
 }
-_PROMPT = {"compressed": "no prompt", "with_prompt": "soft prompt"}
+_PROMPT = {"compressed": "none", "with_prompt": "soft prompt"}
 _FIGURES = ("perplexity", "ratio", "KL (nats)", "same top-1")
 
 
@@ -74,7 +74,7 @@ def prompt_table(report: Report) -> Table:
         f"{count(number_at(served, 'bytes'))} bytes, before every window; the same "
         "tokens of text are counted with it and without."
     )
-    title, headers = "With the soft prompt", ("text", "before it", *_FIGURES)
+    title, headers = "With the soft prompt", ("text", "prompt", *_FIGURES)
     return Table(title, headers, "llrrrr", tuple(rows), caption if rows else "")
 
 

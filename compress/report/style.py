@@ -118,7 +118,8 @@ td.wide { white-space: normal; min-width: 15rem; }
 .sortable { font-size: .85rem; }
 .sortable th, .sortable td { padding: .35rem .5rem; }
 .sortable thead th { white-space: normal; vertical-align: bottom; }
-.plain td { white-space: normal; overflow-wrap: anywhere; }
+.plain td, .plain tbody th { white-space: normal; overflow-wrap: anywhere; }
+.plain tbody th { min-width: 7.5rem; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
 th button:focus-visible { outline: 3px solid var(--focus); outline-offset: 2px; }
 th button::after { content: "\\a0\\2195"; color: var(--soft); font-weight: 400; }
