@@ -68,6 +68,7 @@ app = typer.Typer(
     name="compress",
     cls=_ReportingGroup,
     help="Make a language model smaller, and report what it cost.",
+    epilog="To begin: compress init, which writes a config and says what comes next.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -102,6 +103,9 @@ def _common(
     ] = False,
 ) -> None:
     set_up_logging(verbose=verbose)
+
+
+app.command()(init)
 
 
 @app.command()
@@ -334,7 +338,6 @@ def sweep(
 
 
 app.command()(push)
-app.command()(init)
 app.command("list")(list_plugins)
 
 

@@ -11,6 +11,7 @@ from pipeline_fixtures import Ground, digests, save_checkpoint, weights_of, writ
 import compress
 from compress.core.errors import CompressError, ConfigError
 from compress.model.loading import open_model
+from compress.recovery.distill import Training
 from compress.recovery.soft_prompt import read_prompt
 from compress.scoring import streamed
 from compress.served_folder import Served
@@ -22,10 +23,10 @@ OPTIONS = {
     "held_out": 8,
     "sequence_length": 32,
     "batch": 4,
-    "learning_rate": 1e-2,
+    "learning_rate": 5e-2,
     "evaluations": 4,
 }
-QUANTIZE = {"method": "rtn", "scheme": "int3-g32"}
+QUANTIZE = {"method": "rtn", "scheme": "int2-g32"}  # enough is lost to win some back
 
 
 def recover(**changes: Any) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def test_the_prompt_brings_the_quantized_model_nearer_and_changes_no_weight(
     plain: compress.Result, prompted: compress.Result
 ) -> None:
     record, metrics = prompted.report["recovery"], prompted.report["metrics"]
-    assert record["kl_after"] < record["kl_before"]
+    assert record["kl_after"] < min(record["kl_without"], record["kl_before"])
     assert metrics["with_prompt"]["kl"] < metrics["compressed"]["kl"]
     assert metrics["compressed"] == plain.report["metrics"]["compressed"]
     exports = [r.workdir / "export" / "safetensors" for r in (plain, prompted)]
@@ -69,6 +70,7 @@ def test_the_report_says_what_serving_it_costs(prompted: compress.Result) -> Non
     assert any(
         f"takes 4 of {room} tokens of context" in w for w in prompted.report["warnings"]
     )
+    assert not any("does not help" in w for w in prompted.report["warnings"])
     page = (prompted.workdir / "report.html").read_text()
     assert "Recovery by soft prompt" in page and "With the soft prompt" in page
 
@@ -135,16 +137,34 @@ def test_it_is_learned_for_a_pruned_model_and_said_to_be_lost_in_gguf(
     )
     assert found.report["pruning"]["folder"] == "pruned"
     assert found.report["recovery"]["served"]["cannot_carry"] == ["gguf"]
-    assert any("cannot carry the soft prompt" in w for w in found.report["warnings"])
+    for said in ("cannot carry the soft prompt", "does not help"):
+        assert any(said in w for w in found.report["warnings"])
     gguf = next((found.workdir / "export" / "gguf").glob("*.gguf"))
     with pytest.raises(ConfigError, match="without soft prompts"):
         compress.evaluate(gguf, prompt=found.workdir / "prompt")
 
 
-def test_a_run_goes_on_and_trains_again_only_if_it_must(ground: Ground) -> None:
-    config = ground.config("resumed", quantize=QUANTIZE, recover=recover())
-    workdir = compress.run(config).workdir
-    codes, prompt = digests(workdir / "blocks"), digests(workdir / "prompt")
+def test_a_run_goes_on_and_trains_again_only_if_it_must(
+    ground: Ground, prompted: compress.Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = recover(checkpoint_minutes=0)
+    config = ground.config("resumed", quantize=QUANTIZE, recover=whole)
+    workdir, step, taken = ground.folder / "resumed", Training._step, []
+
+    def stopped(self: Training, rate: float) -> None:
+        taken.append(rate)
+        if len(taken) == 20:
+            raise KeyboardInterrupt
+        step(self, rate)
+
+    monkeypatch.setattr(Training, "_step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compress.run(config)
+    codes = digests(workdir / "blocks")
+    compress.run(config, resume=True)
+    assert 30 < len(taken) < 20 + 30  # from the last checkpoint, not from the start
+    prompt = digests(workdir / "prompt")
+    assert prompt == digests(prompted.workdir / "prompt")
     compress.run(config, resume=True)
     assert digests(workdir / "prompt") == prompt
     config["recover"] = recover(steps=8)
