@@ -207,7 +207,7 @@ def describe(model: nn.Module, tokenizer: Any) -> ModelDescription:
         assets = Path(tempfile.mkdtemp(prefix="compress-tokenizer-"))
         tokenizer.save_pretrained(assets)
     return ModelDescription(
-        label=str(data.get("_name_or_path") or data["model_type"]),
+        label=_label(str(data.get("_name_or_path") or data["model_type"])),
         config={**data, "dtype": dtype},
         family=family,
         tensors=in_model_order(source.tensors(), family),
@@ -215,6 +215,11 @@ def describe(model: nn.Module, tokenizer: Any) -> ModelDescription:
         tied=bool(data.get("tie_word_embeddings", False)),
         assets=assets,
     )
+
+
+def _label(name: str) -> str:
+    """Return what a model is called: of a folder its name, of a repository the id."""
+    return Path(name).name if Path(name).is_dir() else name
 
 
 def own_tokenizer(model: nn.Module) -> Any:

@@ -20,6 +20,11 @@ def in_notebook() -> bool:
     return current is not None and "IPKernelApp" in getattr(current, "config", {})
 
 
+def _drawn(kind: Any) -> list[Any]:
+    """Return the bars of a kind that are not closed yet."""
+    return list(getattr(kind, "_instances", ()))
+
+
 def progress_bar(*what: Any, **options: Any) -> Any:
     """Return a ``tqdm`` bar that is drawn where somebody can see it.
 
@@ -35,4 +40,6 @@ def progress_bar(*what: Any, **options: Any) -> Any:
             from tqdm.notebook import tqdm
         else:
             options["file"] = sys.stdout  # stderr is shown as if it were an error
+            # Lines of text cannot be drawn one above the other there.
+            options["disable"] = any(not bar.disable for bar in _drawn(tqdm))
     return tqdm(*what, **options)

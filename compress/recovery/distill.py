@@ -155,6 +155,8 @@ class Training:
                 used = self._used(progress.step + 0.5)
                 self._step(rate(self.learner.ready(used), options.warmup))
                 progress.step += 1
+                if options.steps is None:  # as many as fit the time that is left
+                    bar.total = round(progress.step / max(used, 1e-6))
                 bar.update()
                 share = len(progress.evaluations) / options.evaluations
                 if self._used(progress.step) >= min(1.0, share):

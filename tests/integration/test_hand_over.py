@@ -171,6 +171,11 @@ def test_bars_are_drawn_in_a_notebook_and_nowhere_else(
     for _ in progress_bar(range(3), desc="blocks", mininterval=0):
         pass
     assert "blocks: 100%" in capsys.readouterr().out
+    for _ in progress_bar(range(2), desc="blocks", mininterval=0):
+        for _ in progress_bar(range(2), desc="layers", mininterval=0):
+            pass
+    drawn = capsys.readouterr()
+    assert "blocks: 100%" in drawn.out and "layers" not in drawn.out
     for _ in progress_bar(range(3), desc="blocks", disable=True):
         pass
     assert capsys.readouterr().out == ""
@@ -194,6 +199,8 @@ def test_three_lines_quantize_a_model_for_a_pipeline(ground: Ground) -> None:
     assert written[0]["generated_text"].startswith("The cat")
     coded.save(ground.folder / "coded")
     assert (ground.folder / "coded" / "tokenizer.json").is_file()
+    for path in (ground.folder / "coded").iterdir():
+        assert b"secret-home" not in path.read_bytes(), path.name
     for wrong in ("one text", [1, 2], [], torch.ones(3, 2)):
         with pytest.raises(CalibrationError, match="calibration: "):
             compress.quantize(model, "int4-g32", calibration=wrong)  # type: ignore[arg-type]
