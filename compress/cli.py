@@ -234,10 +234,9 @@ def evaluate(
         protocol=protocol,
         prompt=prompt,
     )
-    if as_json:
-        _print(metrics)
-    else:
-        _table(["metric", "value"], _flat_rows(metrics))
+    from compress.report.evaluation import evaluation_text
+
+    _print(metrics if as_json else evaluation_text(metrics))
 
 
 app.command()(compare)
@@ -359,34 +358,6 @@ def _print_result(result: Result, *, as_json: bool) -> None:
 
 def _print(content: object) -> None:
     typer.echo(content if isinstance(content, str) else json.dumps(content, indent=2))
-
-
-def _flat_rows(values: Any, prefix: str = "") -> list[list[str]]:
-    """Turn nested results into rows of dotted name and value."""
-    rows: list[list[str]] = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            rows += _flat_rows(value, f"{prefix}{key}.")
-        elif not isinstance(value, list):
-            shown = f"{value:.5g}" if isinstance(value, float) else str(value)
-            rows.append([f"{prefix}{key}", shown])
-    return rows
-
-
-def _table(header: list[str], rows: list[list[str]]) -> None:
-    """Print a table; cut to the width on a terminal only, so that pipes see it all."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(
-        soft_wrap=False, width=None if sys.stdout.isatty() else 200, highlight=False
-    )
-    console.print(table, markup=False)
 
 
 def main() -> None:

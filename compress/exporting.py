@@ -44,10 +44,12 @@ def check_exports(exporters: Mapping[str, Exporter], plan: Plan, model: Any) -> 
     """
     lines = []
     for name, exporter in exporters.items():
-        problems = exporter.check(plan, model)
-        lines += [f"export.{name}: {p.where}: {p.message}" for p in problems[:5]]
-        if len(problems) > 5:
-            lines.append(f"export.{name}: and {len(problems) - 5} more layers")
+        same: dict[str, list[str]] = {}
+        for problem in exporter.check(plan, model):
+            same.setdefault(problem.message, []).append(problem.where)
+        for message, places in same.items():
+            more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
+            lines.append(f"export.{name}: {places[0]}{more}: {message}")
     if lines:
         raise PlanError("\n".join(lines))
 

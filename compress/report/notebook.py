@@ -19,6 +19,7 @@ from compress.report.wording import (
     percent,
     plain_data,
     size,
+    text_name,
     times,
     worst_text,
 )
@@ -70,7 +71,8 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
     if text is None:
         return
     before = branch(report, "metrics", "base", "texts", text)
-    parts = {"compressed": text, "with_prompt": f"{text}, with the soft prompt"}
+    short = text_name(text)
+    parts = {"compressed": short, "with_prompt": f"{short}, with the soft prompt"}
     for part, where in parts.items():
         figures = branch(report, "metrics", part, "texts", text)
         if not figures:
