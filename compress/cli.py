@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from compress.bench.commands import app as bench_app
 from compress.cli_compare import compare
-from compress.cli_push import push
+from compress.cli_push import figures, push
 from compress.cli_setup import init, list_plugins
 from compress.core.errors import CompressError
 from compress.log import is_first, set_up_logging
@@ -336,6 +336,7 @@ def sweep(
         raise typer.Exit(1)
 
 
+app.command()(figures)
 app.command()(push)
 app.command("list")(list_plugins)
 

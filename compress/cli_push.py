@@ -1,4 +1,4 @@
-"""The command ``compress push``."""
+"""Commands on a finished run: ``compress figures`` and ``compress push``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+def figures(
+    workdir: Annotated[
+        Path, typer.Argument(help="Work directory of a run.", show_default=False)
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option(help="Folder for them; WORKDIR/figures unless given."),
+    ] = None,
+) -> None:
+    """Write the figures of a report as PNG files, for a README."""
+    from compress.result import open_result
+
+    for path in open_result(workdir).save_figures(to or workdir / "figures"):
+        typer.echo(path)
 
 
 def push(

@@ -13,6 +13,7 @@ from compress.core.foreign import MALFORMED, parse_json
 from compress.report import summary_table
 from compress.report.notebook import notebook_view
 from compress.report.wording import methods_used
+from compress.writing import write_atomically
 
 if TYPE_CHECKING:
     from compress.publishing import Publication
@@ -52,6 +53,22 @@ class Result:
         from compress.publishing import push_to_hub
 
         return push_to_hub(self, repo, **options)
+
+    def save_figures(self, folder: str | Path) -> list[Path]:
+        """Write the figures of the report as PNG files, and return their paths.
+
+        Args:
+            folder: Made if it is not there; files of the same names are replaced.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+        """
+        from compress.report.report_png import report_figures
+
+        found = report_figures(self.report)
+        for name, data in found.items():
+            write_atomically(Path(folder) / name, data)
+        return [Path(folder) / name for name in found]
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: the cards, and the whole page below them."""

@@ -126,7 +126,7 @@ def layer_plot(report: Report, key: str, *, title: str, note: str) -> str:
     Returns:
         HTML, or ``''`` when no layer of a block has an error above zero.
     """
-    series = _by_role(report, key)
+    series = by_role(report, key)
     values = [v for points in series.values() for v in points.values()]
     if not any(value > 0 for value in values):
         return ""
@@ -148,7 +148,7 @@ def layer_plot(report: Report, key: str, *, title: str, note: str) -> str:
     return captioned(svg, title, note=note, key=legend(list(series)))
 
 
-def _by_role(report: Report, key: str) -> dict[str, dict[int, float]]:
+def by_role(report: Report, key: str) -> dict[str, dict[int, float]]:
     """Return ``role -> block -> value`` in the order in which a block computes."""
     found: dict[str, dict[int, list[float]]] = {}
     for layer in report.get("layers") or []:
