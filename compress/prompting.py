@@ -24,7 +24,7 @@ from compress.model.loading import ModelHandle
 from compress.recovery.recover import recover
 from compress.recovery.soft_prompt import WEIGHTS, prompt_tokens, read_prompt
 from compress.recovery.text import load_recovery_text
-from compress.workdir import WorkDir
+from compress.workdir import REPORTS, WorkDir
 
 if TYPE_CHECKING:
     from compress.pipeline import Run
@@ -143,7 +143,7 @@ def _told(run: Run, options: SoftPromptOptions) -> list[Any]:
 
 def _forget_changed(run: Run, work: WorkDir, made_from: Mapping[str, str]) -> None:
     if work.changed(made_from):
-        run.workdir.forget_prompt()
+        run.workdir.drop((FOLDER, STATE, *REPORTS))
 
 
 def _served(run: Run, options: SoftPromptOptions) -> dict[str, Any]:
