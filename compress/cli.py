@@ -297,7 +297,11 @@ def export(
     ],
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Option of the exporter."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Option of the exporter, such as dense=true.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,7 @@ class PlanPreview:
             lines.append(f"{count:>6}  {path:<26} {shape:<14} {method:<8} {scheme}")
         if not kinds:
             lines.append("     0  (nothing is quantized)")
+        lines += _stand_ins(self.plan)
         bits = linear_bits_per_weight(self.plan)
         if bits is not None:
             lines += ["", f"bits per weight of coded layers: {bits:.4f}"]
@@ -115,6 +117,19 @@ class PlanPreview:
                 )
             )
         return "\n".join(lines)
+
+
+def _stand_ins(plan: Plan) -> list[str]:
+    """Return a line for each scheme that takes the place of one that does not fit."""
+    pairs = Counter(
+        (layer.scheme.name, layer.asked)
+        for layer in plan.layers.values()
+        if layer.asked
+    )
+    return [
+        f"{count:>6}  layers get {scheme}: {asked} cannot hold rows of their length"
+        for (scheme, asked), count in pairs.items()
+    ]
 
 
 def _tail(layer: str) -> list[str]:
