@@ -40,9 +40,13 @@ def budget_table(report: Report) -> Table:
     ]
     seconds = branch(record, "seconds")
     rows += [(f"time: {name}", duration(number_at(seconds, name))) for name in seconds]
+    reference = "original"
+    if branch(report, "pruning"):
+        reference = "pruned model (what pruning took is not in it)"
     caption = (
-        "Measured is the KL to the original of the model that was put together from "
-        "the level database, on text that calibration has not seen but the search has."
+        f"Measured is the KL to the {reference} of the model that was put together "
+        "from the level database, on text that calibration has not seen but the search "
+        "has."
     )
     return Table("Budget", ("quantity", "value"), "ll", tuple(rows), caption)
 

@@ -83,7 +83,7 @@ def render_page(report: Report) -> str:
     body = element(
         "div",
         _header(report, label, {key: title for key, (title, _) in present.items()}),
-        element("main", _warnings(report), _cards(report), _sections(present)),
+        element("main", _cards(report), _warnings(report), _sections(present)),
         element(
             "footer",
             "Written by compress. The same numbers, for programs: ",

@@ -144,6 +144,10 @@ code { overflow-wrap: anywhere; }
 pre { background: var(--panel); border: 1px solid var(--rule); border-radius: 8px;
   padding: .8rem 1rem; overflow-x: auto; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .875rem; }
+@media (min-width: 641px) { /* no card alone in a second row */
+  .cards:has(> :nth-child(8)) { grid-template-columns: repeat(4, minmax(0, 1fr)); }
+  .cards:has(> :nth-child(9)) { grid-template-columns: repeat(5, minmax(0, 1fr)); }
+}
 @media (max-width: 640px) {
   .wrap { padding: 1rem .9rem 2rem; }
   h1 { font-size: 1.35rem; }
