@@ -40,19 +40,46 @@ class Result:
         """Return the table that ends a run."""
         return summary_table(self.report)
 
-    def push_to_hub(self, repo: str, **options: Any) -> Publication:
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        format: str | None = None,
+        private: bool = True,
+        dry_run: bool = False,
+        force: bool = False,
+        token: str | None = None,
+        message: str = "Upload a compressed model",
+    ) -> Publication:
         """Upload an export and a card with the report to the Hugging Face hub.
 
         Neither calibration text nor a path of this machine goes up.
 
         Args:
             repo: ``owner/name``.
-            options: ``format``, ``private``, ``dry_run``, ``force``, ``token`` and
-                ``message``: as :func:`compress.publishing.push_to_hub` takes them.
+            format: Which export; may be left out where there is one.
+            private: Whether a repository that is created is its owner's alone.
+            dry_run: Only return what would go.
+            force: Upload although an export failed its check.
+            token: Of the hub; the one of ``hf auth login`` if left out.
+            message: Of the commit.
+
+        Raises:
+            ConfigError: The name is none, or there is no such export.
+            ExportError: An export failed its check, or the hub refuses it.
         """
         from compress.publishing import push_to_hub
 
-        return push_to_hub(self, repo, **options)
+        return push_to_hub(
+            self,
+            repo,
+            format=format,
+            private=private,
+            dry_run=dry_run,
+            force=force,
+            token=token,
+            message=message,
+        )
 
     def save_figures(self, folder: str | Path) -> list[Path]:
         """Write the figures of the report as PNG files, and return their paths.
