@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from compress.api import quantize
     from compress.api_prune import prune
     from compress.comparing import compare
+    from compress.config import Config
     from compress.core.errors import CompressError
     from compress.kvstudy import kv_study
     from compress.pipeline import evaluate, plan, run
+    from compress.result import Result, open_result
     from compress.runtime.accelerate import accelerate
     from compress.runtime.load import load
     from compress.sweeping import sweep
@@ -26,12 +28,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CompressError",
+    "Config",
+    "Result",
     "__version__",
     "accelerate",
     "compare",
     "evaluate",
     "kv_study",
     "load",
+    "open_result",
     "plan",
     "prune",
     "quantize",
@@ -41,11 +46,14 @@ __all__ = [
 
 _HOME = {
     "CompressError": "compress.core.errors",
+    "Config": "compress.config",
+    "Result": "compress.result",
     "accelerate": "compress.runtime.accelerate",
     "compare": "compress.comparing",
     "evaluate": "compress.pipeline",
     "kv_study": "compress.kvstudy",
     "load": "compress.runtime.load",
+    "open_result": "compress.result",
     "plan": "compress.pipeline",
     "prune": "compress.api_prune",
     "quantize": "compress.api",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.calibration.given import given_windows
 from compress.calibration.observe import observe
 from compress.config import load_config
 from compress.config.plugins import create_chain, create_exporter, create_quantizer
 from compress.core.artifact import CompressedModel, ModelDescription
 from compress.core.contracts import ExportResult
-from compress.core.errors import CalibrationError, ConfigError
+from compress.core.errors import ConfigError
 from compress.core.families import Family, family_of
 from compress.core.plan import Plan
 from compress.core.shapes import memory_config
@@ -34,7 +35,7 @@ from compress.transforms.source import TransformedSource
 from compress.workdir import WorkDir
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuantizedModel:
     """A model with quantized weights, and their codes.
 
@@ -47,6 +48,15 @@ class QuantizedModel:
     model: nn.Module
     artifact: CompressedModel
     records: Mapping[str, Mapping[str, Any]]
+
+    def __repr__(self) -> str:
+        """Return one line: the records of all layers would fill a screen."""
+        layers = self.artifact.plan.layers.values()
+        schemes = ", ".join(sorted({layer.scheme.name for layer in layers}))
+        return (
+            f"QuantizedModel({self.artifact.description.label}: "
+            f"{len(self.artifact.plan.layers)} layers in {schemes})"
+        )
 
     def save(
         self, folder: str | Path, format: str = "safetensors", **options: Any
@@ -75,10 +85,10 @@ class QuantizedModel:
 
 def quantize(
     model: nn.Module,
-    scheme: str,
+    scheme: str = "int4-g64",
     *,
     method: str = "gptq",
-    calibration: Tensor | None = None,
+    calibration: Tensor | Iterable[str] | None = None,
     tokenizer: Any = None,
     options: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Mapping[str, str]] | None = None,
@@ -92,9 +102,10 @@ def quantize(
         model: A causal language model of a supported family, on the CPU.
         scheme: Such as ``int4-g64``.
         method: Name of a quantizer.
-        calibration: int64 ``[N, T]`` tokens; if absent, the bundled ``mix`` through
-            ``tokenizer``.
-        tokenizer: Saved beside exports, and used to tokenize ``mix``.
+        calibration: int64 ``[N, T]`` tokens; or texts, such as a column of a
+            ``datasets.Dataset``; if absent, the bundled ``mix``.
+        tokenizer: Saved beside exports, and used to tokenize texts; if absent, the one
+            in the folder or repository that the model was loaded from.
         options: Of the method.
         overrides: As in a config.
         transforms: As in a config; a method may bring more along. What they change
@@ -120,6 +131,7 @@ def quantize(
     )
     section = config.quantize
     assert section is not None
+    tokenizer = tokenizer or own_tokenizer(model)
     described = describe(model, tokenizer)
     stored = unstacked(ModuleSource(model), described.family)
     original = SnapshotSource(stored)
@@ -150,7 +162,7 @@ def quantize(
     windows = None
     static = static_inputs(plan)
     if runner.needs_calibration or chain.needs_inputs or static:
-        windows = calibration if calibration is not None else mix_tokens(tokenizer)
+        windows = given_windows(calibration, tokenizer)
     source = chain.run(
         description, original, plan, windows=windows, workdir=workdir, device=device
     ).source
@@ -195,7 +207,7 @@ def describe(model: nn.Module, tokenizer: Any) -> ModelDescription:
         assets = Path(tempfile.mkdtemp(prefix="compress-tokenizer-"))
         tokenizer.save_pretrained(assets)
     return ModelDescription(
-        label=str(data.get("_name_or_path") or data["model_type"]),
+        label=_label(str(data.get("_name_or_path") or data["model_type"])),
         config={**data, "dtype": dtype},
         family=family,
         tensors=in_model_order(source.tensors(), family),
@@ -205,22 +217,27 @@ def describe(model: nn.Module, tokenizer: Any) -> ModelDescription:
     )
 
 
-def mix_tokens(tokenizer: Any) -> Tensor:
-    """Return calibration tokens of the bundled mix, int64 ``[128, 512]``.
+def _label(name: str) -> str:
+    """Return what a model is called: of a folder its name, of a repository the id."""
+    return Path(name).name if Path(name).is_dir() else name
 
-    Raises:
-        CalibrationError: There is no tokenizer.
+
+def own_tokenizer(model: nn.Module) -> Any:
+    """Return the tokenizer of where a model was loaded from; ``None`` without one.
+
+    Args:
+        model: Of transformers; ``from_pretrained`` notes its folder or repository.
     """
-    from compress.calibration.data import load_tokens
+    from transformers import AutoTokenizer
 
-    if tokenizer is None:
-        raise CalibrationError(
-            "this method needs calibration tokens: pass calibration=[N, T] token ids, "
-            "or tokenizer= to use the bundled mix"
-        )
-    return load_tokens(
-        "mix", tokenizer, samples=128, sequence_length=512, seed=0
-    ).tokens
+    path = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    # transformers makes up an empty tokenizer for a folder that has none.
+    if not path or (Path(path).is_dir() and not any(Path(path).glob("tokenizer*"))):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError):
+        return None  # a folder of weights alone, or no network
 
 
 def _records(

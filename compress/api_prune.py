@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress import provenance
-from compress.api import describe, mix_tokens
+from compress.api import describe, own_tokenizer
+from compress.calibration.given import given_windows
 from compress.config import load_config
 from compress.core.errors import ConfigError
 from compress.model.devices import choose_device
@@ -52,7 +53,7 @@ def prune(
     *,
     method: str = "taylor",
     sparsity: float | None = None,
-    calibration: Tensor | None = None,
+    calibration: Tensor | Iterable[str] | None = None,
     tokenizer: Any = None,
     device: str = "auto",
     seed: int = 0,
@@ -67,9 +68,10 @@ def prune(
         folder: For the pruned checkpoint; must be empty or absent.
         method: Name of a pruner.
         sparsity: Share of the MLP neurons to remove; or give another unit.
-        calibration: int64 ``[N, T]`` tokens; if absent and needed, the bundled ``mix``
-            through the tokenizer.
-        tokenizer: Of a model in memory: saved beside the weights, and for ``mix``.
+        calibration: int64 ``[N, T]`` tokens; or texts, such as a column of a
+            ``datasets.Dataset``; if absent and needed, the bundled ``mix``.
+        tokenizer: Of a model in memory: saved beside the weights, and for texts; if
+            absent, the one where the model was loaded from.
         device: Where blocks run.
         seed: Of random choices.
         section: Other keys of the section ``prune``, such as ``parameters=0.2``.
@@ -81,6 +83,8 @@ def prune(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} is not empty; give a new folder")
     in_memory = isinstance(model, nn.Module)
+    if isinstance(model, nn.Module):
+        tokenizer = tokenizer or own_tokenizer(model)
     if sparsity is not None:
         section["sparsity"] = sparsity
     config = load_config(
@@ -97,9 +101,10 @@ def prune(
         pruning = pruning_of(config, handle, root=root, device=choose_device(device))
         assert pruning is not None
         _check(pruning, handle)
-        windows = calibration if pruning.needs_windows else None
-        if pruning.needs_windows and windows is None:
-            windows = mix_tokens(tokenizer if in_memory else handle.tokenizer())
+        windows = None
+        if pruning.needs_windows:
+            known = tokenizer if in_memory else handle.tokenizer()
+            windows = given_windows(calibration, known)
         for caution in cautions(pruning, 0 if windows is None else windows.numel()):
             _log.warning(caution)
         record = pruning.run(windows, {"compress": provenance.versions()["compress"]})

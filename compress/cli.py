@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 from compress.bench.commands import app as bench_app
 from compress.cli_compare import compare
 from compress.cli_kv import kv
+from compress.cli_push import figures, push
 from compress.cli_setup import init, list_plugins
 from compress.core.errors import CompressError
 from compress.log import is_first, set_up_logging
@@ -68,6 +69,7 @@ app = typer.Typer(
     name="compress",
     cls=_ReportingGroup,
     help="Make a language model smaller, and report what it cost.",
+    epilog="To begin: compress init, which writes a config and says what comes next.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -102,6 +104,9 @@ def _common(
     ] = False,
 ) -> None:
     set_up_logging(verbose=verbose)
+
+
+app.command()(init)
 
 
 @app.command()
@@ -212,6 +217,10 @@ def evaluate(
     protocol: Annotated[
         str, typer.Option(help="windows, hf2048 or llamacpp512.")
     ] = "windows",
+    prompt: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a soft prompt, put before every window."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity, and KL divergence from a base, of any checkpoint."""
@@ -224,11 +233,11 @@ def evaluate(
         windows=windows,
         sequence_length=sequence_length,
         protocol=protocol,
+        prompt=prompt,
     )
-    if as_json:
-        _print(metrics)
-    else:
-        _table(["metric", "value"], _flat_rows(metrics))
+    from compress.report.evaluation import evaluation_text
+
+    _print(metrics if as_json else evaluation_text(metrics))
 
 
 app.command()(compare)
@@ -290,7 +299,11 @@ def export(
     ],
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Option of the exporter."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Option of the exporter, such as dense=true.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -337,7 +350,8 @@ def sweep(
         raise typer.Exit(1)
 
 
-app.command()(init)
+app.command()(figures)
+app.command()(push)
 app.command("list")(list_plugins)
 
 
@@ -359,34 +373,6 @@ def _print_result(result: Result, *, as_json: bool) -> None:
 
 def _print(content: object) -> None:
     typer.echo(content if isinstance(content, str) else json.dumps(content, indent=2))
-
-
-def _flat_rows(values: Any, prefix: str = "") -> list[list[str]]:
-    """Turn nested results into rows of dotted name and value."""
-    rows: list[list[str]] = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            rows += _flat_rows(value, f"{prefix}{key}.")
-        elif not isinstance(value, list):
-            shown = f"{value:.5g}" if isinstance(value, float) else str(value)
-            rows.append([f"{prefix}{key}", shown])
-    return rows
-
-
-def _table(header: list[str], rows: list[list[str]]) -> None:
-    """Print a table; cut to the width on a terminal only, so that pipes see it all."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(
-        soft_wrap=False, width=None if sys.stdout.isatty() else 200, highlight=False
-    )
-    console.print(table, markup=False)
 
 
 def main() -> None:

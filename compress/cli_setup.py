@@ -123,7 +123,9 @@ def init(
     name = shlex.quote(str(file))
     typer.echo(f"{file} is written; next:\n")
     typer.echo(f"  compress run {name} --dry-run   # sizes, memory and time")
-    typer.echo(f"  compress run {name}")
+    quick = "--set quantize.method=rtn --set evaluate.windows=1"
+    typer.echo(f"  compress run {name} {quick}   # a quick first look")
+    typer.echo(f"  compress run {name} --overwrite   # the real one")
 
 
 def _can_ask() -> bool:

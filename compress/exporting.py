@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compress import provenance
 from compress.calibration.squares import measure_squares
@@ -25,6 +24,7 @@ from compress.evaluation.divergence import compare, mean_and_error
 from compress.evaluation.perplexity import TokenWindows, cut_windows
 from compress.evaluation.texts import evaluation_text
 from compress.model.streaming import StreamedModel
+from compress.progress import progress_bar
 from compress.workdir import WorkDir
 
 if TYPE_CHECKING:
@@ -44,10 +44,12 @@ def check_exports(exporters: Mapping[str, Exporter], plan: Plan, model: Any) -> 
     """
     lines = []
     for name, exporter in exporters.items():
-        problems = exporter.check(plan, model)
-        lines += [f"export.{name}: {p.where}: {p.message}" for p in problems[:5]]
-        if len(problems) > 5:
-            lines.append(f"export.{name}: and {len(problems) - 5} more layers")
+        same: dict[str, list[str]] = {}
+        for problem in exporter.check(plan, model):
+            same.setdefault(problem.message, []).append(problem.where)
+        for message, places in same.items():
+            more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
+            lines.append(f"export.{name}: {places[0]}{more}: {message}")
     if lines:
         raise PlanError("\n".join(lines))
 
@@ -115,9 +117,7 @@ def write_export(
     """Write one export into ``WORKDIR/export/NAME``; return its report entry."""
     target = workdir.root / "export" / name
     names = artifact.plan.layers
-    with tqdm(
-        desc=name, total=len(names), unit="layer", leave=False, disable=None
-    ) as bar:
+    with progress_bar(desc=name, total=len(names), unit="layer", leave=False) as bar:
         waiting = set(names)
 
         def quantized(layer: str) -> QuantizedTensor:

@@ -19,7 +19,6 @@ from types import TracebackType
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compress.calibration import experts
 from compress.core.contracts import Quantizer
@@ -31,6 +30,7 @@ from compress.core.tensors import QuantizedTensor, join_rows
 from compress.distributed.codes import packed, unpacked
 from compress.distributed.dealing import coders
 from compress.distributed.team import Team
+from compress.progress import progress_bar
 from compress.workdir import LayerRecord, WorkDir
 
 _SUMS = "sums/"  # travel beside the codes of a stack
@@ -157,7 +157,7 @@ class Part:
         self.tensors: dict[str, QuantizedTensor] = {}
         self.records: dict[str, LayerRecord] = {}
         total = sum(map(len, layers))
-        self._bar = tqdm(total=total, leave=False, unit="layer", disable=None)
+        self._bar = progress_bar(total=total, leave=False, unit="layer")
 
     def coders(self, stacks: Sequence[Sequence[LayerPlan]]) -> list[tuple[int, ...]]:
         """Return the processes that should code each of some stacks."""

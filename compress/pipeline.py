@@ -6,7 +6,6 @@ in the work directory, so that an interrupted run goes on where it stopped.
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -21,6 +20,7 @@ from compress import (
     guarding,
     preparing,
     preview,
+    prompting,
     provenance,
     reshaping,
     serving,
@@ -65,8 +65,6 @@ __all__ = [
     "plan",
     "run",
 ]
-
-_log = logging.getLogger(__name__)
 
 
 class Run:
@@ -136,6 +134,8 @@ class Run:
         exporting.check_exports(self.exporters, self.plan, self.model)
         tuning.check(config, self.plan, self.model)
         self.tuned: tuning.TunedLayers | None = None
+        self.prompt: prompting.LearnedPrompt | None = None
+        prompting.check(self)
         serving.check(self)
         self.runner = PlanRunner(
             self.model,
@@ -188,7 +188,8 @@ class Run:
             self.team.check_windows(len(tokens.tokens))
         fingerprint = self.team.alone(lambda: provenance.fingerprint(self, tokens))
         self.workdir.begin(fingerprint, overwrite=overwrite, redo=self.redo)
-        self.workdir.write_json("results/predicted.json", self._predicted())
+        predicted = preview.predict(self).to_dict()["predicted"]
+        self.workdir.write_json("results/predicted.json", predicted)
         self.workdir.write_text("plan.json", self.plan.to_json())
         windows = tokens.tokens if tokens else None
         self._transform(windows)
@@ -205,6 +206,7 @@ class Run:
         self.plan, self.artifact = self.serving.settle()
         exporting.check_exports(self.exporters, self.plan, self.model)
         self.workdir.write_text("plan.json", self.plan.to_json())
+        self.prompt = prompting.carry_out(self, fingerprint)
         metrics = self._measured("evaluation", self.serving.evaluate)
         self.cache = self._measured("kv-cache", self.serving.measure_cache)
         self.samples = self._measured("samples", self.serving.write_samples)
@@ -278,12 +280,10 @@ class Run:
         """Return the stored result of a measurement, or make it."""
         sections = self.config.evaluate, self.config.kv_cache
         made_with = [s.model_dump(mode="json") if s else None for s in sections]
-        key = provenance.digest_of([made_with, self.plan.to_json()])[:12]
+        prompt = self.prompt.values.tolist() if self.prompt else None
+        key = provenance.digest_of([made_with, prompt, self.plan.to_json()])[:12]
         with self.timed("evaluate"):
             return self.workdir.stage(f"{name}-{key}", measure)
-
-    def _predicted(self) -> dict[str, Any]:
-        return preview.predict(self).to_dict()["predicted"]  # type: ignore[no-any-return]
 
     def _calibration_tokens(self) -> CalibrationTokens | None:
         if not (
@@ -352,14 +352,13 @@ def run(
         return current.execute(overwrite=overwrite, write_exports=write_exports)
 
 
-def with_pruned(provisional: Run, *, overwrite: bool) -> Run:
+def with_pruned(first: Run, *, overwrite: bool) -> Run:
     """Prune, and return the run that goes on with the pruned model."""
-    check_tensors(provisional.handle)
-    members = provisional.team
+    check_tensors(first.handle)
+    members = first.team
     if overwrite:
-        members.alone(provisional.workdir.clear)
-    made = reshaping.carry_out(provisional)
-    first = provisional
+        members.alone(first.workdir.clear)
+    made = reshaping.carry_out(first)
     final = members.ahead(
         lambda: Run(
             first.config,
@@ -370,7 +369,7 @@ def with_pruned(provisional: Run, *, overwrite: bool) -> Run:
             force=first.force,
         )
     )
-    final.seconds = provisional.seconds | final.seconds
+    final.seconds = first.seconds | final.seconds
     return final
 
 

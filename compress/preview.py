@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,7 @@ class PlanPreview:
             lines.append(f"{count:>6}  {path:<26} {shape:<14} {method:<8} {scheme}")
         if not kinds:
             lines.append("     0  (nothing is quantized)")
+        lines += _stand_ins(self.plan)
         bits = linear_bits_per_weight(self.plan)
         if bits is not None:
             lines += ["", f"bits per weight of coded layers: {bits:.4f}"]
@@ -115,6 +117,19 @@ class PlanPreview:
                 )
             )
         return "\n".join(lines)
+
+
+def _stand_ins(plan: Plan) -> list[str]:
+    """Return a line for each scheme that takes the place of one that does not fit."""
+    pairs = Counter(
+        (layer.scheme.name, layer.asked)
+        for layer in plan.layers.values()
+        if layer.asked
+    )
+    return [
+        f"{count:>6}  layers get {scheme}: {asked} cannot hold rows of their length"
+        for (scheme, asked), count in pairs.items()
+    ]
 
 
 def _tail(layer: str) -> list[str]:
@@ -225,27 +240,26 @@ def _evaluation(section: EvaluateSection) -> tuple[int, int]:
 
 
 def _reshaping(run: Run) -> dict[str, StageEstimate]:
-    """Return the predictions of what makes another model before the rest."""
+    """Return the predictions of pruning and of recovery."""
     pruning, section = run.pruning, run.config.recover
-    if pruning is None:
-        return {}
     calibration = run.config.calibration
     windows = (calibration.samples, calibration.sequence_length)
-    found = {
-        "prune": estimate_pruning(
+    found = {}
+    if pruning is not None:
+        found["prune"] = estimate_pruning(
             run.base,
             PruneWork.of(pruning, windows),
             dtype=pruning.dtype,
             device=run.device,
         )
-    }
     if section is not None:
+        ranked = importance_tokens(pruning, windows) if pruning is not None else 0
         options = recover_options(section)
         found["recover"] = estimate_recovery(
             run.subject.description,
             run.base,
             options,
-            importances=importance_tokens(pruning, windows),
+            importances=ranked if section.trains_weights else 0,
             dtype=choose_dtype(options.dtype, run.base.dtype, run.device),
             device=run.device,
         )

@@ -143,7 +143,10 @@ def subject_digest(run: Run) -> str:
 
 def reshaping_fingerprint(config: Config) -> dict[str, str]:
     """Return digests of what is told to pruning and recovery, known at the start."""
-    sections = {"prune": config.prune, "recover": config.recover}
+    recover = config.recover
+    if recover is not None and not recover.trains_weights:
+        recover = None  # a prompt comes after the codes
+    sections = {"prune": config.prune, "recover": recover}
     return {
         name: digest_of(section.model_dump(mode="json") if section else None)
         for name, section in sections.items()

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from compress import preview, provenance, reshaping
+from compress import preview, prompting, provenance, reshaping
 from compress.calibration.data import CalibrationTokens
 from compress.calibration.experts import FEW_TOKENS
 from compress.core.artifact import ModelDescription
@@ -73,7 +73,7 @@ def build_report(
         "size_breakdown": {k: dict(v) for k, v in shown.parts.items()},
         "metrics": with_tasks(metrics, run.tasks),
         "pruning": reshaping.about(run.pruned, run),
-        "recovery": run.pruned["recovery"] if run.pruned else None,
+        "recovery": _recovery(run),
         "tuning": dict(run.tuned.record) if run.tuned else None,
         "transforms": run.transformed.reports,
         "inputs": run.serving.upgrades,
@@ -94,6 +94,13 @@ def build_report(
             run, layers, exports, tokens=tokens.tokens.numel() if tokens else 0
         ),
     }
+
+
+def _recovery(run: Run) -> dict[str, Any] | None:
+    """Return how training went, of weights or of a prompt; ``None`` without any."""
+    if run.prompt is not None:
+        return dict(run.prompt.record)
+    return run.pruned["recovery"] if run.pruned else None
 
 
 def _kept_dense(run: Run) -> list[str]:
@@ -219,7 +226,7 @@ def _skipped(run: Run) -> list[str]:
     """Return what training and samples left out, a sentence for each."""
     found = []
     stages = {
-        "recovery": run.pruned["recovery"] if run.pruned else None,
+        "recovery": _recovery(run),
         "tuning": run.tuned.record if run.tuned else None,
     }
     for stage, record in stages.items():
@@ -258,6 +265,8 @@ def _warnings(
             "quantized before, its weights lie on a coarse grid already: figures "
             "against it say nothing of the loss against the original model."
         )
+    if run.prompt is not None:
+        found += prompting.cautions(run.prompt.record)
     found += _skipped(run)
     few = [row["name"] for row in layers if _has_few_tokens(row)]
     if few:

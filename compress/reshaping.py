@@ -142,11 +142,11 @@ def carry_out(run: Run) -> tuple[ModelHandle, dict[str, Any]]:
     )
     folder = pruning.root / PRUNED
     recovery = None
-    if run.config.recover is not None:
+    section = run.config.recover
+    if section is not None and section.trains_weights:
         with run.timed("recover"):
-            recovery = _recovered(run, run.config.recover, windows, fingerprint)
-        if recovery["method"] == "distill":
-            folder = pruning.root / RECOVERED
+            recovery = _recovered(run, section, windows, fingerprint)
+        folder = pruning.root / RECOVERED
     subject = _opened(folder, run.handle, pads=pruning.section.shape == "padded")
     return subject, {**record, "recovery": recovery, "folder": folder.name}
 
@@ -245,7 +245,7 @@ def _forget_changed(run: Run, fingerprint: Mapping[str, str]) -> None:
         _log.info("%s changed: the model is pruned again", ", ".join(changed))
         run.workdir.forget_pruning()
         return
-    if section is not None:
+    if section is not None and section.trains_weights:
         wanted = _recovery_fingerprint(section, fingerprint)
         changed = WorkDir(root / RECOVERY).changed(wanted)
     known = provenance.reshaping_fingerprint(run.config)

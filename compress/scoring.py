@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compress.core.errors import CheckpointError
+from torch import Tensor
+
+from compress.core.errors import CheckpointError, ConfigError
 from compress.core.scheme import Scheme
 from compress.evaluation.measure import (
     Predictor,
@@ -20,6 +22,7 @@ from compress.evaluation.measure import (
 from compress.model.coded_source import CodedSource
 from compress.model.loading import ModelHandle, check_tensors, locate, open_model
 from compress.model.streaming import StreamedModel
+from compress.recovery.soft_prompt import check_prompt, read_prompt
 from compress.served_folder import Served, served_as
 
 DEFAULT_TEXTS = ("wikitext2", "speeches", "code")
@@ -33,6 +36,7 @@ def evaluate(
     windows: int = 10,
     sequence_length: int = 1024,
     protocol: str = "windows",
+    prompt: str | Path | None = None,
 ) -> dict[str, Any]:
     """Return perplexity of a checkpoint, and its distance to a base if one is given.
 
@@ -48,6 +52,12 @@ def evaluate(
         windows: Windows a text.
         sequence_length: Tokens in a window.
         protocol: ``windows``, ``hf2048`` or ``llamacpp512``.
+        prompt: Folder of a soft prompt that is put before every window, learned for
+            this model or for another size of it. ``texts`` are with it then, and
+            ``without_prompt_texts`` stand beside them; the same tokens count.
+
+    Raises:
+        CompressError: A model, text or prompt cannot be read, or they do not fit.
     """
     with tempfile.TemporaryDirectory() as cache:
         handle = open_model(str(path), cache=Path(cache) / "model")
@@ -61,24 +71,49 @@ def evaluate(
             count=windows,
             length=sequence_length,
         )
-        own, others = _figures(handle, other, prepared)
+        values = _prompt_for(handle, prompt) if prompt is not None else None
+        own, others = _figures(handle, other, prepared, values)
     result = {"model": str(path), "protocol": protocol}
+    if prompt is not None:
+        result["prompt"] = str(prompt)
+    if other is None and prompt is not None:
+        return {**result, **others, "without_prompt_texts": own}
     if other is None:
         return {**result, "texts": own, **others}
     return {**result, "base": str(base), **others, "base_texts": own}
 
 
+def _prompt_for(handle: ModelHandle, folder: str | Path) -> Tensor:
+    """Return a stored prompt, checked against the model that it is put before."""
+    if handle.description.source_gguf is not None:
+        raise ConfigError(
+            f"{handle.description.label}: llama.cpp runs GGUF files without soft "
+            "prompts; evaluate the safetensors export with this one"
+        )
+    prompt = read_prompt(Path(folder))
+    check_prompt(prompt, handle.description)
+    return prompt
+
+
 def _figures(
-    handle: ModelHandle, base: ModelHandle | None, texts: list[PreparedText]
+    handle: ModelHandle,
+    base: ModelHandle | None,
+    texts: list[PreparedText],
+    prompt: Tensor | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return figures of the reference, and those of the model by key of the result.
 
-    Without a base the reference is the model itself, as it is served.
+    Without a base the reference is the model itself, as it is served, and with no
+    prompt before the text.
     """
     served = served_as(handle)
     candidates: dict[str, Predictor] = {}
+    if prompt is not None:
+        prompted = replace(served, prompt=prompt)
+        candidates["texts"] = predictor_of(handle, "prompted", prompted)
     if base is not None:
-        candidates["texts"] = predictor_of(handle, "model", served)
+        key = "texts" if prompt is None else "without_prompt_texts"
+        candidates[key] = predictor_of(handle, "model", served)
         if served.is_more_than_weights:
             candidates["weights_only_texts"] = partial(
                 streamed(handle).logits, name="weights"
@@ -90,6 +125,7 @@ def _figures(
         else partial(streamed(base).logits, name="base"),
         candidates,
         hidden_size=int(handle.description.config["hidden_size"]),
+        kl=base is not None,
     )
     return own, others
 

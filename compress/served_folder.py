@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from compress.core.inputs import NVFP4_RANGE
 from compress.evaluation.rounding import rounding_of
 from compress.kvcache.cache import FakeQuantCache
@@ -25,10 +27,12 @@ class Served:
     Attributes:
         rounding: What inputs of layers are replaced with.
         new_cache: Maker of the key-value cache; ``None`` leaves it exact.
+        prompt: Virtual tokens ``[n, C]`` before every window.
     """
 
     rounding: dict[str, Rewrite] = field(default_factory=dict)
     new_cache: Callable[[], FakeQuantCache] | None = None
+    prompt: Tensor | None = None
 
     @property
     def is_more_than_weights(self) -> bool:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 COMPRESSED = "compressed"
 WEIGHTS_ONLY = "weights_only"
 CACHED = "with_cache"
+PROMPTED = "with_prompt"
 
 
 def needs_tokens(run: Run) -> bool:
@@ -210,10 +211,13 @@ class Serving:
         *,
         rounding: Mapping[str, Rewrite] | None = None,
         new_cache: Callable[[], Any] | None = None,
+        prompt: Tensor | None = None,
     ) -> StreamedModel:
         """Return the compressed model, by default with exact inputs and cache."""
         coded = self._coded
-        return coded.with_source(coded.source, rounding=rounding, new_cache=new_cache)
+        return coded.with_source(
+            coded.source, rounding=rounding, new_cache=new_cache, prompt=prompt
+        )
 
     @cached_property
     def _coded(self) -> StreamedModel:
@@ -251,7 +255,7 @@ class Serving:
         """Return figures of the base, and of the compressed model as it is served.
 
         Where inputs or cache are rounded, those of its weights alone, and of all
-        together, stand beside them.
+        together, stand beside them; so do those with a soft prompt before each window.
         """
         run, section = self._run, self._run.config.evaluate
         if section is None or not section.perplexity:
@@ -264,6 +268,9 @@ class Serving:
             models[WEIGHTS_ONLY] = self.build()
         if self.kv_scales:
             models[CACHED] = self.served(cache=True)
+        if run.prompt is not None:
+            values = run.prompt.values
+            models[PROMPTED] = self.build(rounding=self.rounding(), prompt=values)
         base = StreamedModel(run.base, run.handle.source, device=run.device)
         own, others = evaluate_candidates(
             self._texts(),

@@ -14,7 +14,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compress.block_tuning import tune_jointly
 from compress.calibration import ends, experts
@@ -35,6 +34,7 @@ from compress.model.spill import Room
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
 from compress.parts import Job, Part, PartWriter, stacks
+from compress.progress import progress_bar
 from compress.workdir import WorkDir
 
 EMBEDDINGS, HEAD = "embeddings", "head"
@@ -230,7 +230,7 @@ class PlanRunner:
         todo = [name for name, owner in dealt if owner == self.team.rank]
         following = iter(todo[1:])
         with PartWriter(self.workdir) as writer:
-            for name in tqdm(todo, desc="parts", unit="part", disable=None):
+            for name in progress_bar(todo, desc="parts", unit="part"):
                 reader.expect(
                     _weight(layer)
                     for stack in parts.get(next(following, ""), [])
@@ -247,7 +247,7 @@ class PlanRunner:
         model = self._streamed()
         states, dense = self._embedded(model, windows, writer)
         indices = range(self.description.block_count)
-        for index in tqdm(indices, desc="blocks", unit="block", disable=None):
+        for index in progress_bar(indices, desc="blocks", unit="block"):
             with model.block(index) as block:
                 walk = BlockWalk(
                     model, index, block, states, dense, together=self.team.size

@@ -35,10 +35,10 @@ _STATE = "state.json"
 # that no result is ever there without the state that says what it was made from.
 _PRUNING = ("pruned", "pruning")
 _RECOVERY = ("recovered", "recovery")
-_TUNING = ("results/tuning.json", "tuned", "tuning")
-_CODES = ("plan.json", "results", _TRANSFORMS, "blocks", *_TUNING)
+_LATER = ("results/tuning.json", "tuned", "tuning", "prompt", "prompting")
+_CODES = ("plan.json", "results", _TRANSFORMS, "blocks", *_LATER)
 _STAGES = ("pruning", "recovery")  # have a state of their own, before the run's
-_REPORTS = ("report.json", "report.md", "report.html")
+REPORTS = ("report.json", "report.md", "report.html")
 
 
 @dataclass(frozen=True)
@@ -191,26 +191,26 @@ class WorkDir:
             results = self.root / "results"
             after = [f for f in results.glob("*.json") if f.stem != "allocation"]
             names = [str(file.relative_to(self.root)) for file in after]
-            self._drop((*names, *_TUNING, *_REPORTS))
+            self.drop((*names, *_LATER, *REPORTS))
         else:
-            self._drop((*_CODES, *_REPORTS))
+            self.drop((*_CODES, *REPORTS))
 
     def forget_pruning(self) -> None:
         """Remove the pruned model and all that was made from it."""
         self.forget_codes()
-        self._drop((_STATE, *_RECOVERY, *_PRUNING))
+        self.drop((_STATE, *_RECOVERY, *_PRUNING))
 
     def forget_recovery(self) -> None:
         """Remove the recovered model and all that was made from it."""
         self.forget_codes()
-        self._drop((_STATE, *_RECOVERY))
+        self.drop((_STATE, *_RECOVERY))
 
     def clear(self) -> None:
         """Remove whatever an earlier run left; nothing of others."""
         self.forget_pruning()
-        self._drop(("export",))
+        self.drop(("export",))
 
-    def _drop(self, names: Iterable[str]) -> None:
+    def drop(self, names: Iterable[str]) -> None:
         """Remove files and folders, each of them at once or not at all."""
         for name in names:
             path = self.root / name

@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 
 from browser import Browser, find_browser  # noqa: E402
 
-PICTURES = {"report_wide.png": (1280, 900), "report_phone.png": (390, 1500)}
+PICTURES = {"report_wide.png": (1280, 800), "report_phone.png": (390, 1500)}
 MOST_BYTES = 150_000
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compress.allocation.store import Level, LevelStore, digest
 from compress.calibration import ends, experts
@@ -32,6 +31,7 @@ from compress.distributed.team import Team
 from compress.model.sources import check_finite
 from compress.model.streaming import StreamedModel
 from compress.parts import Part, stacks
+from compress.progress import progress_bar
 
 _LAYOUT = 4  # counted up when levels are made in another way, or stored in another
 
@@ -100,7 +100,7 @@ class LevelMaker:
         names = self.team.mine(list(dict.fromkeys(layer.name for layer in wanted)))
         own = {
             name: _digest(self.source.read(f"{name}.weight"))
-            for name in tqdm(names, desc="levels", leave=False, disable=None)
+            for name in progress_bar(names, desc="levels", leave=False)
         }
         weights = {k: v for found in self.team.gather(own) for k, v in found.items()}
         keys = {}
@@ -133,7 +133,7 @@ class LevelMaker:
             self.description, self.source, device=self.device, dtype=self.dtype
         )
         states = model.embed(self.team.share(windows))
-        for index in tqdm(range(last + 1), desc="levels", unit="block", disable=None):
+        for index in progress_bar(range(last + 1), desc="levels", unit="block"):
             with model.block(index) as block:
                 walk = BlockWalk(model, index, block, states)
                 if blocks[index]:

@@ -16,7 +16,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from compress.allocation import sensitivity
 from compress.allocation.assemble import Assembly, assembled_model
@@ -40,6 +39,7 @@ from compress.core.contracts import Allocator
 from compress.core.errors import ConfigError, PlanError
 from compress.core.plan import LayerPlan
 from compress.model.streaming import StreamedModel
+from compress.progress import progress_bar
 from compress.provenance import subject_digest
 from compress.registry import get_allocator
 from compress.timing import timed
@@ -355,9 +355,7 @@ def _searched(allocator: Allocator, problem: AllocationProblem) -> Allocation:
     """Run an allocator, with a bar of the models that it measures."""
     total = getattr(allocator.options, "evaluations", None)
     best = math.inf
-    bar = tqdm(
-        desc="search", unit="model", total=total, leave=False, disable=None, delay=1
-    )
+    bar = progress_bar(desc="search", unit="model", total=total, leave=False, delay=1)
 
     def measure(assignment: Sequence[int], share: float) -> float:
         nonlocal best

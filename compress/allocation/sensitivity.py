@@ -31,7 +31,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from compress.allocation.assemble import LevelSource
 from compress.allocation.candidates import Candidate
@@ -41,6 +40,7 @@ from compress.core.artifact import ModelDescription
 from compress.core.plan import LayerPlan
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
+from compress.progress import progress_bar
 
 _STORED_BYTES = 1 << 30
 """Block inputs and gradients that are held at once; more windows are taken in turn."""
@@ -70,9 +70,7 @@ def measured_slopes(
     The worst choice is the furthest above the noise of few tokens.
     """
     slopes = []
-    for i, unit in enumerate(
-        tqdm(units, desc="sensitivity", leave=False, disable=None)
-    ):
+    for i, unit in enumerate(progress_bar(units, desc="sensitivity", leave=False)):
         worst = max(range(len(unit.options)), key=errors[i].__getitem__)
         alone = [worst if j == i else None for j in range(len(units))]
         error = errors[i][worst]
@@ -112,7 +110,7 @@ def fisher_slopes(
         states, trace = forward_trace(model, part)
         gradients = head_gradients(model, trace.pop(), draws, generator)
         blocks = range(description.block_count)[::-1]
-        for index in tqdm(blocks, desc="sensitivity", leave=False, disable=None):
+        for index in progress_bar(blocks, desc="sensitivity", leave=False):
             here = Activations(trace.pop(), states.calls)
             with model.block(index, following=index - 1) as block:
                 gradients = changes.through(index, block, here, gradients)

@@ -25,7 +25,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compress.calibration.collect import Moments
 from compress.calibration.input_sensitivity import forward_trace, head_gradients
@@ -33,6 +32,7 @@ from compress.core.statistics import LayerStatistics
 from compress.distributed.team import Team
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
+from compress.progress import progress_bar
 
 _SEQUENCES, _TOKENS = 16, 256
 """Calibration text that gradients are taken on: these many windows, cut to a length."""
@@ -82,7 +82,7 @@ def _look_ups(model: StreamedModel, windows: Tensor) -> tuple[Tensor, float]:
         states, trace = forward_trace(model, part)
         spreads.append(_spread(model, trace[-1]))
         gradients = head_gradients(model, trace.pop(), 1, generator)[0]
-        for index in tqdm(blocks, desc="embedding", leave=False, disable=None):
+        for index in progress_bar(blocks, desc="embedding", leave=False):
             hidden = trace.pop()
             with model.block(index, following=index - 1):
                 for n in range(len(hidden)):
@@ -145,7 +145,7 @@ def _dense_head(model: StreamedModel, windows: Tensor, team: Team) -> LayerStati
     """Run the dense model over all windows, up to its head."""
     states = model.embed(team.share(windows))
     indices = range(model.description.block_count)
-    for index in tqdm(indices, desc="head", unit="block", leave=False, disable=None):
+    for index in progress_bar(indices, desc="head", unit="block", leave=False):
         with model.block(index):
             model.advance(index, states)
     return head_statistics(model, windows, states, team=team)

@@ -28,12 +28,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from compress.core.inputs import fake_quantize_inputs
 from compress.core.scheme import InputScheme
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
+from compress.progress import progress_bar
 
 _STORED_BYTES = 1 << 30
 """Block inputs that are held at once; more windows are taken in turn."""
@@ -94,7 +94,7 @@ def sensitivities(
     for part in torch.split(windows, max(1, _STORED_BYTES // each)):
         states, trace = forward_trace(model, part)
         gradients = head_gradients(model, trace.pop(), draws, generator)
-        blocks = tqdm(range(count)[::-1], desc="sensitivity", leave=False, disable=None)
+        blocks = progress_bar(range(count)[::-1], desc="sensitivity", leave=False)
         for index in blocks:
             pairs = zip(inputs, samples, strict=True)
             mine = [pair for pair in pairs if pair[0].block == index]

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compress.core.artifact import ModelDescription
 from compress.core.errors import CalibrationError
 from compress.kvcache.cache import Collected, ObservingCache, scale_names
 from compress.kvcache.scales import ScaleRule
 from compress.model.streaming import Rewrite, StreamedModel
+from compress.progress import progress_bar
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def observe(
     )
     activations = model.embed(windows)
     blocks = range(model.description.block_count)
-    for index in tqdm(blocks, desc="observe", unit="block", leave=False, disable=None):
+    for index in progress_bar(blocks, desc="observe", unit="block", leave=False):
         with model.block(index):
             activations.hidden = model.run_block(index, activations)
         _fill_experts(model.description, index, wanted, found.input_amax)

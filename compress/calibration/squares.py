@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compress.core.errors import CalibrationError
 from compress.core.statistics import InputSquares
 from compress.distributed.team import Team
 from compress.model.streaming import StreamedModel
+from compress.progress import progress_bar
 
 
 def measure_squares(
@@ -38,7 +38,7 @@ def measure_squares(
     tokens: dict[str, int] = {}
     states = model.embed(team.share(windows))
     blocks = range(description.block_count)
-    for index in tqdm(blocks, desc="inputs", unit="block", leave=False, disable=None):
+    for index in progress_bar(blocks, desc="inputs", unit="block", leave=False):
         prefix = f"{description.family.block(index)}."
         widths = {
             linear.path: description.tensors[f"{prefix}{linear.path}.weight"].shape[1]

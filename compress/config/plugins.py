@@ -131,10 +131,7 @@ def check_plugins(data: Mapping[str, Any], findings: Findings) -> None:
         _check_exports(entries, findings)
     recover = data.get("recover")
     if isinstance(recover, dict):
-        check_recover(recover, findings)
-        if data.get("prune") is None:
-            message = "nothing was removed that training could bring back; add prune"
-            findings.add(("recover",), message)
+        _check_recover(recover, data, findings)
     tune = data.get("tune")
     if isinstance(tune, dict):
         check_tune(tune, findings)
@@ -143,6 +140,20 @@ def check_plugins(data: Mapping[str, Any], findings: Findings) -> None:
     transforms = data.get("transforms")
     if isinstance(transforms, list) and transforms:
         _check_transforms(transforms, isinstance(section, dict), findings)
+
+
+def _check_recover(
+    section: dict[str, Any], data: Mapping[str, Any], findings: Findings
+) -> None:
+    check_recover(section, findings)
+    if data.get("prune") is not None:
+        return
+    if section.get("method") != "soft_prompt":
+        message = "nothing was removed that training could bring back; add prune"
+        findings.add(("recover",), message)
+    elif data.get("quantize") is None:
+        message = "nothing was taken that a prompt could bring back"
+        findings.add(("recover",), f"{message}; add prune or quantize")
 
 
 def _check_quantize(section: dict[str, Any], findings: Findings) -> None:

@@ -1,4 +1,4 @@
-"""The section ``recover``: training that gives back what pruning took."""
+"""The section ``recover``: training that gives back what compression took."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from compress.config.fields import Section, Text
+from compress.config.fields import PathText, Section, Text
 from compress.config.training_options import TrainingOptions
 
 
@@ -66,8 +66,27 @@ class SoftPromptOptions(RecoverOptions):
 
     summary = "trains virtual tokens that are put before every text; no weight changes"
 
-    tokens: int = Field(default=64, ge=1, description="Number of virtual tokens.")
+    tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of virtual tokens: 64, or as many as start has.",
+    )
+    start: PathText | None = Field(
+        default=None,
+        description="Folder of a prompt to begin with, such as one that was learned "
+        "on another size of the same model; null begins with the first tokens of the "
+        "vocabulary.",
+    )
     learning_rate: float = Field(default=1e-3, gt=0, description="At its highest.")
+
+    @model_validator(mode="after")
+    def _has_one_length_of_prompt(self) -> SoftPromptOptions:
+        if self.tokens is not None and self.start is not None:
+            raise ValueError(
+                f"tokens: {self.tokens} and start, which has a number of its own; give "
+                "one of them"
+            )
+        return self
 
 
 RECOVERIES: Mapping[str, type[RecoverOptions]] = {
@@ -77,7 +96,16 @@ RECOVERIES: Mapping[str, type[RecoverOptions]] = {
 
 
 class RecoverSection(Section):
-    """Training after pruning, before anything is quantized."""
+    """Training that gives back what compression took.
+
+    `distill` trains the pruned model, before anything is quantized; `soft_prompt`
+    trains virtual tokens for the model as it ends, pruned and quantized.
+    """
 
     method: Text = Field(default="distill", description="distill or soft_prompt.")
     options: dict[str, Any] = Field(default={}, description="Options of the method.")
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether another model comes out, which the rest of a run goes on with."""
+        return self.method != "soft_prompt"

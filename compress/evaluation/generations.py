@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from compress.model.streaming import Rewrite
+from compress.progress import progress_bar
 from compress.recovery.models import WholeModel
 
 PROMPTS = (
@@ -121,7 +121,7 @@ def continue_greedily(
         ]
 
     steps = range(1, longest + tokens)
-    for place in tqdm(steps, desc=name, unit="token", leave=False, disable=None):
+    for place in progress_bar(steps, desc=name, unit="token", leave=False):
         with model.arithmetic():
             output = model.body(
                 input_ids=rows[:, place - 1, None],

@@ -13,7 +13,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compress.core.continuations import (
     COMMON,
@@ -26,6 +25,7 @@ from compress.core.continuations import (
 from compress.core.errors import CompressError
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
+from compress.progress import progress_bar
 
 _HIDDEN_BYTES = 1 << 29
 """Hidden states that are held at once."""
@@ -79,7 +79,7 @@ def likelihoods(
 
 def _advance(model: StreamedModel, states: list[Activations], name: str) -> None:
     indices = range(model.description.block_count)
-    for index in tqdm(indices, desc=name, unit="block", leave=False, disable=None):
+    for index in progress_bar(indices, desc=name, unit="block", leave=False):
         with model.block(index):
             for activations in states:
                 activations.hidden = model.run_block(index, activations)

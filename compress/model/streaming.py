@@ -16,7 +16,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import CheckpointError
@@ -26,6 +25,7 @@ from compress.model.skeleton import build_skeleton
 from compress.model.sources import check_finite, checked
 from compress.model.spill import Room, give_back
 from compress.model.states import Activations, BlockCall, Mover, allocate, batches
+from compress.progress import progress_bar
 
 Rewrite = Callable[[Tensor], Tensor]
 """Returns what stands in for a tensor, of the same shape."""
@@ -47,6 +47,8 @@ class StreamedModel:
         new_cache: Returns the key-value cache (``transformers.Cache``) that blocks
             store keys and values through; a fresh one for each call of a block.
         room: Where states lie if memory has no room for them.
+        prompt: Virtual tokens ``[n, hidden]`` before every window, in the place of what
+            the embedding yields. States then have ``n`` more tokens, logits have not.
     """
 
     def __init__(
@@ -59,9 +61,10 @@ class StreamedModel:
         rounding: Mapping[str, Rewrite] | None = None,
         new_cache: Callable[[], Any] | None = None,
         room: Room | None = None,
+        prompt: Tensor | None = None,
     ) -> None:
         self.description = description
-        self._room = room
+        self._room, self._prompt = room, prompt
         self.source = source
         self._rounding = dict(rounding or {})
         self._new_cache = new_cache
@@ -87,11 +90,12 @@ class StreamedModel:
         *,
         rounding: Mapping[str, Rewrite] | None = None,
         new_cache: Callable[[], Any] | None = None,
+        prompt: Tensor | None = None,
     ) -> StreamedModel:
         """Return a second model of the same shape that reads other weights.
 
-        Neither ``rounding`` nor ``new_cache`` is taken over from this one. If the
-        source is the same, both have one head in memory while both use it.
+        ``rounding``, ``new_cache`` and ``prompt`` are not taken over from this one. If
+        the source is the same, both have one head in memory while both use it.
         """
         other = StreamedModel(
             self.description,
@@ -101,6 +105,7 @@ class StreamedModel:
             rounding=rounding,
             new_cache=new_cache,
             room=self._room,
+            prompt=prompt,
         )
         if source is self.source:
             other._heads = self._heads
@@ -126,16 +131,32 @@ class StreamedModel:
     def _embedded(self, input_ids: Tensor, **others: Tensor) -> Activations:
         calls: list[BlockCall] = [{} for _ in self._blocks]
         width = int(self.description.config["hidden_size"])
-        shape = (*input_ids.shape, width)
+        count, length = input_ids.shape
+        shape = (count, length + self._first, width)
         hidden, pages = allocate(shape, self._dtype, self._device, self._room)
         given = moved(others, self._device)
         with recorded(self._blocks, calls) as first:
             for number, window in enumerate(input_ids):
-                ids = window.unsqueeze(0).to(self._device)
-                self._body(input_ids=ids, use_cache=False, **given)
+                self._body(**self._inputs(window), use_cache=False, **given)
                 hidden[number] = first.pop()[0]
         give_back(pages)
         return Activations(hidden, calls, pages)
+
+    @property
+    def _first(self) -> int:
+        """Number of virtual tokens, which come before the first one of a text."""
+        return 0 if self._prompt is None else len(self._prompt)
+
+    def _inputs(self, window: Tensor) -> dict[str, Tensor]:
+        """Return what the body is called with for a window of ids int64 ``[T]``."""
+        ids = window.unsqueeze(0).to(self._device)
+        if self._prompt is None:
+            return {"input_ids": ids}
+        embedding = self.model.get_submodule(self.description.family.embedding)
+        text = embedding(ids)
+        return {
+            "inputs_embeds": torch.cat([self._prompt.to(text).unsqueeze(0), text], 1)
+        }
 
     def copy(self, activations: Activations) -> Activations:
         """Return the same states once more, to go another way."""
@@ -332,12 +353,12 @@ class StreamedModel:
         """
         activations = self.embed(windows)
         indices = range(self.description.block_count)
-        for index in tqdm(indices, desc=name, unit="block", leave=False, disable=None):
+        for index in progress_bar(indices, desc=name, unit="block", leave=False):
             with self.block(index):
                 activations.hidden = self.run_block(index, activations)
         with self.head() as head:
             for hidden in activations.hidden:
-                yield head(hidden)
+                yield head(hidden[self._first :])
 
     def _tensor(self, name: str) -> Tensor:
         tensor = self._reader.read(name)

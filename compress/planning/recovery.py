@@ -23,6 +23,7 @@ from compress.planning.duration import Speeds
 from compress.planning.pruning import GRAPH
 from compress.planning.shapes import Shapes
 from compress.recovery.distill import LOGITS_BYTES
+from compress.recovery.soft_prompt import prompt_tokens
 
 _FLOAT = 4
 _TRAINED_BYTES = 16
@@ -70,7 +71,7 @@ def trained_values(options: RecoverOptions, model: ModelDescription) -> tuple[in
         model: The student.
     """
     if isinstance(options, SoftPromptOptions):
-        return options.tokens * int(model.config["hidden_size"]), 0
+        return prompt_tokens(options) * int(model.config["hidden_size"]), 0
     assert isinstance(options, DistillOptions)
     family = model.family
     inside = (f"{family.blocks}.", f"{family.final_norm}.")

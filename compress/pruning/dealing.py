@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import ConfigError
 from compress.core.foreign import MALFORMED
 from compress.core.neurons import GatedMLP, NeuronStatistics, loudest
 from compress.model.loading import ModelHandle
+from compress.progress import progress_bar
 from compress.pruning import budgets, gates
 from compress.pruning.budgets import narrowest
 from compress.pruning.cutting import choose
@@ -166,7 +166,7 @@ class Dealer:
         running = pruning.streamed(self._model, self._source)
         states = running.embed(windows)
         found = []
-        for index in tqdm(range(len(self._places)), desc="budgets", disable=None):
+        for index in progress_bar(range(len(self._places)), desc="budgets"):
             places = self._places[index]
             with running.block(index) as block, watched(block, places) as moments:
                 running.advance(index, states)

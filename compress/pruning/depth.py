@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.model.states import Activations, BlockCall
 from compress.model.streaming import StreamedModel
+from compress.progress import progress_bar
 from compress.pruning.surgery import without_attention, without_blocks
 
 FIRST, LAST = 2, 1
@@ -169,7 +169,7 @@ def turns_of(model: StreamedModel, windows: Tensor, unit: Unit = _BLOCKS) -> lis
     states = model.embed(windows)
     found = []
     indices = range(model.description.block_count)
-    for index in tqdm(indices, desc="importance", leave=False, disable=None):
+    for index in progress_bar(indices, desc="importance", leave=False):
         with model.block(index):
             found.append(_turn(model, index, states, unit))
     return found

@@ -36,9 +36,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from compress.core.errors import CalibrationError
+from compress.progress import progress_bar
 from compress.pruning.budgets import FLOOR
 from compress.pruning.places import mlp_places
 from compress.recovery.losses import linear_kl
@@ -172,7 +172,7 @@ def learned_shares(
     optimizer = torch.optim.Adam([gates.thresholds], lr=_RATE)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     pressure = stiffness = 0.0
-    for step in tqdm(range(steps), desc="gates", disable=None):
+    for step in progress_bar(range(steps), desc="gates"):
         tau = _TAU[0] * (_TAU[1] / _TAU[0]) ** (step / steps)
         masks = gates.masks(tau, hard=2 * step >= steps)
         excess = gates.excess(masks)

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from compress.calibration.input_sensitivity import forward_trace, head_gradients
 from compress.model.streaming import StreamedModel
+from compress.progress import progress_bar
 from compress.pruning.places import MLPPlace
 
 STORED_BYTES = 1 << 30
@@ -74,7 +74,7 @@ def gradients_of(
         states, trace = forward_trace(model, part)
         slopes = head_gradients(model, trace.pop(), 1, generator)[0]
         order = range(len(places))[::-1]
-        for index in tqdm(order, desc="effects", leave=False, disable=None):
+        for index in progress_bar(order, desc="effects", leave=False):
             hidden = trace.pop()
             with model.block(index, following=index - 1) as block:
                 call = states.calls[index]

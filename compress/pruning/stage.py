@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from compress.config.prune_section import PruneSection
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
@@ -26,6 +25,7 @@ from compress.core.foreign import MALFORMED
 from compress.model.sources import in_model_order
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
+from compress.progress import progress_bar
 from compress.pruning.cutting import Cut, Cutter, Place
 from compress.pruning.dealing import Dealer
 from compress.pruning.depth import UNITS, choose_units
@@ -244,7 +244,7 @@ class _Walk:
     def run(self, windows: Tensor | None) -> None:
         """Write the shards that are not there."""
         count = self._model.block_count
-        blocks = tqdm(range(count), desc="pruning", unit="block", disable=None)
+        blocks = progress_bar(range(count), desc="pruning", unit="block")
         if not self._pruning.measures_blocks:
             for index in blocks:
                 if not self._folder.has_block(index):

@@ -21,16 +21,17 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compress.config.training_options import TrainingOptions
 from compress.core.errors import CompressError, ConfigError
 from compress.distributed.team import Team
+from compress.progress import progress_bar
 from compress.provenance import device_peak_bytes
 from compress.recovery.checkpoints import Checkpoint, CheckpointFiles, Progress
 from compress.recovery.learner import Learner
@@ -141,7 +142,7 @@ class Training:
         if not progress.evaluations:
             self._evaluate(steps=0)
         since = progress.step
-        bar = tqdm(
+        bar = progress_bar(
             desc=options.stage,
             unit="step",
             initial=progress.step,
@@ -154,6 +155,8 @@ class Training:
                 used = self._used(progress.step + 0.5)
                 self._step(rate(self.learner.ready(used), options.warmup))
                 progress.step += 1
+                if options.steps is None:  # as many as fit the time that is left
+                    bar.total = round(progress.step / max(used, 1e-6))
                 bar.update()
                 share = len(progress.evaluations) / options.evaluations
                 if self._used(progress.step) >= min(1.0, share):
@@ -249,8 +252,12 @@ class Training:
         )
 
     @torch.no_grad()
-    def _held_out_kl(self) -> float:
-        """Return the mean KL at temperature 1 on the held-out windows, in nats."""
+    def held_out_kl(self, student: Callable[[Tensor], Tensor]) -> float:
+        """Return the mean KL at temperature 1 on the held-out windows, in nats.
+
+        Args:
+            student: From ids int64 ``[B, T]`` to the head's input ``[B, T, C]``.
+        """
         rows = torch.arange(len(self._held_out))[self._team.rank :: self._team.size]
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         batch, count = self._options.batch, len(self._held_out)
@@ -261,7 +268,7 @@ class Training:
         for number, part in enumerate(parts + spare):
             ids = self._held_out[part.to(self._device)]
             known = self._teacher.states(ids)
-            kl = self._divergence(self.learner.states(ids), known, temperature=1)
+            kl = self._divergence(student(ids), known, temperature=1)
             weight = len(ids) if number < len(parts) else 0
             sums += torch.stack([kl.double() * weight, kl.new_tensor(weight)])
         self._team.average_([sums])
@@ -270,7 +277,7 @@ class Training:
     def _evaluate(self, *, steps: int) -> float:
         """Measure, note the best state, and write a checkpoint if it is time."""
         self.learner.as_stored()
-        kl = self._held_out_kl()
+        kl = self.held_out_kl(self.learner.states)
         self._team.average_([self._sums])
         loss, skipped, idle = self._sums.tolist()
         self._sums.zero_()

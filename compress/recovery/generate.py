@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compress.config.training_options import TrainingOptions
 from compress.core.artifact import TensorSource
 from compress.distributed.team import Team
+from compress.progress import progress_bar
 from compress.provenance import digest_of, weights_digest
 from compress.recovery.models import WholeModel
 from compress.recovery.text import RecoveryText
@@ -64,8 +64,8 @@ def generate_windows(
     size = _batch(model, text.shape[1])
     parts = zip(torch.split(prompts, size), torch.split(lengths, size), strict=True)
     made = []
-    for given, own in tqdm(
-        parts, total=-(-count // size), desc="teacher's text", leave=False, disable=None
+    for given, own in progress_bar(
+        parts, total=-(-count // size), desc="teacher's text", leave=False
     ):
         made.append(_continue(model, given, own, text.shape[1], generator).cpu())
         if time.monotonic() >= ends:

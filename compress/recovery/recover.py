@@ -31,7 +31,7 @@ from compress.recovery.generate import training_windows
 from compress.recovery.learner import AdamLearner
 from compress.recovery.lora import LoraWeights, block_ranks, require_peft
 from compress.recovery.models import WholeModel
-from compress.recovery.soft_prompt import SoftPrompt, save_prompt
+from compress.recovery.soft_prompt import SoftPrompt, new_prompt, save_prompt
 from compress.recovery.teacher import Teacher
 from compress.recovery.text import RecoveryText
 from compress.recovery.trained import FullWeights, Trained
@@ -78,7 +78,8 @@ def recover(
     calls this, with the same arguments; the first one writes.
 
     Args:
-        student: The compressed model, opened from a folder of safetensors.
+        student: The compressed model; for ``distill``, opened from a folder of
+            safetensors.
         teacher: The original model, with the same vocabulary.
         folder: Becomes a checkpoint like the student's, with the trained weights; for
             ``soft_prompt``, a peft adapter.
@@ -91,7 +92,7 @@ def recover(
     Returns:
         Plain data for the report: method, steps, seconds of them and before, tokens,
         held-out KL before and after and each measurement, skipped steps, trained
-        values, memory, ranks.
+        values, memory, ranks; ``kl_without`` is that of a model without any prompt.
 
     Raises:
         ConfigError: The models do not fit together, or ``state`` is of another run.
@@ -100,7 +101,9 @@ def recover(
     """
     started = time.monotonic()
     job = _Job(student, teacher, text, options, importances, state)
-    source = check_folder(student.description)
+    source = None
+    if not isinstance(options, SoftPromptOptions):
+        source = check_folder(student.description)
     _check_pair(job)
     with team(device) as (members, own):
         if own.startswith("cuda"):
@@ -128,7 +131,13 @@ def _check_pair(job: _Job) -> None:
 
 
 def _train(
-    job: _Job, source: Path, folder: Path, members: Team, *, device: str, started: float
+    job: _Job,
+    source: Path | None,
+    folder: Path,
+    members: Team,
+    *,
+    device: str,
+    started: float,
 ) -> dict[str, Any]:
     options = job.options
     stored = job.student.description.dtype
@@ -151,7 +160,8 @@ def _train(
         job.student, device=device, dtype=dtype, team=split, trains=trains
     )
     trained = _trained(job, student)
-    check_weights(source, trained)
+    if source is not None:
+        check_weights(source, trained)
     if options.gradient_checkpointing:
         trained.model.checkpoint_blocks()
     training = Training(
@@ -169,6 +179,10 @@ def _train(
             split=options.shard,
         ),
     )
+    about: dict[str, Any] = {"method": "distill"}
+    if isinstance(trained, SoftPrompt):
+        without = training.held_out_kl(student.states)
+        about = {"method": "soft_prompt", "kl_without": without}
     training.run()
     trained.gather()
     if members.rank == 0:
@@ -176,7 +190,7 @@ def _train(
     members.wait()
     training.files.delete()
     return {
-        "method": "soft_prompt" if isinstance(trained, SoftPrompt) else "distill",
+        **about,
         **training.record(given=len(job.text.train)),
         "trained_values": sum(p.numel() for p in trained.parameters.values()),
         "ranks": job.ranks,
@@ -186,7 +200,7 @@ def _train(
 def _trained(job: _Job, model: WholeModel) -> Trained:
     options, ranks = job.options, job.ranks
     if isinstance(options, SoftPromptOptions):
-        return SoftPrompt(model, options.tokens)
+        return new_prompt(model, options)
     if not isinstance(options, DistillOptions):
         raise ConfigError(f"recover: options of {type(options).__name__}")
     if ranks is None:
@@ -201,13 +215,14 @@ def _trained(job: _Job, model: WholeModel) -> Trained:
     )
 
 
-def _write(job: _Job, trained: Trained, source: Path, folder: Path) -> None:
+def _write(job: _Job, trained: Trained, source: Path | None, folder: Path) -> None:
     if isinstance(trained, SoftPrompt):
         model = job.student.description
         WorkDir(folder.parent).replace_folder(
             folder, lambda part: save_prompt(trained.prompt, model, part)
         )
     else:
+        assert source is not None
         write_recovered(source, folder, trained)
 
 

@@ -36,15 +36,24 @@ def budget_table(report: Report) -> Table:
         ("outside of the choices", f"{count(number_at(record, 'fixed_bytes'))} bytes"),
         ("predicted KL", f"{nats(number_at(record, 'predicted_kl'))} nats a token"),
         ("measured KL", f"{nats(number_at(record, 'measured_kl'))} nats a token"),
-        ("models measured by the search", fixed(number_at(record, "evaluations"), 1)),
+        ("models measured by the search", _models(number_at(record, "evaluations"))),
     ]
     seconds = branch(record, "seconds")
     rows += [(f"time: {name}", duration(number_at(seconds, name))) for name in seconds]
+    reference = "original"
+    if branch(report, "pruning"):
+        reference = "pruned model (what pruning took is not in it)"
     caption = (
-        "Measured is the KL to the original of the model that was put together from "
-        "the level database, on text that calibration has not seen but the search has."
+        f"Measured is the KL to the {reference} of the model that was put together "
+        "from the level database, on text that calibration has not seen but the search "
+        "has."
     )
     return Table("Budget", ("quantity", "value"), "ll", tuple(rows), caption)
+
+
+def _models(number: float | None) -> str:
+    """Return a number of models, of which one measured on half the text is half."""
+    return count(number) if number is None or number == int(number) else f"{number:.1f}"
 
 
 def scheme_table(report: Report) -> Table:

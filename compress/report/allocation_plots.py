@@ -80,7 +80,7 @@ def budget_bar(report: Report) -> str:
 
 def bits_map(report: Report) -> str:
     """Return bits per weight by block and role, as shades with numbers; or ``''``."""
-    cells = _bits(report)
+    cells = bits_by_block(report)
     roles = [role for role in ROLES if any(role in row for row in cells.values())]
     roles += sorted({role for row in cells.values() for role in row} - {*roles})
     if not roles:
@@ -109,7 +109,7 @@ def bits_map(report: Report) -> str:
     return captioned(svg, title, note="Darker is more bits.", key=key)
 
 
-def _bits(report: Report) -> dict[int, dict[str, float]]:
+def bits_by_block(report: Report) -> dict[int, dict[str, float]]:
     """Return ``block -> role -> bits`` a weight; experts of a role together."""
     sums: dict[int, dict[str, tuple[float, float]]] = {}
     for layer in report.get("layers") or []:

@@ -32,6 +32,9 @@ def draw(table: Table, *, class_: str = "") -> str:
     if not table.rows:
         return ""
     sides = ["r" if side == "r" else "" for side in table.align]
+    sides[0] = ""  # names of rows stand on the left, and so does their heading
+    if len(table.headers) == 2:  # facts and values: a phone has room if values wrap
+        class_ = f"plain {class_}".strip()
     heads = [
         element("th", escape(text), scope="col", class_=side)
         for text, side in zip(table.headers, sides, strict=True)

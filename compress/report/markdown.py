@@ -8,7 +8,12 @@ from collections.abc import Iterable
 from compress.report.allocation import budget_table, scheme_table
 from compress.report.pruning import block_table, pruning_table, recovery_table
 from compress.report.samples import samples_table
-from compress.report.serving import cache_table, parts_table, upgrades_table
+from compress.report.serving import (
+    cache_table,
+    parts_table,
+    prompt_table,
+    upgrades_table,
+)
 from compress.report.tables import (
     Report,
     Table,
@@ -61,7 +66,7 @@ def render_markdown(report: Report) -> str:
     parts += _section(samples_table(report))
     parts += [*_section(export_table(report)), *_export_notes(report)]
     parts += [*_section(pruning_table(report)), *_section(block_table(report))]
-    parts += _section(recovery_table(report))
+    parts += table_sections((recovery_table(report), prompt_table(report)))
     parts += _section(transform_table(report))
     parts += _section(tuning_table(report))
     parts += [*_section(budget_table(report)), *_section(scheme_table(report))]

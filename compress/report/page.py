@@ -12,7 +12,12 @@ from compress.report.layers import SENSITIVITY_NOTE, layer_table
 from compress.report.plots import histogram_plots, ladder_plot, layer_plot, size_plot
 from compress.report.pruning import block_table, pruning_table, recovery_table
 from compress.report.samples import samples_section
-from compress.report.serving import cache_table, parts_table, upgrades_table
+from compress.report.serving import (
+    cache_table,
+    parts_table,
+    prompt_table,
+    upgrades_table,
+)
 from compress.report.svg import element
 from compress.report.tables import (
     Report,
@@ -44,6 +49,7 @@ from compress.report.wording import (
     number_at,
     percent,
     size,
+    text_name,
     times,
     worst_text,
 )
@@ -58,9 +64,12 @@ def render_page(report: Report) -> str:
         "samples": ("Samples", samples_section(report)),
         "pruning": (
             "Pruning",
-            draw(pruning_table(report))
-            + _training(report, "recovery", recovery_table(report))
-            + _headed(block_table(report), class_="tall"),
+            draw(pruning_table(report)) + _headed(block_table(report), class_="tall"),
+        ),
+        "recovery": (
+            "Recovery",
+            _training(report, "recovery", recovery_table(report))
+            + _headed(prompt_table(report)),
         ),
         "transforms": ("Transforms", draw(transform_table(report))),
         "tuning": ("Tuning", _training(report, "tuning", tuning_table(report))),
@@ -75,7 +84,7 @@ def render_page(report: Report) -> str:
     body = element(
         "div",
         _header(report, label, {key: title for key, (title, _) in present.items()}),
-        element("main", _warnings(report), _cards(report), _sections(present)),
+        element("main", _cards(report), _warnings(report), _sections(present)),
         element(
             "footer",
             "Written by compress. The same numbers, for programs: ",
@@ -103,9 +112,14 @@ def _header(report: Report, label: str, links: dict[str, str]) -> str:
         "header",
         element("h1", escape(label), ": compression report"),
         paragraph(facts),
-        paragraph(f"{report.get('date') or ''}", "soft"),
+        paragraph(_when(str(report.get("date") or "")), "soft"),
         element("nav", element("ul", *items), aria_label="Parts of the report"),
     )
+
+
+def _when(date: str) -> str:
+    """Return an ISO date as people write it."""
+    return date.replace("+00:00", " UTC").replace("T", " ", 1)
 
 
 def _sections(present: dict[str, tuple[str, str]]) -> str:
@@ -176,7 +190,8 @@ def _quality_cards(report: Report) -> Iterable[str]:
     base = branch(report, "metrics", "base", "texts", name)
     worst = branch(report, "metrics", "compressed", "texts", name)
     total = len(branch(report, "metrics", "compressed", "texts"))
-    where = f"worst of {total} texts: {name}" if total > 1 else f"on {name}"
+    short = text_name(name)
+    where = f"worst of {total} texts: {short}" if total > 1 else f"on {short}"
     protocol = f"{worst.get('protocol')}, {where}"
     ratio = times(number_at(worst, "ppl_ratio"))
     if number_at(worst, "ppl_ratio") is not None:
@@ -188,6 +203,12 @@ def _quality_cards(report: Report) -> Iterable[str]:
         lamp = element("span", number, class_=f"light {grade.name}")
         more = f"{grade.name}: {divergence(worst)} nats; {protocol}"
         yield _card("KL to base", lamp, more)
+    prompted = branch(report, "metrics", "with_prompt", "texts", name)
+    if number_at(prompted, "kl") is not None:
+        tokens = count(number_at(branch(report, "recovery", "served"), "tokens"))
+        ratio = times(number_at(prompted, "ppl_ratio"))
+        more = f"after {tokens} virtual tokens; perplexity {ratio}; {where}"
+        yield _card("KL with the prompt", nats(number_at(prompted, "kl")), more)
     if number_at(worst, "top1") is not None:
         yield _card("Same top-1", percent(number_at(worst, "top1")), where)
 

@@ -29,6 +29,7 @@ from compress.report.wording import (
     percent,
     significant,
     size,
+    text_name,
 )
 
 Report = Mapping[str, Any]
@@ -125,7 +126,7 @@ def layer_plot(report: Report, key: str, *, title: str, note: str) -> str:
     Returns:
         HTML, or ``''`` when no layer of a block has an error above zero.
     """
-    series = _by_role(report, key)
+    series = by_role(report, key)
     values = [v for points in series.values() for v in points.values()]
     if not any(value > 0 for value in values):
         return ""
@@ -147,7 +148,7 @@ def layer_plot(report: Report, key: str, *, title: str, note: str) -> str:
     return captioned(svg, title, note=note, key=legend(list(series)))
 
 
-def _by_role(report: Report, key: str) -> dict[str, dict[int, float]]:
+def by_role(report: Report, key: str) -> dict[str, dict[int, float]]:
     """Return ``role -> block -> value`` in the order in which a block computes."""
     found: dict[str, dict[int, list[float]]] = {}
     for layer in report.get("layers") or []:
@@ -213,7 +214,7 @@ def _limits(x: Axis, top: float, bottom: float) -> str:
 
 def _rung(name: str, values: Mapping[str, float], x: Axis, y: float) -> str:
     """Return one text: its name above, a line from least to most, a mark for each."""
-    body = label(x.start, y, name, class_="name halo")
+    body = label(x.start, y, text_name(name), class_="name halo")
     y += 13
     body += line(
         x.at(min(values.values())), y, x.at(max(values.values())), y, class_="rung"
@@ -255,7 +256,7 @@ def histogram_plots(report: Report) -> list[str]:
                 class_=f"s{index % 8} solid",
             )
         body += _quantile_lines(branch(texts, name), x, y)
-        title = f"KL over the tokens of {name}"
+        title = f"KL over the tokens of {text_name(name)}"
         svg = figure(body, width=_WIDTH, height=252, title=title)
         plots.append(captioned(svg, title))
     return plots

@@ -24,8 +24,8 @@ _BLOCK_HEADERS = (
     "of attention output",
 )
 _HELD_OUT = (
-    "Held out: windows of the calibration sources that were not trained on. The "
-    "weights are those of the best step."
+    "Held out: windows of the calibration sources that were not trained on. What is "
+    "kept is that of the best step."
 )
 _ERRORS = (
     "Error: mean square of the output's error over that of the output, on "
@@ -102,18 +102,44 @@ def block_table(report: Report) -> Table:
 
 
 def recovery_table(report: Report) -> Table:
-    """Return what training after pruning took, and what it gave back."""
+    """Return what training took and gave back, and what a soft prompt costs."""
     found = branch(report, "recovery")
     rows: list[tuple[str, ...]] = []
     if found:
-        rows = [
-            ("held-out KL before, nats", nats(number_at(found, "kl_before"))),
-            ("held-out KL after", nats(number_at(found, "kl_after"))),
+        bare = number_at(found, "kl_without")
+        if bare is not None:
+            rows.append(("held-out KL without a prompt, nats", nats(bare)))
+        before = "held-out KL before training, nats"
+        if bare is not None:
+            before = "with the prompt, before training"
+        rows += [
+            (before, nats(number_at(found, "kl_before"))),
+            ("held-out KL after training", nats(number_at(found, "kl_after"))),
             ("steps", count(number_at(found, "steps"))),
             ("best step", count(number_at(found, "best_step"))),
             ("tokens", count(number_at(found, "tokens"))),
             ("time", duration(number_at(found, "seconds"))),
+            *_served(branch(found, "served")),
         ]
     caption = _HELD_OUT if rows else ""
-    title = f"Recovery by {found.get('method')}" if rows else "Recovery"
+    method = str(found.get("method")).replace("_", " ")
+    title = f"Recovery by {method}" if rows else "Recovery"
     return Table(title, ("what", "value"), "lr", tuple(rows), caption)
+
+
+def _served(found: Report) -> list[tuple[str, str]]:
+    """Return what whoever serves a soft prompt pays for it; nothing without one."""
+    if not found:
+        return []
+    tokens, room = number_at(found, "tokens"), number_at(found, "context_tokens")
+    lost = f"{count(tokens)} of {count(room)} tokens"
+    rows = [
+        ("virtual tokens before every text", count(tokens)),
+        ("context they take", lost),
+        ("file of the prompt", f"{count(number_at(found, 'bytes'))} bytes"),
+        ("served by", "transformers with peft"),
+    ]
+    lacking = found.get("cannot_carry") or []
+    if lacking:
+        rows.append(("exports that cannot carry it", ", ".join(map(str, lacking))))
+    return rows

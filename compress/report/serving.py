@@ -22,6 +22,8 @@ _PARTS = {
     "compressed": "weights and inputs",
     "with_cache": "with the cache",
 }
+_PROMPT = {"compressed": "none", "with_prompt": "soft prompt"}
+_FIGURES = ("perplexity", "ratio", "KL (nats)", "same top-1")
 
 
 def parts_table(report: Report) -> Table:
@@ -40,22 +42,40 @@ def parts_table(report: Report) -> Table:
                 continue
             if part == "compressed" and not metrics.get("weights_only"):
                 words = "weights"
-            rows.append(
-                (
-                    text,
-                    words,
-                    fixed(number_at(figures, "perplexity")),
-                    times(number_at(figures, "ppl_ratio"), 4),
-                    divergence(figures),
-                    percent(number_at(figures, "top1")),
-                )
-            )
-    headers = ("text", "rounded", "perplexity", "ratio", "KL (nats)", "same top-1")
+            rows.append((text, words, *_figures(figures)))
+    headers = ("text", "rounded", *_FIGURES)
     caption = (
         "Each row adds to the one above; all are against the base. The figures of the "
         "quality table are those of weights and inputs together."
     )
     return Table("Weights, inputs and cache", headers, "llrrrr", tuple(rows), caption)
+
+
+def _figures(figures: Report) -> tuple[str, ...]:
+    return (
+        fixed(number_at(figures, "perplexity")),
+        times(number_at(figures, "ppl_ratio"), 4),
+        divergence(figures),
+        percent(number_at(figures, "top1")),
+    )
+
+
+def prompt_table(report: Report) -> Table:
+    """Return KL and perplexity with and without a soft prompt, for each text."""
+    metrics, served = branch(report, "metrics"), branch(report, "recovery", "served")
+    rows = [
+        (text, words, *_figures(figures))
+        for text in branch(metrics, "with_prompt", "texts")
+        for part, words in _PROMPT.items()
+        if (figures := branch(metrics, part, "texts", text))
+    ]
+    caption = (
+        f"The prompt is {count(number_at(served, 'tokens'))} virtual tokens, "
+        f"{count(number_at(served, 'bytes'))} bytes, before every window; the same "
+        "tokens of text are counted with it and without."
+    )
+    title, headers = "With the soft prompt", ("text", "prompt", *_FIGURES)
+    return Table(title, headers, "llrrrr", tuple(rows), caption if rows else "")
 
 
 def upgrades_table(report: Report) -> Table:

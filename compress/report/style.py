@@ -118,7 +118,8 @@ td.wide { white-space: normal; min-width: 15rem; }
 .sortable { font-size: .85rem; }
 .sortable th, .sortable td { padding: .35rem .5rem; }
 .sortable thead th { white-space: normal; vertical-align: bottom; }
-.plain td { white-space: normal; overflow-wrap: anywhere; }
+.plain td, .plain tbody th { white-space: normal; overflow-wrap: anywhere; }
+.plain tbody th { min-width: 7.5rem; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
 th button:focus-visible { outline: 3px solid var(--focus); outline-offset: 2px; }
 th button::after { content: "\\a0\\2195"; color: var(--soft); font-weight: 400; }
@@ -143,6 +144,10 @@ code { overflow-wrap: anywhere; }
 pre { background: var(--panel); border: 1px solid var(--rule); border-radius: 8px;
   padding: .8rem 1rem; overflow-x: auto; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .875rem; }
+@media (min-width: 641px) { /* no card alone in a second row */
+  .cards:has(> :nth-child(8)) { grid-template-columns: repeat(4, minmax(0, 1fr)); }
+  .cards:has(> :nth-child(9)) { grid-template-columns: repeat(5, minmax(0, 1fr)); }
+}
 @media (max-width: 640px) {
   .wrap { padding: 1rem .9rem 2rem; }
   h1 { font-size: 1.35rem; }

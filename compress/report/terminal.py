@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
 from compress.report.allocation import budget_table, scheme_table, unit_table
 from compress.report.pruning import pruning_table, recovery_table
-from compress.report.serving import cache_table, parts_table, upgrades_table
+from compress.report.serving import (
+    cache_table,
+    parts_table,
+    prompt_table,
+    upgrades_table,
+)
 from compress.report.tables import (
     Report,
     Table,
@@ -40,7 +46,8 @@ def summary_table(report: Report) -> str:
         budget_table(report),
         scheme_table(report),
     ]
-    tables += [quality_table(report), task_table(report), parts_table(report)]
+    tables += [quality_table(report), prompt_table(report), task_table(report)]
+    tables.append(parts_table(report))
     tables += [upgrades_table(report), cache_table(report), export_table(report)]
     parts = [_heading(report)]
     parts += [draw_table(table) for table in tables if table.rows]
@@ -50,6 +57,9 @@ def summary_table(report: Report) -> str:
     if warnings:
         parts.append("\n".join(f"WARNING: {warning}" for warning in warnings))
     parts.append("Files\n" + "\n".join(f"  {path}" for path in _files(report)))
+    uses = _uses(report)
+    if uses:
+        parts.append("To use it\n" + "\n".join(f"  {line}" for line in uses))
     return "\n\n".join(parts)
 
 
@@ -115,11 +125,32 @@ def _fold(table: Table) -> tuple[Table, str]:
     return smaller, "; ".join(constant.values())
 
 
+def _uses(report: Report) -> list[str]:
+    """Return a line for each export that has a usual consumer, to be pasted."""
+    folder, lines = _folder(report), []
+    for name, export in branch(report, "exports").items():
+        files = [str(file) for file in export.get("files") or []]
+        if name == "gguf" and files:
+            lines.append(f"llama-cli -m {shlex.quote(str(folder / files[0]))}")
+        elif name == "safetensors":
+            where = str(folder / "export" / name)
+            lines.append(f"AutoModelForCausalLM.from_pretrained({where!r})")
+    prompt = branch(report, "recovery", "served").get("folder")
+    if prompt:
+        where = str(folder / str(prompt))
+        lines.append(f"PeftModel.from_pretrained(model, {where!r})")
+    return lines
+
+
+def _folder(report: Report) -> PurePath:
+    """Return the work directory, if it is known."""
+    workdir = branch(report, "config", "run").get("workdir")
+    return PurePath(str(workdir)) if workdir else PurePath()
+
+
 def _files(report: Report) -> list[str]:
     """Return the paths of exports and reports, under the work directory if known."""
-    workdir = branch(report, "config", "run").get("workdir")
-    folder = PurePath(str(workdir)) if workdir else PurePath()
-    paths: list[str] = []
+    folder, paths = _folder(report), list[str]()
     for export in branch(report, "exports").values():
         files = [str(folder / name) for name in export.get("files") or []]
         paths += files[:_FILES_SHOWN]

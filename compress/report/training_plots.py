@@ -44,12 +44,12 @@ def training_plot(record: Mapping[str, Any], *, title: str) -> str:
             hint = f"step {count(step)}, {duration(seconds)}: {_SERIES[key]} "
             hint += nats(value)
             body += marker(index, x.at(step), y.at(value), hint=hint)
-    name = f"{title} by {record.get('method')}"
+    name = f"{title} by {str(record.get('method')).replace('_', ' ')}"
     svg = figure(body, width=_WIDTH, height=_HEIGHT, title=f"Curves of {name}")
     names = [_SERIES[key] for key, points in curves.items() if points]
     note = (
         "Held-out KL: to the original, on windows that were not trained on. The dashed "
-        "line is the step whose weights were kept."
+        "line is the step that was kept."
     )
     if len(names) > 1:
         note += " The training loss is a mean since the point before."

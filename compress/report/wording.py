@@ -163,6 +163,15 @@ def worst_text(report: Mapping[str, Any]) -> str | None:
     return None
 
 
+def text_name(name: str) -> str:
+    """Return what a text is called where there is little room: a file without folders.
+
+    Names of bundled texts, such as ``mix/prose``, stay whole.
+    """
+    is_path = name.startswith(("/", "~", "./", "../")) or name.endswith(".txt")
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2] if is_path else name
+
+
 def methods_used(report: Mapping[str, Any]) -> str:
     """Return what was done to how many layers, most layers first."""
     tally: dict[str, int] = {}

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from compress.calibration.collect import Moments
 from compress.core.artifact import ModelDescription, TensorSource
@@ -22,6 +21,7 @@ from compress.core.plan import Plan
 from compress.core.tensors import TORCH_DTYPES
 from compress.distributed.team import Team
 from compress.model.streaming import StreamedModel
+from compress.progress import progress_bar
 from compress.transforms.contract import Choice, Inputs, Reader, Scaling
 from compress.transforms.operations import Operation, Step
 from compress.transforms.places import Place, fold, places_of, storable
@@ -74,9 +74,7 @@ def decide(
     states = streamed.embed(team.share(windows))
     scales: dict[str, Tensor] = {}
     records: list[dict[str, Any]] = []
-    bar = tqdm(
-        range(model.block_count), desc=transform.name, unit="block", disable=None
-    )
+    bar = progress_bar(range(model.block_count), desc=transform.name, unit="block")
     for index in bar:
         path = model.family.block(index)
         places = places_of(model, transform.kinds, index)

@@ -174,6 +174,7 @@ def test_two_level_inputs_need_a_measured_maximum(amax: float | None) -> None:
         ("fp4-tensor", "scales of single rows"),
         ("int4-g32-lorc8", "use int4-g32, or set dense: true"),
         ("int4-g32-offset", "use int4-g32 or int4-g32-asym"),
+        ("q6_k", "use int6-g16, export to gguf only"),
         ("int4-g32+e5m2", "use int8 or e4m3 inputs"),
     ],
 )

@@ -80,6 +80,13 @@ def obstacle(scheme: Scheme) -> str | None:
             f"no stock loader rounds inputs as {scheme.name} asks; use int8 or e4m3 "
             "inputs, or set dense: true in this export"
         )
+    if scheme.scales is Scales.SUPER and scheme.is_integer:
+        named = Scheme(scheme.bits, scheme.group_size).name
+        return (
+            f"no stock loader reads the two levels of scales of {scheme.name} from "
+            f"safetensors; use {named}, export to gguf only, or set dense: true in "
+            "this export"
+        )
     if scheme.is_integer:
         return None
     if scheme.codebook is not None:
