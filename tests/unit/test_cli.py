@@ -256,9 +256,9 @@ def test_module_runs_like_the_script() -> None:
 
 def test_public_names_are_lazy_and_complete() -> None:
     assert set(compress.__all__) <= set(dir(compress))
-    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text("utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text("utf-8")
     for name in set(compress.__all__) - {"__version__"}:
         assert getattr(compress, name) is not None
-        assert f"| `compress.{name}" in page, f"docs/python.md does not list {name}"
+        assert f"[`compress.{name}`]" in page, f"docs/api.md does not list {name}"
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = compress.nonsense  # type: ignore[attr-defined]
