@@ -27,6 +27,7 @@ from compress.bench.gpu_timing import (
     read_bandwidth,
 )
 from compress.core.errors import KernelError
+from compress.progress import progress_bar
 from compress.provenance import hardware, versions
 
 _LOG = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def bench_kernels(
     limits = measured_limits()
     flushed = flush_buffer()
     rows: list[dict[str, Any]] = []
-    for shape in settings.shapes:
+    for shape in progress_bar(settings.shapes, desc="shapes", unit="shape"):
         rows += shape_rows(shape, settings, limits, flushed, ways)
         say(f"{shape[0]} x {shape[1]} is done")
     return {

@@ -27,6 +27,7 @@ from compress.core.errors import (
     ExportError,
     MissingDependencyError,
 )
+from compress.progress import progress_bar
 from compress.provenance import hardware, versions
 
 _LOG = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def bench_model(
     check_settings(settings)
     ways: list[dict[str, Any]] = []
     errors: dict[str, str] = {}
-    for way in _ways(settings):
+    for way in progress_bar(_ways(settings), desc="ways", unit="way"):
         say(f"measuring {way} on {settings.device}")
         try:
             ways.append(_apart(settings, way) if apart else _here(settings, way))
