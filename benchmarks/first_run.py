@@ -4,8 +4,9 @@
     python benchmarks/first_run.py OFFGRID/permuted --install [--work DIR]
 
 With ``--install`` the first step is ``make demo`` in a fresh clone: the environment,
-and the quickstart. Then a config is written for llama.cpp, planned, and run with rounding to nearest on one
-short window of each text; both kinds of files are loaded and write 16 tokens.
+and the quickstart. Then a config is written for llama.cpp, planned, and run with
+rounding to nearest on one short window of each text; both kinds of files are loaded
+and write 16 tokens.
 """
 
 from __future__ import annotations
