@@ -1,13 +1,14 @@
 """One run on 1 and more GPUs or processes: time, memory of each, and the same codes.
 
-    python benchmarks/scaling.py [--processes 1 2] [--small] [--work runs/benchmarks]
+    python benchmarks/scaling.py [--processes 1 2] [--orders layer block]
+        [--blocks 32] [--small] [--work runs/benchmarks]
 
 A random checkpoint of the shape of Llama 2 7B (bf16, 13 GB) is quantized by GPTQ to
 INT4 in groups of 128 on 128 x 2048 tokens, drift correction on, by ``torchrun
 --nproc-per-node N -m compress run``, export included. ``--small`` is a model of four
 blocks on 32 x 256 tokens, for a CPU, where each process has one thread.
 
-Both orders of ``quantize.order`` are run. Speedup is the time of one process over that
+Each order of ``quantize.order`` is run. Speedup is the time of one process over that
 of ``N``, efficiency is speedup over ``N``; ``same codes`` is the share of codes that
 are those of one process.
 """
@@ -102,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--orders", nargs="+", default=["layer", "block"])
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--blocks", type=int, default=32, help="of the 7B shape")
     arguments = parser.parse_args()
@@ -113,7 +115,7 @@ def main() -> None:
     shape = SMALL if small else large
     write_checkpoint(work / "model", shape, device="cuda" if cuda else "cpu")
     rows: list[dict[str, Any]] = []
-    cases = [(o, n) for o in ("layer", "block") for n in arguments.processes]
+    cases = [(o, n) for o in arguments.orders for n in arguments.processes]
     for order, count in cases:
         workdir = work / f"{order}-of-{count}"
         report = run(work / "model", workdir, count, order=order, small=small)
@@ -130,13 +132,14 @@ def main() -> None:
     card = torch.cuda.get_device_name() if cuda else "none; one thread a process"
     where = f"GPUs ({card})" if cuda else "processes of one thread each"
     path = write_result(
-        "scaling_small" if small else "scaling",
+        "scaling_small" if small else f"scaling_{arguments.blocks}_blocks",
         claim=f"GPTQ INT4 of {size}, random weights, on "
         f"{' and '.join(map(str, arguments.processes))} {where}: the codes are those "
         "of one.",
         command=" ".join(
             ["python benchmarks/scaling.py", *(["--small"] if small else [])]
             + ["--processes", *map(str, arguments.processes)]
+            + ["--orders", *arguments.orders]
             + ([] if small else ["--blocks", str(arguments.blocks)])
         ),
         figures={

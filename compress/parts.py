@@ -33,6 +33,8 @@ from compress.distributed.team import Team
 from compress.progress import progress_bar
 from compress.workdir import LayerRecord, WorkDir
 
+# A GPU loops over columns, and takes about as long for fewer rows than these.
+_LEAST_ROWS = 1024
 _SUMS = "sums/"  # travel beside the codes of a stack
 
 
@@ -162,8 +164,11 @@ class Part:
     def coders(self, stacks: Sequence[Sequence[LayerPlan]]) -> list[tuple[int, ...]]:
         """Return the processes that should code each of some stacks."""
         shapes = [(sum(x.shape[0] for x in s), s[0].shape[1]) for s in stacks]
+        least = self._team.size * (_LEAST_ROWS if "cuda" in self._device else 1)
         apart = [
-            self._quantizers[s[0].method].codes_rows_apart(s[0].scheme) for s in stacks
+            rows >= least
+            and self._quantizers[s[0].method].codes_rows_apart(s[0].scheme)
+            for s, (rows, _) in zip(stacks, shapes, strict=True)
         ]
         return coders(shapes, apart, self._team.size)
 

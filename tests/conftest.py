@@ -16,6 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 # Before any test module copies the environment for the processes that it starts.
 _CACHE = tempfile.TemporaryDirectory(prefix="compress-tests-")
+_KERNELS = Path(os.environ.get("COMPRESS_CACHE", "missing")).absolute() / "kernels"
+if _KERNELS.is_dir():  # built for minutes, and named by a digest of their sources
+    (Path(_CACHE.name) / "kernels").symlink_to(_KERNELS)
 os.environ["COMPRESS_CACHE"] = _CACHE.name
 if not Path("/dev/nvidia0").exists():
     # Before anything imports Triton, which looks only then.

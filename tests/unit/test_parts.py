@@ -14,6 +14,7 @@ from compress.core.plan import LayerPlan
 from compress.core.scheme import Scheme
 from compress.core.statistics import LayerStatistics
 from compress.core.tensors import join_rows
+from compress.distributed.team import Team
 from compress.parts import Part, PartWriter, relative_errors, row_sums, stacks
 from compress.quantizers.rtn import RoundToNearest
 from compress.registry import get_quantizer
@@ -122,6 +123,19 @@ def test_rows_that_may_be_coded_apart_get_the_same_codes(
     joined = join_rows(halves).state()
     for name, tensor in whole.state().items():
         assert torch.equal(tensor, joined[name]), name
+
+
+@pytest.mark.parametrize(
+    ("device", "rows", "coders"),
+    [("cpu", 64, (0, 1)), ("cuda:0", 2047, (0,)), ("cuda:0", 2048, (0, 1))],
+)
+def test_a_gpu_gets_rows_that_fill_it_or_the_whole(
+    device: str, rows: int, coders: tuple[int, ...]
+) -> None:
+    layer = LayerPlan("a", (rows, 32), "rtn", Scheme.parse("int4-g32"))
+    team = Team(rank=0, size=2)
+    part = Part({"rtn": RoundToNearest()}, [[layer]], team=team, device=device)
+    assert part.coders([[layer]]) == [coders]
 
 
 def test_nothing_is_coded_apart_that_shares_a_scale() -> None:
