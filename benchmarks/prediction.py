@@ -6,7 +6,10 @@ these runs: the speeds are those that the dry run measures on the spot. So what 
 programs do meanwhile shows: a second dry run, after the run, says whether the machine
 was then as fast as before. Take a quiet one; it is some five minutes on two cores.
 
-    python benchmarks/prediction.py [--sizes small,medium,large]
+    python benchmarks/prediction.py [--sizes small,medium,large] [--device cuda]
+
+On a GPU the models are larger, calibration has 128 windows of 2048 tokens, and memory of
+the GPU is compared, too (``prediction_gpu.json``).
 """
 
 from __future__ import annotations
@@ -32,6 +35,12 @@ SIZES = {
     "medium": (1024, 2816, 8, 16, 4),
     "large": (2048, 5632, 6, 32, 4),
 }
+GPU_SIZES = {
+    "gpu-small": (1024, 2816, 8, 16, 4),
+    "gpu-medium": (2048, 5632, 8, 32, 4),
+    "gpu-large": (4096, 11008, 4, 64, 64),
+}
+TEXT = {"cpu": (16, 256), "cuda": (128, 2048)}  # calibration windows and tokens of each
 _LIMIT = 0.25
 
 
@@ -39,7 +48,7 @@ def model(name: str) -> Path:
     """Make a random model, once."""
     import torch
 
-    hidden, inner, blocks, heads, groups = SIZES[name]
+    hidden, inner, blocks, heads, groups = (SIZES | GPU_SIZES)[name]
     folder = WORK / name
     if not (folder / "config.json").is_file():
         save_checkpoint(
@@ -58,16 +67,19 @@ def model(name: str) -> Path:
     return folder
 
 
-def config(name: str) -> Path:
+def config(name: str, device: str) -> Path:
     """Write the config of a size."""
-    settings = {
+    samples, length = TEXT[device]
+    settings: dict[str, Any] = {
         "model": {"path": str(model(name))},
-        "calibration": {"data": "mix", "samples": 16, "sequence_length": 256},
+        "calibration": {"data": "mix", "samples": samples, "sequence_length": length},
         "quantize": {"method": "gptq", "scheme": "int4-g128"},
         "evaluate": {"perplexity": ["wikitext2"], "windows": 8, "sequence_length": 256},
         "export": [{"format": "safetensors"}],
-        "run": {"workdir": str(WORK / f"{name}-run"), "device": "cpu", "threads": 2},
+        "run": {"workdir": str(WORK / f"{name}-run"), "device": device},
     }
+    if device == "cpu":
+        settings["run"]["threads"] = 2
     return write_config(WORK / f"{name}.yaml", settings)
 
 
@@ -83,9 +95,9 @@ def compress(*arguments: str) -> str:
     return done.stdout
 
 
-def row(name: str) -> dict[str, Any]:
+def row(name: str, device: str) -> dict[str, Any]:
     """Run a size; return its row."""
-    path, load = config(name), os.getloadavg()[0]
+    path, load = config(name, device), os.getloadavg()[0]
     compress("run", str(path), "--overwrite", "--force")
     report = json.loads((WORK / f"{name}-run" / "report.json").read_text())
     predicted = report["predicted"]
@@ -99,6 +111,7 @@ def row(name: str) -> dict[str, Any]:
         "GiB predicted": round(predicted["peak_memory_bytes"] / 2**30, 2),
         "GiB measured": round(report["peak_memory_bytes"] / 2**30, 2),
         "memory ratio": round(memory, 2),
+        **on_gpu(report),
         "s predicted": round(predicted["seconds"], 1),
         "s predicted afterwards": round(again["predicted"]["seconds"], 1),
         "s measured": round(taken, 1),
@@ -110,27 +123,45 @@ def row(name: str) -> dict[str, Any]:
     }
 
 
+def on_gpu(report: dict[str, Any]) -> dict[str, float]:
+    """Return the memory of the GPU, if there was one."""
+    taken = report["processes"][0].get("device_peak_bytes")
+    if taken is None:
+        return {}
+    expected = report["predicted"]["device_memory_bytes"]
+    return {
+        "GPU GiB predicted": round(expected / 2**30, 2),
+        "GPU GiB measured": round(taken / 2**30, 2),
+        "GPU memory ratio": round(expected / taken, 2),
+    }
+
+
 def main() -> int:
     """Run the sizes; 1 if a prediction is off by more than a quarter."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--sizes", help="all of them, if not given")
+    parser.add_argument("--device", choices=list(TEXT), default="cpu")
     arguments = parser.parse_args()
+    on_cpu = arguments.device == "cpu"
+    sizes, where = (SIZES, "the CPU") if on_cpu else (GPU_SIZES, "a GPU")
+    result = "prediction" if on_cpu else "prediction_gpu"
     WORK.mkdir(parents=True, exist_ok=True)
-    file = FOLDER / "prediction.json"
+    file = FOLDER / f"{result}.json"
     known = json.loads(file.read_text())["figures"]["sizes"] if file.exists() else []
     rows = {entry["size"]: entry for entry in known}
-    for name in arguments.sizes.split(","):
-        rows[name] = row(name)
+    for name in arguments.sizes.split(",") if arguments.sizes else sizes:
+        rows[name] = row(name, arguments.device)
         print(json.dumps(rows[name]), flush=True)
         write_result(
-            "prediction",
-            claim="Peak memory and time that the dry run predicts for a run on the "
-            "CPU, beside what it took; ratios are predicted over measured, and should "
-            "lie between 0.75 and 1.25.",
-            figures={"sizes": [rows[size] for size in SIZES if size in rows]},
-            command="python benchmarks/prediction.py",
+            result,
+            claim=f"Peak memory and time that the dry run predicts for a run on {where}"
+            ", beside what it took; ratios are predicted over measured, and should lie "
+            "between 0.75 and 1.25.",
+            figures={"sizes": [rows[size] for size in sizes if size in rows]},
+            command="python benchmarks/prediction.py"
+            + ("" if on_cpu else " --device cuda"),
         )
-    ratios = [r[key] for r in rows.values() for key in ("memory ratio", "time ratio")]
+    ratios = [r[key] for r in rows.values() for key in r if key.endswith("ratio")]
     return int(any(not 1 - _LIMIT <= ratio <= 1 + _LIMIT for ratio in ratios))
 
 

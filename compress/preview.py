@@ -45,6 +45,7 @@ class PlanPreview:
         sizes: Bytes of weights: of the base, of what pruning leaves, of each export.
         parts: The same split into embedding, attention, mlp and other.
         peak_memory_bytes: Predicted for the process.
+        device_memory_bytes: Predicted for a GPU; 0 on the CPU.
         seconds: Predicted for the run.
         stages: What of it goes into ``prune`` and ``recover``, where they are.
         budget: Name of the allocator and bytes of the file, if the run has a budget:
@@ -55,6 +56,7 @@ class PlanPreview:
     sizes: Mapping[str, int]
     parts: Mapping[str, Mapping[str, int]]
     peak_memory_bytes: int
+    device_memory_bytes: int
     seconds: float
     stages: Mapping[str, StageEstimate]
     budget: tuple[str, int] | None = None
@@ -69,6 +71,7 @@ class PlanPreview:
             "predicted": {
                 "size_bytes": dict(self.sizes),
                 "peak_memory_bytes": self.peak_memory_bytes,
+                "device_memory_bytes": self.device_memory_bytes,
                 "seconds": self.seconds,
                 "stages": {name: asdict(x) for name, x in self.stages.items()},
             },
@@ -103,20 +106,23 @@ class PlanPreview:
         lines += [f"{name:<14} {size:>14,}" for name, size in self.sizes.items()]
         lines += [
             "",
-            f"estimated peak memory: {self.peak_memory_bytes / (1 << 30):.2f} GiB",
+            f"estimated peak memory: {_memory(self)}",
             f"estimated time:        {self.seconds:.0f} s",
         ]
         for name, stage in self.stages.items():
+            label = f"{name}:"
             lines.append(
-                f"  of which {name + ':':<12} {stage.seconds:.0f} s, "
-                f"{stage.peak_memory_bytes / (1 << 30):.2f} GiB"
-                + (
-                    f", {stage.device_memory_bytes / (1 << 30):.2f} GiB on the device"
-                    if stage.device_memory_bytes
-                    else ""
-                )
+                f"  of which {label:<12} {stage.seconds:.0f} s, {_memory(stage)}"
             )
         return "\n".join(lines)
+
+
+def _memory(found: PlanPreview | StageEstimate) -> str:
+    """Return both peaks in words."""
+    words = f"{found.peak_memory_bytes / (1 << 30):.2f} GiB"
+    if not found.device_memory_bytes:
+        return words
+    return f"{words}, {found.device_memory_bytes / (1 << 30):.2f} GiB on the device"
 
 
 def _stand_ins(plan: Plan) -> list[str]:
@@ -155,21 +161,21 @@ def predict(run: Run) -> PlanPreview:
         run.plan,
         work,
         method_seconds=lambda layer: method_seconds(
-            run.quantizers[layer.method], layer.scheme, layer.shape[0]
+            run.quantizers[layer.method], layer.scheme, *layer.shape, run.device
         ),
         dtype=run.runner.dtype,
+        device=run.device,
+        in_memory=shown,
     )
-    shapes = Shapes.of(run.model, run.plan)
-    peak = peak_bytes(shapes, shown, dtype=run.runner.dtype)
     stages = _reshaping(run)
+    parts = [predicted, *stages.values()]
     return PlanPreview(
         run.plan,
         {name: sum(table.values()) for name, table in sizes.items()},
         {name: breakdown(table, run.model) for name, table in sizes.items()},
-        max([peak] + [stage.peak_memory_bytes for stage in stages.values()]),
-        predicted.seconds
-        + sum(stage.seconds for stage in stages.values())
-        + _tuning_seconds(run),
+        max(part.peak_memory_bytes for part in parts),
+        max(part.device_memory_bytes for part in parts),
+        sum(part.seconds for part in parts) + _tuning_seconds(run),
         stages,
         (run.search.section.method, run.search.budget) if run.search else None,
     )
@@ -184,6 +190,7 @@ def _work(run: Run) -> Work:
         if run.runner.needs_calibration
         else None,
         drift=run.runner.needs_drift,
+        order=run.runner.order,
         evaluation=_evaluation(section) if section is not None else (0, 0),
         generated=section.generate if section is not None else 0,
         exports=len(run.exporters),

@@ -23,6 +23,7 @@ from compress.core.shapes import (
 )
 from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
 from compress.model.skeleton import rebuild_blocks_
+from compress.planning.shapes import Shapes
 
 WIDTHS = (96, 32, 64)
 
@@ -108,3 +109,29 @@ def uneven_artifact(
             weight.copy_(quantized(name).dequantize())
     described = replace(description, assets=assets)
     return model, CompressedModel(described, Plan("tiny", layers), source, quantized)
+
+
+def layer(rows: int, columns: int) -> LayerPlan:
+    return LayerPlan("layer", (rows, columns), "rtn", Scheme.parse("int4-g128"))
+
+
+LLAMA_7B = Shapes(
+    hidden=4096,
+    inner=11008,
+    vocabulary=32000,
+    blocks=32,
+    block=4 * 4096**2 + 3 * 4096 * 11008,
+    active=4 * 4096**2 + 3 * 4096 * 11008,
+    parameters=6738415616,
+    largest=32000 * 4096,
+    stored_bytes=2,
+    inside=(
+        (layer(4096, 4096), layer(4096, 4096), layer(4096, 4096)),
+        (layer(4096, 4096),),
+        (layer(11008, 4096), layer(11008, 4096)),
+        (layer(4096, 11008),),
+    ),
+    inputs=((4096, 1.0), (4096, 1.0), (4096, 1.0), (11008, 1.0)),
+    outside=(),
+    planned=(),
+)

@@ -23,7 +23,7 @@ BlockCall = dict[str, Any]
 # no entry: there all windows are one batch, since a second pass costs more than memory.
 _BATCH_BYTES = {"cuda": 1 << 30, "mps": 1 << 30}
 # States of up to this size stay on the device.
-_HELD_BYTES = 1 << 29
+HELD_BYTES = 1 << 29
 
 
 @dataclass
@@ -58,7 +58,7 @@ def allocate(
     if room is not None:
         return room.empty(shape, dtype)
     size = torch.Size(shape).numel() * dtype.itemsize
-    if device.type == "cpu" or size <= _HELD_BYTES:
+    if device.type == "cpu" or size <= HELD_BYTES:
         return torch.empty(*shape, dtype=dtype, device=device), None
     return torch.empty(*shape, dtype=dtype, pin_memory=device.type == "cuda"), None
 
@@ -79,11 +79,37 @@ def batches(
         size = count if room is None else room.windows
         return [slice(i, min(i + size, count)) for i in range(0, count, size)]
     inner = int(config.get("intermediate_size") or 4 * width)
-    token = (12 * width + 4 * inner) * hidden.dtype.itemsize
-    if config.get("attn_logit_softcapping"):  # scores of all pairs, in float32
-        token += 2 * 4 * length * int(config["num_attention_heads"])
-    size = max(1, _BATCH_BYTES[device] // (token * length))
+    scores = 0
+    if config.get("attn_logit_softcapping"):  # of all pairs, in float32
+        scores = 2 * 4 * length * int(config["num_attention_heads"])
+    most = batch_tokens(
+        width, inner, hidden.dtype.itemsize, length, device=device, scores=scores
+    )
+    size = most // length
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+def batch_tokens(
+    hidden: int,
+    inner: int,
+    width: int,
+    length: int,
+    *,
+    device: str = "cuda",
+    scores: int = 0,
+) -> int:
+    """Return how many tokens of whole windows go through a block together on a GPU.
+
+    Args:
+        hidden: Width of the states.
+        inner: Of the MLP.
+        width: Bytes of a value.
+        length: Tokens of a window.
+        device: Kind of device.
+        scores: Bytes that attention takes for a token.
+    """
+    token = (12 * hidden + 4 * inner) * width + scores
+    return length * max(1, _BATCH_BYTES[device] // (token * length))
 
 
 class Mover:

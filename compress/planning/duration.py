@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 
@@ -21,6 +21,7 @@ from compress.core.contracts import Quantizer
 from compress.core.plan import LayerPlan
 from compress.core.scheme import Scheme
 from compress.core.statistics import LayerStatistics
+from compress.planning.device import batches
 from compress.planning.shapes import Shapes, Work, stacked_shape, weights_of
 
 _START_SECONDS = 3.0  # tokenizer, checkpoint headers, the module tree
@@ -32,6 +33,7 @@ _PASSES_TO_EXPORT = 4  # read, packed, written
 # Beyond what running it takes: decoded by us, by the consumer, and compared.
 _PASSES_TO_VERIFY = 30
 _PASSES_TO_VERIFY_WHOLE = 3  # transformers' modules decode as fast as ours
+_PASSES_OF_BATCHES = 2.4  # of a block like that of Llama 2, run again to each input
 _PASSES_TO_RUN = 6  # a model's weights read and decoded for one sweep
 # Passes over the states of a block beside its products: norms, rotation, attention.
 _PASSES_OF_BLOCK = 25
@@ -53,6 +55,7 @@ def seconds(
     *,
     method_seconds: Callable[[LayerPlan], float],
     dtype: torch.dtype,
+    device: str = "cpu",
 ) -> float:
     """Return the prediction for the whole run.
 
@@ -61,22 +64,32 @@ def seconds(
         work: What the run does.
         method_seconds: Time that a layer's method takes for one weight.
         dtype: Arithmetic of the blocks while statistics are taken.
+        device: Where blocks run and layers are solved.
     """
-    speeds, exact_speeds = speeds_of(dtype), speeds_of(torch.float32)
-    exact, a_pass = speeds.exact, speeds.host_pass
+    speeds, exact_speeds = speeds_of(dtype, device), speeds_of(torch.float32, device)
+    a_pass, on_gpu = speeds.host_pass, device != "cpu"
     planned = weights_of(*shapes.planned)
-    total = _START_SECONDS + planned * _PASSES_TO_ROUND * a_pass
-    total += sum(weights_of(x) * method_seconds(x) for x in shapes.planned)
-    total += planned / DISK_BYTES_A_SECOND
+    coding = planned * _PASSES_TO_ROUND * speeds.device_pass
+    coding += sum(
+        count * weights_of(layer) * method_seconds(layer)
+        for layer, count in _coded(shapes, on_gpu=on_gpu)
+    )
     if work.calibration:
         windows, length = work.calibration
-        total += (1 + work.drift) * sweep(shapes, windows * length, speeds)
+        passes = _passes(shapes, work, dtype=dtype, on_gpu=on_gpu)
+        coding += passes * sweep(shapes, windows * length, speeds)
         a_window = sum(
-            share * moments_seconds(columns, length, drift=work.drift, dtype=dtype)
+            share
+            * moments_seconds(
+                columns, length, drift=work.drift, dtype=dtype, device=device
+            )
             for columns, share in shapes.inputs
         )
-        solving = _solvers(shapes, drift=work.drift) / exact
-        total += shapes.blocks * (windows * a_window + solving)
+        solving = _solvers(shapes, drift=work.drift) / speeds.exact
+        coding += shapes.blocks * (windows * a_window + solving)
+    stored = planned / DISK_BYTES_A_SECOND
+    # Codes of a block are stored while a GPU is at the next one.
+    total = _START_SECONDS + (max(coding, stored) if on_gpu else coding + stored)
     evaluated = work.evaluation[0] * work.evaluation[1]
     if evaluated:
         total += 2 * _scored(shapes, evaluated, exact_speeds)
@@ -89,6 +102,26 @@ def seconds(
         total += files * shapes.parameters * passes * a_pass
     total += work.verified * 2 * _scored(shapes, _VERIFY_TOKENS, exact_speeds)
     return total
+
+
+def _coded(shapes: Shapes, *, on_gpu: bool) -> list[tuple[LayerPlan, int]]:
+    """Return what is coded, and how often.
+
+    On a GPU it matters what is coded as one matrix: a loop over columns takes about as
+    long for the rows of one layer as for those of three.
+    """
+    if not on_gpu:
+        return [(layer, 1) for layer in shapes.planned]
+    stacked = [replace(x[0], shape=stacked_shape(x)) for x in shapes.inside]
+    return [*((x, shapes.blocks) for x in stacked), *((x, 1) for x in shapes.outside)]
+
+
+def _passes(shapes: Shapes, work: Work, *, dtype: torch.dtype, on_gpu: bool) -> float:
+    """Return how often all windows go through all blocks, see ``calibration/walk``."""
+    if work.order == "block":
+        return 2 + work.drift
+    several = on_gpu and batches(shapes, work, dtype=dtype) > 1
+    return (1 + work.drift) * (_PASSES_OF_BATCHES if several else 1)
 
 
 @dataclass(frozen=True)
@@ -134,11 +167,14 @@ def sweep(shapes: Shapes, tokens: int, speeds: Speeds) -> float:
 
 
 def _scored(shapes: Shapes, tokens: int, speeds: Speeds) -> float:
-    """All blocks and the head on some tokens, and what is done with the logits."""
+    """All blocks and the head on some tokens, and what the host does with the logits.
+
+    Weights are read and decoded on the host, too.
+    """
     head = 2 * tokens * shapes.vocabulary * shapes.hidden / speeds.blocks
     passes = _PASSES_OF_LOGITS * tokens * shapes.vocabulary
     passes += _PASSES_TO_RUN * shapes.parameters
-    return sweep(shapes, tokens, speeds) + head + passes * speeds.device_pass
+    return sweep(shapes, tokens, speeds) + head + passes * speeds.host_pass
 
 
 def _solvers(shapes: Shapes, *, drift: bool) -> float:
@@ -167,9 +203,9 @@ def pass_time(device: str = "cpu") -> float:
 
 @lru_cache
 def moments_seconds(
-    columns: int, tokens: int, *, drift: bool, dtype: torch.dtype
+    columns: int, tokens: int, *, drift: bool, dtype: torch.dtype, device: str = "cpu"
 ) -> float:
-    """Return the seconds that second moments of one window take on the CPU.
+    """Return the seconds that second moments of one window take.
 
     They are products of tall matrices, which are slower than square ones, and float64
     sums, which wait for memory. A wide input is timed by one with fewer columns.
@@ -179,35 +215,66 @@ def moments_seconds(
         tokens: Of a window.
         drift: Whether those with the dense model's inputs are taken, too.
         dtype: Of the inputs.
+        device: Where they are.
     """
-    fewer = min(columns, _PROBE_WIDTH, math.isqrt(_PROBE_MOMENTS // tokens))
-    x = torch.ones(1, tokens, fewer, dtype=dtype)
+    fewer = min(columns, _PROBE_WIDTH)
+    if device == "cpu":
+        fewer = min(fewer, math.isqrt(_PROBE_MOMENTS // tokens))
+    x = torch.ones(1, tokens, fewer, dtype=dtype, device=device)
     moments, dense = Moments(), x if drift else None
-    taken = timed(lambda: moments.add(x, dense), times=2)
+    taken = timed(lambda: moments.add(x, dense), times=2, device=device)
     return taken * (columns / fewer) ** 2
 
 
 @lru_cache
-def method_seconds(quantizer: Quantizer, scheme: Scheme, rows: int) -> float:
+def method_seconds(
+    quantizer: Quantizer,
+    scheme: Scheme,
+    rows: int,
+    columns: int = _PROBE_COLUMNS,
+    device: str = "cpu",
+) -> float:
     """Return the seconds that a method takes for one weight of a layer.
 
     It quantizes a random matrix of that many rows, and of few columns: what grows with
-    the square of the columns is counted in products.
+    the square of the columns is counted in products. On a GPU two of them, since what
+    starts a method is not little beside what it does for each column there.
+
+    Args:
+        quantizer: The method.
+        scheme: What it makes.
+        rows: Of the layer.
+        columns: Of the layer.
+        device: Where it is solved.
     """
+    if device == "cpu":
+        rows = min(rows, _PROBE_ROWS)
+        few, taken = _method(quantizer, scheme, rows, _PROBE_COLUMNS, device)
+        return taken / (rows * few)
+    few, first = _method(quantizer, scheme, rows, _PROBE_COLUMNS, device)
+    many, second = _method(quantizer, scheme, rows, 3 * _PROBE_COLUMNS, device)
+    a_column = max(0.0, second - first) / (many - few)
+    return (first + (columns - few) * a_column) / (rows * columns)
+
+
+def _method(
+    quantizer: Quantizer, scheme: Scheme, rows: int, columns: int, device: str
+) -> tuple[int, float]:
+    """Return the columns of a random matrix and the seconds that it takes."""
     generator = torch.Generator().manual_seed(0)
-    group = scheme.group_size or _PROBE_COLUMNS
+    group = scheme.group_size or columns
     if scheme.codebook is not None:
         group = scheme.codebook.vector
-    columns = group * max(1, _PROBE_COLUMNS // group)
-    weight = torch.randn(min(rows, _PROBE_ROWS), columns, generator=generator)
+    columns = group * max(1, columns // group)
+    weight = torch.randn(rows, columns, generator=generator).to(device)
     statistics = None
     if quantizer.needs_statistics:
-        x = torch.randn(2 * columns, columns, generator=generator)
+        x = torch.randn(2 * columns, columns, generator=generator).to(device)
         hessian = 2 * x.T @ x
         drift = 0.01 * hessian if quantizer.needs_drift else None
         statistics = LayerStatistics(hessian, len(x), drift)
-    taken = timed(lambda: quantizer.quantize(weight, scheme, statistics), times=2)
-    return taken / weight.numel()
+    work = partial(quantizer.quantize, weight, scheme, statistics)
+    return columns, timed(work, times=2, device=device)
 
 
 def timed(work: Callable[[], object], *, times: int = 5, device: str = "cpu") -> float:

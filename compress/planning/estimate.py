@@ -1,9 +1,9 @@
 """Peak memory and time of a run, predicted from shapes and a few short timings.
 
-What quantizes is predicted for the CPU; what makes another model before it, for the
-device of the run. The report prints both beside what was measured. How they come about:
-:mod:`compress.planning.memory`, :mod:`compress.planning.duration`,
-:mod:`compress.planning.pruning`, :mod:`compress.planning.recovery`.
+Both are for the device of the run; the report prints them beside what was measured. How
+they come about: :mod:`compress.planning.memory`, :mod:`compress.planning.device`,
+:mod:`compress.planning.duration`, :mod:`compress.planning.pruning`,
+:mod:`compress.planning.recovery`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from compress.config.recover_section import RecoverOptions
 from compress.core.artifact import ModelDescription
 from compress.core.plan import LayerPlan, Plan
+from compress.planning.device import device_bytes, host_bytes
 from compress.planning.duration import seconds, speeds_of
 from compress.planning.memory import PROCESS_BYTES, peak_bytes
 from compress.planning.pruning import PruneWork, prune_bytes, prune_seconds
@@ -28,7 +29,6 @@ from compress.planning.recovery import (
 from compress.planning.shapes import Shapes, Work
 
 __all__ = [
-    "Estimate",
     "StageEstimate",
     "Work",
     "estimate",
@@ -38,11 +38,18 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Predicted peak memory of the process, and seconds of the run."""
+class StageEstimate:
+    """What a run or a stage of it is predicted to take.
 
-    peak_memory_bytes: int
+    Attributes:
+        seconds: Of all of it.
+        peak_memory_bytes: Of the process while it runs.
+        device_memory_bytes: Of a GPU; 0 on the CPU.
+    """
+
     seconds: float
+    peak_memory_bytes: int
+    device_memory_bytes: int
 
 
 def estimate(
@@ -52,8 +59,10 @@ def estimate(
     *,
     method_seconds: Callable[[LayerPlan], float],
     dtype: torch.dtype = torch.float32,
-) -> Estimate:
-    """Return the prediction for a run of ``plan`` on the CPU.
+    device: str = "cpu",
+    in_memory: Work | None = None,
+) -> StageEstimate:
+    """Return the prediction for a run of ``plan``.
 
     Args:
         model: What is compressed.
@@ -62,27 +71,17 @@ def estimate(
         method_seconds: Time that a layer's method takes for one weight, such as
             :func:`compress.planning.duration.method_seconds` measures.
         dtype: Arithmetic of the blocks while statistics are taken.
+        device: Where they run.
+        in_memory: What of the work lies in memory, if not all does.
     """
-    shapes = Shapes.of(model, plan)
-    return Estimate(
-        peak_bytes(shapes, work, dtype=dtype),
-        seconds(shapes, work, method_seconds=method_seconds, dtype=dtype),
+    shapes, held = Shapes.of(model, plan), in_memory or work
+    taken = seconds(
+        shapes, work, method_seconds=method_seconds, dtype=dtype, device=device
     )
-
-
-@dataclass(frozen=True)
-class StageEstimate:
-    """What a stage is predicted to take.
-
-    Attributes:
-        seconds: Of the stage.
-        peak_memory_bytes: Of the process while it runs.
-        device_memory_bytes: Of a GPU; 0 on the CPU.
-    """
-
-    seconds: float
-    peak_memory_bytes: int
-    device_memory_bytes: int
+    if device == "cpu":
+        return StageEstimate(taken, peak_bytes(shapes, held, dtype=dtype), 0)
+    host, own = (f(shapes, held, dtype=dtype) for f in (host_bytes, device_bytes))
+    return StageEstimate(taken, host, own)
 
 
 def estimate_pruning(

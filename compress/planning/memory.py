@@ -51,18 +51,17 @@ def peak_bytes(shapes: Shapes, work: Work, *, dtype: torch.dtype) -> int:
         work: What the run does.
         dtype: Arithmetic of the blocks while statistics are taken.
     """
-    stages, kept = [_rounding(shapes), _export(shapes)], 0
+    stages, kept = [_rounding(shapes), exported(shapes)], 0
     if work.calibration:
         width = dtype.itemsize
         in_use, kept = _calibrated(shapes, work.calibration, work.drift, width)
         stages.append(in_use)
     if work.evaluation[0]:
-        stages.append(_comparison(shapes, work.evaluation))
+        stages.append(compared(shapes, work.evaluation))
     if work.generated:
         stages.append(_FLOAT * shapes.parameters)
     if work.verified:
-        whole = _FLOAT * shapes.parameters if work.loads_whole else 0
-        stages.append(whole + _comparison(shapes, _VERIFY))
+        stages.append(verified(shapes, work))
     return PROCESS_BYTES + kept + max(stages)
 
 
@@ -161,8 +160,14 @@ def small(tensors: Sequence[tuple[int, int]]) -> int:
     return total([(count, size) for count, size in tensors if size < _HEAP_BYTES])
 
 
-def _comparison(shapes: Shapes, windows: tuple[int, int]) -> int:
-    """Two models side by side: a block of one, or the heads of both and logits."""
+def verified(shapes: Shapes, work: Work) -> int:
+    """Return what comparing an export takes, which may be a whole model in memory."""
+    whole = _FLOAT * shapes.parameters if work.loads_whole else 0
+    return whole + compared(shapes, _VERIFY)
+
+
+def compared(shapes: Shapes, windows: tuple[int, int]) -> int:
+    """Return what two models side by side take: a block, or both heads and logits."""
     count, length = windows
     states = _FLOAT * count * length * shapes.hidden
     states = 3 * min(states, _EVALUATION_STATES_BYTES)
@@ -175,6 +180,6 @@ def _comparison(shapes: Shapes, windows: tuple[int, int]) -> int:
     return states + max(block, heads, 2 * _FLOAT * head + logits)
 
 
-def _export(shapes: Shapes) -> int:
-    """The largest tensor, in the mapped file and copied."""
+def exported(shapes: Shapes) -> int:
+    """Return what an export takes: the largest tensor, in its file and copied."""
     return 2 * shapes.stored_bytes * shapes.largest

@@ -24,6 +24,7 @@ import torch
 
 from compress.core.contracts import Pruner
 from compress.core.neurons import GatedMLP, NeuronStatistics, loudest
+from compress.model.states import HELD_BYTES
 from compress.planning import duration, memory
 from compress.planning.duration import Speeds
 from compress.planning.shapes import Shapes
@@ -47,7 +48,6 @@ _REPAIR_SQUARES, _CHOICE_SQUARES = 3, 6
 # Kept by autograd in a block, per token: of the width of the states, and of the MLP.
 GRAPH = (14, 5)
 _BATCH_BYTES = 1 << 30  # of temporary tensors on a GPU (model/states.py)
-_HELD_BYTES = 1 << 29  # states up to this stay on a GPU
 _PROBES = (256, 512)
 
 
@@ -185,7 +185,7 @@ def prune_bytes(
     if work.windows is None:
         return copying, 0
     states, block = width * work.tokens * shapes.hidden, width * shapes.block
-    pinned = on_gpu and states > _HELD_BYTES
+    pinned = on_gpu and states > HELD_BYTES
     stages = [(states, block + _forward(shapes, work.tokens, width, on_gpu))]
     if work.removals:
         stages.append(_depth_bytes(shapes, work, width, on_gpu))

@@ -19,6 +19,8 @@ class Work:
     Attributes:
         calibration: Windows and tokens a window; ``None`` if no method needs data.
         drift: Whether the dense model runs beside the compressed one.
+        order: Whether layers of a block are measured one after the other (``layer``) or
+            at once (``block``).
         evaluation: Windows and tokens a window over all texts; each runs through both
             models.
         exports: Number of files that are written.
@@ -30,6 +32,7 @@ class Work:
 
     calibration: tuple[int, int] | None = None
     drift: bool = False
+    order: str = "layer"
     evaluation: tuple[int, int] = (0, 0)
     exports: int = 0
     verified: int = 0

@@ -329,6 +329,7 @@ def run_table(report: Report) -> Table:
             size(number_at(predicted, "peak_memory_bytes")),
             size(number_at(report, "peak_memory_bytes")),
         ),
+        *_gpu_memory(report),
         (
             "total time",
             duration(number_at(predicted, "seconds")),
@@ -343,6 +344,17 @@ def run_table(report: Report) -> Table:
         rows.append((f"size of {name}", size(expected), size(number_at(sizes, name))))
     columns = [("quantity", "l"), ("predicted", "r"), ("measured", "r")]
     return _table("Time and memory", columns, rows)
+
+
+def _gpu_memory(report: Report) -> list[tuple[str, str, str]]:
+    """Return a row for the GPU that took most, if there was one."""
+    processes = report.get("processes")
+    rows = processes if isinstance(processes, list) else []
+    taken = [x["device_peak_bytes"] for x in rows if "device_peak_bytes" in x]
+    if not taken:
+        return []
+    expected = number_at(branch(report, "predicted"), "device_memory_bytes")
+    return [("peak GPU memory", size(expected), size(max(taken)))]
 
 
 def provenance_table(report: Report) -> Table:

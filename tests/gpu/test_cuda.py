@@ -64,7 +64,7 @@ def test_bfloat16_runs_and_read_ahead_give_the_same_twice(folder, method):
 
 def test_states_in_host_memory_and_small_batches_change_nothing(folder, monkeypatch):
     _, held = run_on("cuda", folder, "held", "gptq")
-    monkeypatch.setattr(states, "_HELD_BYTES", 0)
+    monkeypatch.setattr(states, "HELD_BYTES", 0)
     monkeypatch.setitem(states._BATCH_BYTES, "cuda", 1)  # a window a batch
     first, streamed = run_on("cuda", folder, "streamed", "gptq")
     again, _ = run_on("cuda", folder, "again", "gptq")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from export_fixtures import linears, make_artifact
 from moe_fixtures import opened, save_mixture
-from shapes_fixtures import uneven_model
+from shapes_fixtures import LLAMA_7B, layer, uneven_model
 
 from compress.core.plan import LayerPlan, Plan
 from compress.core.scheme import Scheme
@@ -22,32 +22,6 @@ from compress.planning.estimate import Work, estimate
 from compress.planning.memory import peak_bytes, windows_that_fit
 from compress.planning.shapes import Shapes
 from compress.quantizers.rtn import RoundToNearest
-
-
-def layer(rows: int, columns: int) -> LayerPlan:
-    return LayerPlan("layer", (rows, columns), "rtn", Scheme.parse("int4-g128"))
-
-
-LLAMA_7B = Shapes(
-    hidden=4096,
-    inner=11008,
-    vocabulary=32000,
-    blocks=32,
-    block=4 * 4096**2 + 3 * 4096 * 11008,
-    active=4 * 4096**2 + 3 * 4096 * 11008,
-    parameters=6738415616,
-    largest=32000 * 4096,
-    stored_bytes=2,
-    inside=(
-        (layer(4096, 4096), layer(4096, 4096), layer(4096, 4096)),
-        (layer(4096, 4096),),
-        (layer(11008, 4096), layer(11008, 4096)),
-        (layer(4096, 11008),),
-    ),
-    inputs=((4096, 1.0), (4096, 1.0), (4096, 1.0), (11008, 1.0)),
-    outside=(),
-    planned=(),
-)
 
 
 def memory(work: Work, dtype: torch.dtype = torch.float32, **changes: Any) -> int:
@@ -246,7 +220,7 @@ def test_blocks_of_different_widths_are_counted_by_their_own() -> None:
 
 
 def test_fewer_windows_at_once_are_predicted_to_take_less() -> None:
-    work = Work((128, 2048), False, (0, 0), 0, 0, False)
+    work = Work((128, 2048))
     whole = peak_bytes(LLAMA_7B, work, dtype=torch.float32)
     one = Work((1, 2048), False, (0, 0), 0, 0, False)
     least = peak_bytes(LLAMA_7B, one, dtype=torch.float32)
