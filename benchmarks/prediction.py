@@ -8,8 +8,8 @@ was then as fast as before. Take a quiet one; it is some five minutes on two cor
 
     python benchmarks/prediction.py [--sizes small,medium,large] [--device cuda]
 
-On a GPU the models are larger, calibration has 128 windows of 2048 tokens, and memory of
-the GPU is compared, too (``prediction_gpu.json``).
+On a GPU the models are larger, calibration has 128 windows of 2048 tokens, and memory
+of the GPU is compared, too (``prediction_gpu.json``).
 """
 
 from __future__ import annotations

@@ -222,7 +222,7 @@ def test_blocks_of_different_widths_are_counted_by_their_own() -> None:
 def test_fewer_windows_at_once_are_predicted_to_take_less() -> None:
     work = Work((128, 2048))
     whole = peak_bytes(LLAMA_7B, work, dtype=torch.float32)
-    one = Work((1, 2048), False, (0, 0), 0, 0, False)
+    one = Work((1, 2048))
     least = peak_bytes(LLAMA_7B, one, dtype=torch.float32)
     fit = {
         limit: windows_that_fit(LLAMA_7B, work, dtype=torch.float32, limit_bytes=limit)
