@@ -238,6 +238,18 @@ class Corpus:
         )
         return folder
 
+    def prompt(self) -> Path:
+        from compress.model.loading import open_model
+        from compress.recovery.soft_prompt import save_prompt
+
+        folder = self._folder("prompt")
+        description = open_model(
+            str(self.model), cache=self.place / "cache"
+        ).description
+        width = int(description.config["hidden_size"])
+        save_prompt(torch.ones(2, width), description, folder)
+        return folder
+
     def _folder(self, name: str) -> Path:
         folder = self.place / name
         folder.mkdir(exist_ok=True)

@@ -64,6 +64,12 @@ def targets(place: Path) -> list[Target]:
         Target("work directory", made.run("rtn"), made.workdir_files(), _workdir, 2),
         Target("caches", made.caches(), made.cache_files(), _caches),
         Target("training checkpoint", made.training(), ("t.safetensors",), _training),
+        Target(
+            "soft prompt",
+            made.prompt(),
+            ("adapter_config.json", "adapter_model.safetensors"),
+            _prompt,
+        ),
         Target("skip lists", made.packed("safetensors"), ("config.json",), _doctor),
     ]
     for form in ("safetensors", "palette", "aqlm"):
@@ -235,6 +241,12 @@ def _training(folder: Path) -> None:
     from compress.recovery.checkpoints import Checkpoint
 
     Checkpoint.load(folder / "t.safetensors", {"text": "x"})
+
+
+def _prompt(folder: Path) -> None:
+    from compress.recovery.soft_prompt import read_prompt
+
+    read_prompt(folder)
 
 
 def _doctor(folder: Path) -> None:

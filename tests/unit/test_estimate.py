@@ -86,7 +86,9 @@ def test_layers_of_one_input_are_counted_as_one_matrix() -> None:
 def test_more_work_takes_more_time_and_memory() -> None:
     artifact = make_artifact(linears("int4-g32"))
     plan, model = artifact.plan, artifact.description
-    large = Work((4096, 2048), True, (1 << 13, 1 << 11), exports=2, verified=2)
+    large = Work(
+        (4096, 2048), True, evaluation=(1 << 13, 1 << 11), exports=2, verified=2
+    )
     small, more = (
         estimate(model, plan, work, method_seconds=free) for work in (Work(), large)
     )
