@@ -7,19 +7,28 @@ batches, and their states wait in pinned memory of the host if they are large.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from compress.core.plan import LayerPlan
 from compress.model.states import HELD_BYTES, batch_tokens
 from compress.planning import memory
-from compress.planning.shapes import Shapes, Work, stacked_shape, weights_of
+from compress.planning.shapes import (
+    Shapes,
+    Work,
+    searched_values,
+    stacked_shape,
+    weights_of,
+)
 
 # Interpreter, torch with its CUDA libraries, and a context: measured on an H200.
 PROCESS_BYTES = 1900 << 20
 _FLOAT, _DOUBLE = 4, 8
-# Float32 matrices [C, C] and [R, C] that GPTQ holds beside sums, weights and target,
-# counted by torch's dispatcher on matrices of several sizes: when it factors, and when
-# it looks for scales or goes through columns, of so many weights at a time.
-_FACTORING = (6, 0)
+# Float32 matrices [C, C] that GPTQ holds beside sums, weights and target when it
+# factors; and those and [R, C] when it looks for scales or goes through columns, of so
+# many weights at a time. Counted by torch's dispatcher on matrices of several sizes.
+_FACTORING = 6
 _SOLVING = (4, 5)
 _WEIGHTS_AT_ONCE = 1 << 27
 # Blocks read ahead: the next one, and the one before, whose memory stays pinned. torch
@@ -35,14 +44,12 @@ def device_bytes(shapes: Shapes, work: Work, *, dtype: torch.dtype) -> int:
         work: What the run does.
         dtype: Arithmetic of the blocks while statistics are taken.
     """
-    inside = max((_rounded(*x) for x in map(stacked_shape, shapes.inside)), default=0)
-    outside = max((_rounded(*layer.shape) for layer in shapes.outside), default=0)
-    stages = [inside, outside]
+    stages = [_rounded(x) for x in (*shapes.inside, *((y,) for y in shapes.outside))]
     if work.calibration:
         stages.append(_calibrated(shapes, work, dtype.itemsize))
     if work.evaluation[0]:
         stages.append(_evaluated(shapes, work.evaluation[1]))
-    return max(stages)
+    return max(stages, default=0)
 
 
 def host_bytes(shapes: Shapes, work: Work, *, dtype: torch.dtype) -> int:
@@ -75,9 +82,10 @@ def _states(shapes: Shapes, calibration: tuple[int, int], width: int) -> int:
     return width * calibration[0] * calibration[1] * shapes.hidden
 
 
-def _rounded(rows: int, columns: int) -> int:
-    """A stack as stored and as floats, its levels, a few copies, and its codes."""
-    return (2 + 5 * _FLOAT) * rows * columns
+def _rounded(layers: Sequence[LayerPlan]) -> int:
+    """A stack as stored, and so many floats and codes of it."""
+    beside = 34 if searched_values(layers) else 17  # bytes, counted like the above
+    return (2 + beside) * weights_of(*layers)
 
 
 def _calibrated(shapes: Shapes, work: Work, width: int) -> int:
@@ -100,17 +108,18 @@ def _calibrated(shapes: Shapes, work: Work, width: int) -> int:
     inputs = shapes.inputs if work.order == "block" else ()
     sums = streams * sum(columns**2 for columns, _ in inputs)
     busiest = _DOUBLE * sums + inside
-    for rows, columns in map(stacked_shape, shapes.inside):
+    for stack in shapes.inside:
+        rows, columns = stacked_shape(stack)
         squares = _FLOAT * (sums or streams * columns**2)
         # A layer's own input is kept while it is solved, and what the block adds it to.
         paused = 0 if inputs else width * tokens * (shapes.hidden + columns)
         doubles = 0 if inputs else _DOUBLE * streams * columns**2 + inside
         together = min(rows, max(1, _WEIGHTS_AT_ONCE // columns))
-        solving = [
-            _FLOAT * (a * columns**2 + (2 * rows + b * together) * columns)
-            for a, b in (_FACTORING, _SOLVING)
-        ]
-        busiest = max(busiest, doubles, squares + paused + max(solving))
+        squared, copies = _SOLVING
+        copies += searched_values(stack)
+        solving = max(_FACTORING * columns, squared * columns + copies * together)
+        solving = _FLOAT * columns * (solving + 2 * rows)
+        busiest = max(busiest, doubles, squares + paused + solving)
     return held + busiest
 
 

@@ -19,7 +19,13 @@ from dataclasses import replace
 import torch
 
 from compress.core.plan import LayerPlan
-from compress.planning.shapes import Shapes, Work, stacked_shape, weights_of
+from compress.planning.shapes import (
+    Shapes,
+    Work,
+    searched_values,
+    stacked_shape,
+    weights_of,
+)
 
 # Interpreter, torch and transformers: measured 375 MiB, 440 MiB with a tokenizer.
 PROCESS_BYTES = 400 << 20
@@ -106,7 +112,7 @@ def _stack(shapes: Shapes, layers: Sequence[LayerPlan]) -> int:
     layer, all values, and one layer as floats, its error and the square of that.
     """
     weights, largest = weights_of(*layers), max(map(weights_of, layers))
-    coding = (2 * _FLOAT + 1) * weights
+    coding = ((2 + 2 * searched_values(layers)) * _FLOAT + 1) * weights
     comparing = (_FLOAT + 2) * weights + 3 * _FLOAT * largest
     return shapes.stored_bytes * weights + max(coding, comparing)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from compress.core.artifact import ModelDescription
 from compress.core.plan import LayerPlan, Plan
+from compress.core.scheme import Scales
 from compress.parts import stacks
 
 _WIDTH = {"float32": 4}
@@ -161,3 +162,13 @@ def weights_of(*layers: LayerPlan) -> int:
 def stacked_shape(layers: Sequence[LayerPlan]) -> tuple[int, int]:
     """Return rows and columns of layers that are coded as one matrix."""
     return sum(layer.shape[0] for layer in layers), layers[0].shape[1]
+
+
+def searched_values(layers: Sequence[LayerPlan]) -> int:
+    """Return how many more floats a weight takes while its level is looked for.
+
+    None on plain integer grids; three where levels are not evenly spaced or scales are
+    themselves coded, counted by torch's dispatcher.
+    """
+    scheme = layers[0].scheme
+    return 0 if scheme.is_integer and scheme.scales is Scales.FREE else 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 from export_fixtures import linears, make_artifact
 from moe_fixtures import opened, save_mixture
-from shapes_fixtures import LLAMA_7B, layer, uneven_model
+from shapes_fixtures import CLOCK, LLAMA_7B, layer, uneven_model
 
 from compress.core.plan import LayerPlan, Plan
 from compress.core.scheme import Scheme
@@ -135,14 +134,17 @@ class Slow(RoundToNearest):
         self, weight: torch.Tensor, scheme: Scheme, statistics: LayerStatistics | None
     ) -> QuantizedTensor:
         self.given.append((weight.shape, statistics))
-        time.sleep(0.1)
+        CLOCK.now += 0.1
         return super().quantize(weight, scheme, None)
 
 
-def test_a_method_is_timed_on_a_small_matrix_of_its_own() -> None:
+def test_a_method_is_timed_on_a_small_matrix_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(duration, "time", CLOCK)
     method = Slow()
     found = duration.method_seconds(method, Scheme.parse("int4-g64"), 16)
-    assert found * 16 * 256 == pytest.approx(0.1, rel=0.5)
+    assert found * 16 * 256 == pytest.approx(0.1)
     assert duration.method_seconds(method, Scheme.parse("int4-g64"), 16) == found
     assert len(method.given) == 3  # one warms up, two are timed
     shape, statistics = method.given[0]
@@ -171,14 +173,15 @@ def test_wide_moments_are_timed_by_fewer_columns(
 
     def add(_: object, inputs: torch.Tensor, dense: torch.Tensor | None) -> None:
         given.append((inputs.shape, inputs.dtype, dense is not None))
-        time.sleep(0.1)
+        CLOCK.now += 0.1
 
     monkeypatch.setattr(duration.Moments, "add", add)
+    monkeypatch.setattr(duration, "time", CLOCK)
     duration.moments_seconds.cache_clear()
     found = duration.moments_seconds(columns, tokens, drift=True, dtype=torch.bfloat16)
     duration.moments_seconds.cache_clear()
     assert set(given) == {((1, tokens, timed), torch.bfloat16, True)}
-    assert found == pytest.approx(0.1 * (columns / timed) ** 2, rel=0.5)
+    assert found == pytest.approx(0.1 * (columns / timed) ** 2)
 
 
 def test_drift_and_llama_cpp_take_their_time() -> None:
