@@ -2,6 +2,7 @@
 
     python benchmarks/w6a8/kernels.py
     python benchmarks/w6a8/kernels.py --prepare     only builds Humming's kernels
+    python benchmarks/w6a8/kernels.py --tokens 12 16 --name w6a8_kernels_16
 
 Inputs are bfloat16, and rounding them belongs to every row but "fp8 product alone".
 Times are of a CUDA graph over rotating weights, which no cache holds. Humming
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from math import exp, log
 from pathlib import Path
 from statistics import mean
@@ -49,31 +51,37 @@ def main() -> None:
         "--shapes", type=int, default=len(SHAPES), help="the first so many"
     )
     parser.add_argument("--alone", action="store_true", help="without Humming")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--name", default="w6a8_kernels", help="of the result")
     options = parser.parse_args()
     shapes = SHAPES[: options.shapes]
     if options.prepare:
         prepare(shapes)
         return
-    settings = KernelSettings(shapes=shapes, tokens=TOKENS, cold_calls=20)
+    settings = KernelSettings(
+        shapes=shapes, tokens=tuple(options.tokens), cold_calls=20
+    )
     found = bench_kernels(
         settings,
         ways=usual if options.alone else ways,
         say=lambda text: print(text, flush=True),
     )
     tables = {
-        f"{shape[0]} x {shape[1]}, microseconds": lines(found["rows"], shape)
+        f"{shape[0]} x {shape[1]}, microseconds": lines(
+            found["rows"], shape, options.tokens
+        )
         for shape in shapes
     }
     print(
         write_result(
-            "w6a8_kernels",
+            options.name,
             claim="Linear layers with bfloat16 inputs on one GPU: microseconds of a "
             "call, rounding of inputs included unless said otherwise, over rotating "
             "weights. Ratios are times of the peer over ours with the same scales "
             "(w6a8-g128 for bf16 and fp8).",
             figures=tables
             | {
-                "Means over shapes (geometric)": means(found["rows"]),
+                "Means over shapes (geometric)": means(found["rows"], options.tokens),
                 "Published, beside the columns with int8": [
                     {"what": what, "ratio": ratio} for what, ratio in PUBLISHED.items()
                 ],
@@ -145,10 +153,12 @@ def prepare(shapes: Any) -> None:
             print(shape, peer.name, flush=True)
 
 
-def lines(rows: list[dict[str, Any]], shape: tuple[int, int]) -> list[dict[str, Any]]:
+def lines(
+    rows: list[dict[str, Any]], shape: tuple[int, int], counts: Sequence[int]
+) -> list[dict[str, Any]]:
     """Return a line for each number of tokens."""
     found = []
-    for tokens in TOKENS:
+    for tokens in counts:
         times = times_of(rows, shape, tokens)
         line: dict[str, Any] = {"tokens": tokens}
         line |= {name: round(1e6 * seconds, 1) for name, seconds in times.items()}
@@ -188,11 +198,11 @@ def ratios(times: dict[str, float]) -> dict[str, float]:
     }
 
 
-def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def means(rows: list[dict[str, Any]], counts: Sequence[int]) -> list[dict[str, Any]]:
     """Return geometric means over shapes of the ratios, for each number of tokens."""
     shapes = sorted({(row["rows"], row["columns"]) for row in rows})
     found = []
-    for tokens in TOKENS:
+    for tokens in counts:
         each = [ratios(times_of(rows, shape, tokens)) for shape in shapes]
         names = list(dict.fromkeys(name for ratio in each for name in ratio))
         line: dict[str, Any] = {"tokens": tokens}

@@ -42,17 +42,24 @@ void emulate(const W6A8Quantize &a) {
                      });
 }
 
-template <int kRun, int kDepth>
+template <int kRun, int kDepth, int kSets>
 void emulate_ring(const W6A8Linear &a, bool at_once) {
   const int parts = a.down / a.tiles_of_block;
   const Index grid{static_cast<unsigned>(min(parts, a.at_once)), 1, 1};
   emulated::run_grid(grid, kFewThreads, few_places(a, kRun).bytes, at_once,
-                     [&a] { few_kernel<kRun, kDepth>(a); });
+                     [&a] { few_kernel<kRun, kDepth, kSets>(a); });
+}
+
+template <int kRun, int kSets>
+void emulate_few(const W6A8Linear &a, bool at_once) {
+  if (a.depth == 3) emulate_ring<kRun, 3, kSets>(a, at_once);
+  if (a.depth == 6) emulate_ring<kRun, 6, kSets>(a, at_once);
+  if (a.depth == 12) emulate_ring<kRun, 12, kSets>(a, at_once);
 }
 
 template <int kRun>
 void emulate_few(const W6A8Linear &a, bool at_once) {
-  a.depth == 6 ? emulate_ring<kRun, 6>(a, at_once) : emulate_ring<kRun, 12>(a, at_once);
+  few_sets(a) == 1 ? emulate_few<kRun, 1>(a, at_once) : emulate_few<kRun, 2>(a, at_once);
 }
 
 extern "C" {

@@ -59,6 +59,10 @@ def run_few(
         (7, 33, 832, None, (2, 6, 1)),
         (5, 64, 1024, 256, (4, 12, 9)),
         (2, 1, 160, 32, (1, 6, 132)),
+        (9, 70, 1408, 128, (4, 3, 2)),
+        (16, 65, 832, 32, (1, 6, 4)),
+        (13, 40, 1280, 64, (2, 12, 3)),
+        (12, 33, 640, None, (2, 3, 1)),
     ],
 )
 def test_results_are_those_of_the_reference(
@@ -101,7 +105,7 @@ def test_a_bad_token_is_nan_and_no_other(library: ctypes.CDLL) -> None:
     assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 8])
+@pytest.mark.parametrize("tokens", [1, 8, 16])
 @pytest.mark.parametrize(
     ("rows", "columns"), [(4096, 4096), (22016, 4096), (4096, 11008), (57344, 8192)]
 )
@@ -125,4 +129,5 @@ def test_blocks_fit_their_multiprocessor(
 
 
 def test_many_tokens_are_not_its_work() -> None:
-    assert few_schedule(9, 256, 32, 132, 128, 227 << 10) is None
+    assert few_schedule(17, 256, 32, 132, 128, 227 << 10) is None
+    assert few_schedule(16, 256, 120, 132, 128, 227 << 10) is None  # too wide

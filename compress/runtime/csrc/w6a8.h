@@ -69,7 +69,7 @@ struct W6A8Linear {
   int32_t splits;             // of the columns, for more blocks than rows give
   int32_t panels, at_once;    // of 64 rows in a block; blocks at once; on Hopper only
   int32_t tiles_of_block;     // of rows: 1, 2 or 4; few only
-  int32_t depth;              // steps that a warp copies ahead: 6 or 12; few only
+  int32_t depth;              // steps that a warp copies ahead: 3, 6 or 12; few only
   int32_t overlaps;           // begin beside the kernel before; few only
   int32_t device;
 };

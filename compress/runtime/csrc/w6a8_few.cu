@@ -3,9 +3,9 @@
 
 namespace {
 
-template <int kRun, int kDepth>
+template <int kRun, int kDepth, int kSets>
 cudaError_t launch(const W6A8Linear &a, cudaStream_t stream) {
-  const auto kernel = few_kernel<kRun, kDepth>;
+  const auto kernel = few_kernel<kRun, kDepth, kSets>;
   const int bytes = few_places(a, kRun).bytes, parts = a.down / a.tiles_of_block;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -25,9 +25,11 @@ cudaError_t launch(const W6A8Linear &a, cudaStream_t stream) {
 
 template <int kRun>
 cudaError_t launch(const W6A8Linear &a, cudaStream_t stream) {
+  const bool one = few_sets(a) == 1;
   switch (a.depth) {
-    case 6: return launch<kRun, 6>(a, stream);
-    case 12: return launch<kRun, 12>(a, stream);
+    case 3: return one ? cudaErrorInvalidValue : launch<kRun, 3, 2>(a, stream);
+    case 6: return one ? launch<kRun, 6, 1>(a, stream) : launch<kRun, 6, 2>(a, stream);
+    case 12: return one ? launch<kRun, 12, 1>(a, stream) : launch<kRun, 12, 2>(a, stream);
     default: return cudaErrorInvalidValue;
   }
 }

@@ -1,4 +1,4 @@
-// y = x W^T for up to eight tokens, limited by memory alone.
+// y = x W^T for up to sixteen tokens, limited by memory alone.
 //
 // A block of eight warps computes 16 `tiles` rows at a time over all columns: `tiles`
 // warps stand side by side on rows, the others on columns, each with every `beside`-th
@@ -17,12 +17,15 @@
 
 constexpr int kFewWarps = 8;
 constexpr int kFewThreads = 32 * kFewWarps;
-constexpr int kFewTokens = 8;
+constexpr int kFewTokens = 16;
+constexpr int kSetTokens = 8;  // of one product; more than these are two sets
 
 // Where things lie in shared memory, in bytes.
 struct FewPlaces {
   int slot, inputs, pitch, shares, share, bytes;
 };
+
+W6A8_BOTH int few_sets(const W6A8Linear &a) { return a.tokens > kSetTokens ? 2 : 1; }
 
 W6A8_BOTH FewPlaces few_places(const W6A8Linear &a, int run) {
   const int runs = run == 0 ? 0 : W6A8_TILE_COLUMNS / run;
@@ -31,16 +34,16 @@ W6A8_BOTH FewPlaces few_places(const W6A8Linear &a, int run) {
   at.inputs = kFewWarps * a.depth * at.slot;
   at.pitch = a.across * W6A8_TILE_COLUMNS + 16;  // tokens in different banks
   at.shares = at.inputs + static_cast<int>(a.tokens) * at.pitch;
-  at.share = (kFewWarps - a.tiles_of_block) * 512;
+  at.share = (kFewWarps - a.tiles_of_block) * 512 * few_sets(a);
   at.bytes = at.shares + 2 * at.share;
   return at;
 }
 
-template <int kRun, int kDepth>
+template <int kRun, int kDepth, int kSets>
 struct Few {
   static constexpr int kRuns = kRun == 0 ? 1 : W6A8_TILE_COLUMNS / kRun;
   static constexpr int kEach = kRun == 0 ? 4 : kRun / 32;  // products of a run
-  using Totals = float[4];
+  using Totals = float[kSets][4];
 
   const W6A8Linear &a;
   unsigned char *memory;
@@ -145,9 +148,9 @@ struct Few {
 
   // Adds up this warp's steps of a part.
   __device__ __forceinline__ void add(int part, Totals &totals) {
-    int32_t sums[2][4] = {};  // of each half of a step: two short chains
+    int32_t sums[kSets][2][4] = {};  // of each half of a step: two short chains
 #pragma unroll
-    for (int i = 0; i < 4; ++i) totals[i] = 0.0f;
+    for (int i = 0; i < 4 * kSets; ++i) totals[i / 4][i % 4] = 0.0f;
     float of_rows[2] = {0.0f, 0.0f};
     if constexpr (kRun == 0) {
       const int row = (part * a.tiles_of_block + tile) * W6A8_TILE_ROWS + (lane >> 2);
@@ -155,9 +158,13 @@ struct Few {
       of_rows[0] = scale_of(own[row]), of_rows[1] = scale_of(own[row + 8]);
     }
     // Which 16 bytes of a token this lane names; tokens that there are not repeat.
-    const int token = min(lane & 7, static_cast<int>(a.tokens) - 1);
-    const unsigned char *inputs = memory + at.inputs + token * at.pitch +
-                                  (lane >> 3) * 16 + across * W6A8_TILE_COLUMNS;
+    const unsigned char *inputs[kSets];
+#pragma unroll
+    for (int set = 0; set < kSets; ++set) {
+      const int token = min(set * kSetTokens + (lane & 7), static_cast<int>(a.tokens) - 1);
+      inputs[set] = memory + at.inputs + token * at.pitch + (lane >> 3) * 16 +
+                    across * W6A8_TILE_COLUMNS;
+    }
 #pragma unroll 1
     for (int step = across; step < a.across; step += beside) {
       wait_copies<kDepth - 1>();
@@ -174,10 +181,13 @@ struct Few {
         for (int r = 0; r < kRuns; ++r)
           scale[r][0] = scale_of(own[16 * r]), scale[r][1] = scale_of(own[16 * r + 8]);
       }
-      uint32_t b[2][4];
-      load_matrices(b[0], inputs);
-      load_matrices(b[1], inputs + 64);
-      inputs += beside * W6A8_TILE_COLUMNS;
+      uint32_t b[kSets][2][4];
+#pragma unroll
+      for (int set = 0; set < kSets; ++set) {
+        load_matrices(b[set][0], inputs[set]);
+        load_matrices(b[set][1], inputs[set] + 64);
+        inputs[set] += beside * W6A8_TILE_COLUMNS;
+      }
       meet_in_warp();  // all have read
       copy_next();
       const uint32_t nibbles[8] = {l0.x, l0.y, l0.z, l0.w, l1.x, l1.y, l1.z, l1.w};
@@ -186,24 +196,33 @@ struct Few {
       for (int j = 0; j < 4; ++j) {
         uint32_t w[4];
         w6a8_unpack(nibbles[2 * j], nibbles[2 * j + 1], pairs[j], w);
-        int32_t(&own)[4] = sums[j / 2];
-        if (kRun != 0 && (j % 2 == 0 || kRun == 32))
 #pragma unroll
-          for (int i = 0; i < 4; ++i) own[i] = kRun == 128 && j == 2 ? 0 : W6A8_SUM_START;
-        multiply_add(own, w, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
-        if (kRun != 0 && j % kEach == kEach - 1)
+        for (int set = 0; set < kSets; ++set) {
+          int32_t(&own)[4] = sums[set][j / 2];
+          if (kRun != 0 && (j % 2 == 0 || kRun == 32))
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int32_t sum = kRun == 128 ? sums[0][i] + sums[1][i] : own[i];
-            totals[i] = fmaf(as_float(sum) - W6A8_SUM_START_AS_FLOAT,
-                             scale[j / kEach][i >> 1], totals[i]);
-          }
+            for (int i = 0; i < 4; ++i)
+              own[i] = kRun == 128 && j == 2 ? 0 : W6A8_SUM_START;
+          const uint32_t(&of)[4] = b[set][j / 2];
+          multiply_add(own, w, of[j % 2 * 2], of[j % 2 * 2 + 1]);
+          if (kRun != 0 && j % kEach == kEach - 1)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int32_t sum =
+                  kRun == 128 ? sums[set][0][i] + sums[set][1][i] : own[i];
+              totals[set][i] = fmaf(as_float(sum) - W6A8_SUM_START_AS_FLOAT,
+                                    scale[j / kEach][i >> 1], totals[set][i]);
+            }
+        }
       }
     }
     if constexpr (kRun == 0) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        totals[i] = static_cast<float>(sums[0][i] + sums[1][i]) * of_rows[i >> 1];
+      for (int i = 0; i < 4 * kSets; ++i) {
+        const int32_t(&two)[2][4] = sums[i / 4];
+        totals[i / 4][i % 4] =
+            static_cast<float>(two[0][i % 4] + two[1][i % 4]) * of_rows[i % 4 >> 1];
+      }
     }
   }
 
@@ -217,19 +236,28 @@ struct Few {
                      tile * 32 + lane;
     const int apart = a.tiles_of_block * 32;
     if (across > 0)
-      shares[(across - 1) * apart] = float4{totals[0], totals[1], totals[2], totals[3]};
+#pragma unroll
+      for (int set = 0; set < kSets; ++set) {
+        const float(&own)[4] = totals[set];
+        shares[((across - 1) * kSets + set) * apart] =
+            float4{own[0], own[1], own[2], own[3]};
+      }
     __syncthreads();
     if (across > 0) return;
-#pragma unroll 1
-    for (int other = 0; other < beside - 1; ++other) {
-      const float4 share = shares[other * apart];
-      totals[0] += share.x, totals[1] += share.y;
-      totals[2] += share.z, totals[3] += share.w;
-    }
     const int row = (part * a.tiles_of_block + tile) * W6A8_TILE_ROWS;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      store(w6a8_result_token(lane, i), row + w6a8_result_row(lane, i), totals[i]);
+    for (int set = 0; set < kSets; ++set) {
+      float(&own)[4] = totals[set];
+#pragma unroll 1
+      for (int other = 0; other < beside - 1; ++other) {
+        const float4 share = shares[(other * kSets + set) * apart];
+        own[0] += share.x, own[1] += share.y, own[2] += share.z, own[3] += share.w;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        store(set * kSetTokens + w6a8_result_token(lane, i),
+              row + w6a8_result_row(lane, i), own[i]);
+    }
   }
 
   __device__ __forceinline__ void store(int token, int row, float value) const {
@@ -251,8 +279,8 @@ struct Few {
   }
 };
 
-template <int kRun, int kDepth>
+template <int kRun, int kDepth, int kSets>
 __global__ void __launch_bounds__(kFewThreads, 2)
     few_kernel(const __grid_constant__ W6A8Linear a) {
-  Few<kRun, kDepth>(a).run();
+  Few<kRun, kDepth, kSets>(a).run();
 }

@@ -81,7 +81,8 @@ class Schedule:
     depth: int = 0
 
 
-_FEW_TOKENS, _FEW_WARPS = 8, 8
+_FEW_TOKENS, _FEW_WARPS = 16, 8
+_SET_TOKENS = 8  # of one product; more than these are two sets
 _SMALL_COPIES = 0.1  # what two tiles of rows cost more than four, of the time
 
 
@@ -110,12 +111,13 @@ def few_schedule(
 
     tiles = min((4, 2, 1), key=time_of)
     slot = _FEW_WARPS * (1536 + (4096 // run if run else 0))
-    fixed = tokens * (128 * across + 16) + 2 * 512 * (_FEW_WARPS - tiles)
-    for depth in (12, 6):
+    sets = ceil(tokens / _SET_TOKENS)
+    fixed = tokens * (128 * across + 16) + 2 * 512 * (_FEW_WARPS - tiles) * sets
+    for depth in (12, 6, 3)[: 1 + sets]:
         if fixed + depth * slot <= shared:
             return Schedule(
                 kernel="few",
-                token_tile=_FEW_TOKENS,
+                token_tile=_SET_TOKENS * sets,
                 blocks=down // tiles,
                 at_once=processors,
                 tiles=tiles,
