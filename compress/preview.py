@@ -151,7 +151,8 @@ def predict(run: Run) -> PlanPreview:
         sizes["pruned"] = dict(dense_bytes(run.subject.description))
     for name, exporter in run.exporters.items():
         sizes[name] = dict(exporter.tensor_bytes(run.plan, run.model))
-    work = _work(run)
+    written = sum(sum(sizes[name].values()) for name in run.exporters)
+    work = replace(_work(run), written=written)
     room = run.runner.room
     shown = work
     if room is not None and work.calibration is not None:

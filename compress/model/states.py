@@ -100,6 +100,9 @@ def batch_tokens(
 ) -> int:
     """Return how many tokens of whole windows go through a block together on a GPU.
 
+    The number of windows is a power of two: processes that share a calibration then cut
+    their parts alike, and sums come out the same to the last bit.
+
     Args:
         hidden: Width of the states.
         inner: Of the MLP.
@@ -109,7 +112,8 @@ def batch_tokens(
         scores: Bytes that attention takes for a token.
     """
     token = (12 * hidden + 4 * inner) * width + scores
-    return length * max(1, _BATCH_BYTES[device] // (token * length))
+    size = max(1, _BATCH_BYTES[device] // (token * length))
+    return length * (1 << size.bit_length() - 1)
 
 
 class Mover:

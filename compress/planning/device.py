@@ -104,7 +104,7 @@ def _calibrated(shapes: Shapes, work: Work, width: int) -> int:
         held += streams * states
     else:  # the batch that runs and the next, of each stream
         held += 2 * streams * width * tokens * shapes.hidden
-    inside = width * tokens * (3 * shapes.hidden + 3 * shapes.inner)
+    inside = width * tokens * (12 * shapes.hidden + 4 * shapes.inner)
     inputs = shapes.inputs if work.order == "block" else ()
     sums = streams * sum(columns**2 for columns, _ in inputs)
     busiest = _DOUBLE * sums + inside

@@ -25,6 +25,7 @@ from compress.planning.device import batches
 from compress.planning.shapes import Shapes, Work, stacked_shape, weights_of
 
 _START_SECONDS = 3.0  # tokenizer, checkpoint headers, the module tree
+_START_SECONDS_ON_GPU = 8.0  # those, CUDA's start, and the timings of this module
 DISK_BYTES_A_SECOND = 200e6  # an ordinary SSD, with each file flushed
 _PROBE_COLUMNS, _PROBE_ROWS = 256, 2048
 # Passes over each weight beside the method: read, checked, decoded, compared, stored.
@@ -89,7 +90,9 @@ def seconds(
         coding += shapes.blocks * (windows * a_window + solving)
     stored = planned / DISK_BYTES_A_SECOND
     # Codes of a block are stored while a GPU is at the next one.
-    total = _START_SECONDS + (max(coding, stored) if on_gpu else coding + stored)
+    total = _START_SECONDS_ON_GPU if on_gpu else _START_SECONDS
+    total += max(coding, stored) if on_gpu else coding + stored
+    total += work.written / DISK_BYTES_A_SECOND
     evaluated = work.evaluation[0] * work.evaluation[1]
     if evaluated:
         total += 2 * _scored(shapes, evaluated, exact_speeds)

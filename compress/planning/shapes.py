@@ -25,6 +25,7 @@ class Work:
         evaluation: Windows and tokens a window over all texts; each runs through both
             models.
         exports: Number of files that are written.
+        written: Their bytes.
         verified: Number of them that are read back and compared.
         loads_whole: Number of those that are read back by a program that holds the
             whole model in this process.
@@ -36,6 +37,7 @@ class Work:
     order: str = "layer"
     evaluation: tuple[int, int] = (0, 0)
     exports: int = 0
+    written: int = 0
     verified: int = 0
     loads_whole: int = 0
     generated: int = 0

@@ -115,7 +115,11 @@ def test_blocks_fit_their_multiprocessor(
 ) -> None:
     across, shared = columns // 128, 227 << 10
     run = 0 if group is None else run_of(group, None)
-    cut = few_schedule(tokens, rows // 16, across, 132, run, shared)
+    processors = 132 if tokens <= 8 else 16  # which have more to do
+    cut = few_schedule(tokens, rows // 16, across, processors, run, shared)
+    if tokens == 16 and group is None:
+        assert cut is None
+        return
     assert cut is not None
     arguments = LinearArguments(
         tokens=tokens,
@@ -130,4 +134,6 @@ def test_blocks_fit_their_multiprocessor(
 
 def test_many_tokens_are_not_its_work() -> None:
     assert few_schedule(17, 256, 32, 132, 128, 227 << 10) is None
-    assert few_schedule(16, 256, 120, 132, 128, 227 << 10) is None  # too wide
+    assert few_schedule(16, 1376, 32, 132, 128, 227 << 10) is not None
+    assert few_schedule(16, 1376, 120, 132, 128, 227 << 10) is None  # too wide
+    assert few_schedule(16, 512, 64, 132, 128, 227 << 10) is None  # too few rows
