@@ -23,7 +23,7 @@ TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 127, 128, 129, 1000)
 ROWS = (1, 8, 15, 16, 17, 1000, 4096, 11008, 32000)
 COLUMNS = (32, 96, 128, 160, 3072, 8192, 11008, 14336)
 INPUT_GROUPS = (None, 32, 64, 128)
-MOST_FEW = 8  # tokens of the kernel for few
+MOST_FEW = 16  # tokens of the kernel for few
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.runtime.w6a8 import reference
 from compress.runtime.w6a8.abi import LinearArguments
 from compress.runtime.w6a8.arguments import linear_arguments
-from compress.runtime.w6a8.schedule import Schedule, few_schedule
+from compress.runtime.w6a8.schedule import Schedule, few_pays, few_schedule
 from compress.runtime.w6a8.tiles import TiledWeight, run_of
 
 
@@ -115,11 +115,7 @@ def test_blocks_fit_their_multiprocessor(
 ) -> None:
     across, shared = columns // 128, 227 << 10
     run = 0 if group is None else run_of(group, None)
-    processors = 132 if tokens <= 8 else 16  # which have more to do
-    cut = few_schedule(tokens, rows // 16, across, processors, run, shared)
-    if tokens == 16 and group is None:
-        assert cut is None
-        return
+    cut = few_schedule(tokens, rows // 16, across, 132, run, shared)
     assert cut is not None
     arguments = LinearArguments(
         tokens=tokens,
@@ -134,6 +130,15 @@ def test_blocks_fit_their_multiprocessor(
 
 def test_many_tokens_are_not_its_work() -> None:
     assert few_schedule(17, 256, 32, 132, 128, 227 << 10) is None
-    assert few_schedule(16, 1376, 32, 132, 128, 227 << 10) is not None
-    assert few_schedule(16, 1376, 120, 132, 128, 227 << 10) is None  # too wide
-    assert few_schedule(16, 512, 64, 132, 128, 227 << 10) is None  # too few rows
+    assert few_schedule(16, 256, 120, 132, 128, 227 << 10) is None  # too wide
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "run", "pays"),
+    [(8, 4096, 0, True), (9, 22016, 128, True), (9, 22016, 0, False)]
+    + [(16, 8192, 128, False)],
+)
+def test_two_sets_are_for_many_rows(
+    tokens: int, rows: int, run: int, pays: bool
+) -> None:
+    assert few_pays(tokens, rows // 16, 132, run) == pays

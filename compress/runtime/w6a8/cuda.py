@@ -20,6 +20,7 @@ from compress.runtime.w6a8.arguments import (
 )
 from compress.runtime.w6a8.schedule import (
     Schedule,
+    few_pays,
     few_schedule,
     hopper_schedule,
     schedule,
@@ -193,8 +194,9 @@ def cut_of(
     """
     chip = chip_of(device)
     sizes = tokens, weight.down, weight.across, chip.processors
-    if kernel == "few" or (kernel is None and chip.major >= 9):
-        run = 0 if weight.scales.shape[0] == 1 else run_of(weight.group)
+    run = 0 if weight.scales.shape[0] == 1 else run_of(weight.group)
+    pays = chip.major > 9 or few_pays(tokens, weight.down, chip.processors, run)
+    if kernel == "few" or (kernel is None and chip.major >= 9 and pays):
         few = few_schedule(*sizes, run, chip.shared)
         if few is not None and group is None and not shows_sums:
             return few

@@ -83,7 +83,7 @@ class Schedule:
 
 _FEW_TOKENS, _FEW_WARPS = 16, 8
 _SET_TOKENS = 8  # of one product; more than these are two sets
-# Tiles that a multiprocessor has to go through for two sets to pay, measured on an H200.
+# Tiles that a multiprocessor has to go through for two sets to pay, seen on an H200.
 _SET_TILES = 5
 _SMALL_COPIES = 0.1  # what two tiles of rows cost more than four, of the time
 
@@ -106,8 +106,6 @@ def few_schedule(
     """
     if tokens > _FEW_TOKENS:
         return None
-    if tokens > _SET_TOKENS and (run == 0 or down < _SET_TILES * processors):
-        return None  # Hopper's kernel is faster then
 
     def time_of(tiles: int) -> float:
         most = ceil(down / tiles / processors) * tiles  # of a block
@@ -128,6 +126,14 @@ def few_schedule(
                 depth=depth,
             )
     return None
+
+
+def few_pays(tokens: int, down: int, processors: int, run: int) -> bool:
+    """Return whether the kernel for few tokens is faster than Hopper's, if it can.
+
+    The arguments are those of :func:`few_schedule`.
+    """
+    return tokens <= _SET_TOKENS or (run > 0 and down >= _SET_TILES * processors)
 
 
 @lru_cache(maxsize=4096)
