@@ -7,6 +7,7 @@ all tools: no code of ours measures.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -90,13 +91,17 @@ class Ruler:
         ruler.path.mkdir(parents=True, exist_ok=True)
         base = base.to(device)
         for name, rows in ruler.texts.items():
-            kept = ruler._stored(name, base.config.vocab_size, "w+")
+            # Another process may be reading the same file: it is replaced whole.
+            partial = f"{name}.{os.getpid()}"
+            kept = ruler._stored(partial, rows, base.config.vocab_size, "w+")
             for i, window in enumerate(rows):
                 kept[i] = log_softmax(base, window.to(device)).cpu().numpy()
+            kept.flush()
+            (ruler.path / f"{partial}.f32").replace(ruler.path / f"{name}.f32")
         return ruler
 
-    def _stored(self, name: str, vocabulary: int, mode: Any) -> Any:
-        shape = (len(self.texts[name]), LENGTH, vocabulary)
+    def _stored(self, name: str, rows: Tensor, vocabulary: int, mode: Any) -> Any:
+        shape = (len(rows), LENGTH, vocabulary)
         file = self.path / f"{name}.f32"
         return numpy.memmap(file, numpy.float32, mode, shape=shape)
 
@@ -105,7 +110,7 @@ class Ruler:
         """Return KL, its standard error, perplexity and top-1 for each text."""
         model, row = model.to(self.device), {}
         for name, windows in self.texts.items():
-            kept = self._stored(name, model.config.vocab_size, "r")
+            kept = self._stored(name, windows, model.config.vocab_size, "r")
             figures, nll = [], []
             for i, window in enumerate(windows):
                 p = torch.from_numpy(kept[i].copy()).to(self.device)

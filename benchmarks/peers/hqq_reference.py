@@ -73,7 +73,11 @@ def main() -> None:
         package = version("hqq")
     except PackageNotFoundError:
         package = "unpacked"
-    figures = {"relative_error": lost / total, "seconds": seconds, "hqq": package}
+    figures = {
+        "tool": f"hqq {package}",
+        "relative_error": lost / total,
+        "seconds": seconds,
+    }
     (arguments.out / "peer.json").write_text(json.dumps(figures, indent=1))
     print(json.dumps(figures))
 

@@ -137,6 +137,7 @@ def main() -> None:
     dense.save_pretrained(arguments.out)
     AutoTokenizer.from_pretrained(arguments.model).save_pretrained(arguments.out)
     figures = {
+        "tool": f"llm-compressor {version('llmcompressor')}",
         "seconds": seconds,
         "peak_memory_bytes": peak_bytes,
         "layers": coded,
