@@ -37,6 +37,7 @@ from transformers import AutoTokenizer
 
 import compress
 from compress.calibration.data import load_tokens
+from compress.core.scheme_names import parse
 
 SAMPLES, LENGTH, SEED = 16, 512, 0
 WINDOWS = 3
@@ -50,10 +51,11 @@ class Row:
         scheme: Of all linears.
         method: Quantizer.
         transforms: Exact transforms before it.
-        rounding: What the measurement does to the inputs of linears.
         dense: Whether no stock loader holds the codes.
         options: Of the quantizer.
         alpha: Of SmoothQuant, where that is a transform.
+        samples: Of calibration.
+        extra: Other keys of the quantize section.
         scales: Storage type of scales. llm-compressor's are float32 here, since it is
             handed a float32 model, so that rows beside it have float32 as well.
     """
@@ -61,10 +63,11 @@ class Row:
     scheme: str
     method: str
     transforms: tuple[str, ...] = ()
-    rounding: str | None = None
     dense: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     alpha: float | None = None
+    samples: int = SAMPLES
+    extra: dict[str, Any] = field(default_factory=dict)
     scales: str = "auto"
 
     @property
@@ -73,6 +76,10 @@ class Row:
         extra = [f"{k}={v}" for k, v in self.options.items()]
         if self.alpha is not None:
             extra += [f"alpha={self.alpha}"]
+        if self.samples != SAMPLES:
+            extra += [f"samples={self.samples}"]
+        for key, value in self.extra.items():
+            extra += [key, *(f"{k}={v}" for k, v in value.items())]
         if self.scales != "auto":
             extra += [f"scales={self.scales}"]
         return "+".join([*self.transforms, self.method, *extra])
@@ -106,13 +113,13 @@ def _rows_that_round_inputs() -> list[Row]:
     alphas = (0.5, 0.65, 0.8)
     smooth = ("smoothquant",)
     return [
-        *(Row("fp8-w8a8", m, rounding="e4m3") for m in ("rtn", "gptq")),
-        Row("w4a8-fp-g64-ratio", "zeroquant_fp", rounding="e4m3", dense=True),
-        *(Row(s, m, rounding="int8") for s in _INT8 for m in ("rtn", "gptq")),
-        Row("w8a8", "rtn", smooth, "int8", alpha=0.5),
-        *(Row(s, "gptq", smooth, "int8", alpha=a) for s in _INT8 for a in alphas),
-        Row("w6a8-g64-group", "gptq", rounding="int8-g64"),
-        Row("w6a8-g64-group", "gptq", smooth, "int8-g64", alpha=0.5),
+        *(Row("fp8-w8a8", m) for m in ("rtn", "gptq")),
+        Row("w4a8-fp-g64-ratio", "zeroquant_fp", dense=True),
+        *(Row(s, m) for s in _INT8 for m in ("rtn", "gptq")),
+        Row("w8a8", "rtn", smooth, alpha=0.5),
+        *(Row(s, "gptq", smooth, alpha=a) for s in _INT8 for a in alphas),
+        Row("w6a8-g64-group", "gptq"),
+        Row("w6a8-g64-group", "gptq", smooth, alpha=0.5),
     ]
 
 
@@ -121,9 +128,9 @@ def _rows_beside_peers() -> list[Row]:
     return [
         *(Row("int4-g64", m, scales=f32) for m in ("rtn", "gptq", "awq")),
         Row("int4-g64", "gptq", ("awq",), scales=f32),
-        Row("fp8-w8a8", "rtn", rounding="e4m3", scales=f32),
+        Row("fp8-w8a8", "rtn", scales=f32),
         *(
-            Row("w8a8", "gptq", ("smoothquant",), "int8", alpha=a, scales=f32)
+            Row("w8a8", "gptq", ("smoothquant",), alpha=a, scales=f32)
             for a in (0.65, 0.8)
         ),
     ]
@@ -156,7 +163,7 @@ def config_of(row: Row, model: Path, workdir: Path, device: str) -> dict[str, An
         "model": {"path": str(model)},
         "calibration": {
             "data": "mix",
-            "samples": SAMPLES,
+            "samples": row.samples,
             "sequence_length": LENGTH,
             "seed": SEED,
         },
@@ -165,6 +172,7 @@ def config_of(row: Row, model: Path, workdir: Path, device: str) -> dict[str, An
             "scheme": row.scheme,
             "options": row.options,
             "scale_dtype": row.scales,
+            **row.extra,
         },
         "export": [entry],
         "run": {
@@ -181,6 +189,20 @@ def config_of(row: Row, model: Path, workdir: Path, device: str) -> dict[str, An
             for name in row.transforms
         ]
     return config
+
+
+def roundings(report: dict[str, Any]) -> dict[str, str]:
+    """Return what the measurement does to the inputs of each layer that a plan rounds.
+
+    Inputs of a scheme are named as in ``measure_models.ROUNDINGS``: ``int8-g64``.
+    """
+    found = {}
+    for layer in report["layers"]:
+        inputs = parse(layer["scheme"]).inputs
+        if inputs is not None:
+            group = f"-g{inputs.group_size}" if inputs.group_size else ""
+            found[layer["name"]] = f"{inputs.grid}{group}"
+    return found
 
 
 def make(row: Row, model: Path, ruler: Ruler, work: Path) -> dict[str, Any]:
@@ -204,7 +226,7 @@ def make(row: Row, model: Path, ruler: Ruler, work: Path) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "device": device_name(ruler.device),
         "file_kl": verify.get("kl"),
-        "texts": ruler.measure(compress.load(folder), row.rounding),
+        "texts": ruler.measure(compress.load(folder), roundings(report)),
     }
     stored.parent.mkdir(parents=True, exist_ok=True)
     stored.write_text(json.dumps(figures))
@@ -235,11 +257,16 @@ def flat(figures: dict[str, Any]) -> dict[str, Any]:
         "bytes": figures["bytes"],
         **{f"KL {t}": texts[t]["kl"] for t in TEXTS},
         **{f"perplexity {t}": texts[t]["perplexity"] for t in TEXTS},
+        **{f"rise {t}": _rise(texts[t]) for t in TEXTS},
         "top-1 wikitext2": texts["wikitext2"]["top1"],
         "KL of file": figures["file_kl"],
         "seconds": figures["seconds"],
         "on": figures["device"],
     }
+
+
+def _rise(figures: dict[str, Any]) -> str:
+    return f"{figures['rise']:+.2f} ± {figures['rise_se']:.2f} %"
 
 
 def device_name(device: str) -> str:
