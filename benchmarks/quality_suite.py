@@ -54,8 +54,10 @@ class Row:
         dense: Whether no stock loader holds the codes.
         options: Of the quantizer.
         alpha: Of SmoothQuant, where that is a transform.
+        places: Of SmoothQuant, if not behind norms.
         samples: Of calibration.
-        extra: Other keys of the quantize section.
+        eight: Projections whose weights have 8 bits in place of a scheme's 6.
+        upgrade: Whether ``quantize.upgrade_inputs`` is on.
         scales: Storage type of scales. llm-compressor's are float32 here, since it is
             handed a float32 model, so that rows beside it have float32 as well.
     """
@@ -66,8 +68,10 @@ class Row:
     dense: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     alpha: float | None = None
+    places: tuple[str, ...] = ("norm",)
     samples: int = SAMPLES
-    extra: dict[str, Any] = field(default_factory=dict)
+    eight: tuple[str, ...] = ()
+    upgrade: bool = False
     scales: str = "auto"
 
     @property
@@ -76,10 +80,14 @@ class Row:
         extra = [f"{k}={v}" for k, v in self.options.items()]
         if self.alpha is not None:
             extra += [f"alpha={self.alpha}"]
+        if self.places != ("norm",):
+            extra += [f"places={'/'.join(self.places)}"]
         if self.samples != SAMPLES:
             extra += [f"samples={self.samples}"]
-        for key, value in self.extra.items():
-            extra += [key, *(f"{k}={v}" for k, v in value.items())]
+        if self.eight:
+            extra += [f"8 bits for {'/'.join(self.eight)}"]
+        if self.upgrade:
+            extra += ["upgrade_inputs"]
         if self.scales != "auto":
             extra += [f"scales={self.scales}"]
         return "+".join([*self.transforms, self.method, *extra])
@@ -97,7 +105,7 @@ def rows() -> list[Row]:
         Row("int3-g64-asym", "hqq"),
         *(
             Row(scheme, m)
-            for scheme in ("fp8", "nvfp4", "mxfp4", "fp4-g64")
+            for scheme in ("fp8", "nvfp4", "mxfp4", "mxfp6", "mxfp8", "fp4-g64")
             for m in ("rtn", "gptq")
         ),
     ]
@@ -113,7 +121,7 @@ def _rows_that_round_inputs() -> list[Row]:
     alphas = (0.5, 0.65, 0.8)
     smooth = ("smoothquant",)
     return [
-        *(Row("fp8-w8a8", m) for m in ("rtn", "gptq")),
+        *(Row(s, m) for s in ("fp8-w8a8", _BLOCKS) for m in ("rtn", "gptq")),
         Row("w4a8-fp-g64-ratio", "zeroquant_fp", dense=True),
         *(Row(s, m) for s in _INT8 for m in ("rtn", "gptq")),
         Row("w8a8", "rtn", smooth, alpha=0.5),
@@ -137,6 +145,7 @@ def _rows_beside_peers() -> list[Row]:
 
 
 _INT8 = ("w8a8", "w6a8-g64")
+_BLOCKS = "fp8-b64+e4m3-g64"  # fp8-block with 64 columns: 128 do not divide 576
 
 # Recipe of the peer: our rows that do the same job.
 PEERS = {
@@ -172,7 +181,6 @@ def config_of(row: Row, model: Path, workdir: Path, device: str) -> dict[str, An
             "scheme": row.scheme,
             "options": row.options,
             "scale_dtype": row.scales,
-            **row.extra,
         },
         "export": [entry],
         "run": {
@@ -182,8 +190,16 @@ def config_of(row: Row, model: Path, workdir: Path, device: str) -> dict[str, An
             "verify": row.method == "rtn" and not row.dense,
         },
     }
+    if row.eight:
+        pattern = f"re:.*({'|'.join(row.eight)})_proj"
+        scheme = row.scheme.replace("w6", "w8")
+        config["quantize"]["overrides"] = {pattern: {"scheme": scheme}}
+    if row.upgrade:
+        config["quantize"]["upgrade_inputs"] = {}
     if row.transforms:
-        settings = {} if row.alpha is None else {"alpha": row.alpha}
+        settings: dict[str, Any] = {"places": list(row.places)}
+        if row.alpha is not None:
+            settings["alpha"] = row.alpha
         config["transforms"] = [
             {"name": name, **(settings if name == "smoothquant" else {})}
             for name in row.transforms
