@@ -45,6 +45,7 @@ def fp8_tokens(x: Tensor) -> Tensor:
 ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "int8": int8_tokens,
     "int8-g64": int8_groups,
+    "int8-g32": partial(int8_groups, size=32),
     "e4m3": fp8_tokens,
     "e4m3-g64": fp8_groups,
 }

@@ -40,6 +40,7 @@ from compress.calibration.data import load_tokens
 from compress.core.scheme_names import parse
 
 SAMPLES, LENGTH, SEED = 16, 512, 0
+MORE = 64  # samples, where this few are what limits a scheme
 WINDOWS = 3
 
 
@@ -114,7 +115,12 @@ def rows() -> list[Row]:
         found += [Row(f"{scheme}-lorc8", "zeroquant_fp", dense=True)]
     for scheme in ("fp6-g64", "e3m0-g64"):
         found += [Row(scheme, m, dense=True) for m in ("rtn", "gptq")]
-    return [*found, *_rows_that_round_inputs(), *_rows_beside_peers()]
+    return [
+        *found,
+        *_rows_that_round_inputs(),
+        *_rows_with_more_text(),
+        *_rows_beside_peers(),
+    ]
 
 
 def _rows_that_round_inputs() -> list[Row]:
@@ -128,6 +134,23 @@ def _rows_that_round_inputs() -> list[Row]:
         *(Row(s, "gptq", smooth, alpha=a) for s in _INT8 for a in alphas),
         Row("w6a8-g64-group", "gptq"),
         Row("w6a8-g64-group", "gptq", smooth, alpha=0.5),
+    ]
+
+
+def _rows_with_more_text() -> list[Row]:
+    """Return how close 6-bit weights and 8-bit inputs come, and what limits them."""
+    turned, wide = ("rotation",), ("q", "k", "v", "down")
+    both = (*turned, "smoothquant")
+    neurons = ("neuron",)
+    return [
+        Row("int6-g64", "gptq", samples=MORE),
+        Row("int6-g64", "gptq", turned, samples=MORE),
+        Row("w8a8", "gptq", ("smoothquant",), samples=MORE),
+        Row("w8a8", "gptq", both, alpha=0.5, places=neurons, samples=MORE),
+        Row("w6a8-g64", "gptq", turned, samples=MORE, upgrade=True),
+        Row("w6a8-g64-group", "gptq", turned, samples=MORE),
+        Row("w6a8-g32-group", "gptq", turned, samples=MORE),
+        Row("w6a8-g64-group", "gptq", turned, samples=MORE, eight=wide),
     ]
 
 
