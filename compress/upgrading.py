@@ -111,7 +111,9 @@ class Upgrader:
             "tokens": self._text.ids.numel(),
             "steps": steps,
             "median_kl": median_kl(ratings) if ratings else None,
-            "inputs": [_entry(r, chosen.get(i, r.planned)) for i, r in enumerate(ratings)],
+            "inputs": [
+                _entry(r, chosen.get(i, r.planned)) for i, r in enumerate(ratings)
+            ],
             "seconds": {"sensitivity": spent, "total": seconds},
         }
         layers = inputs_after(ratings, chosen)
