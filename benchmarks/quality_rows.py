@@ -7,20 +7,24 @@ from pathlib import Path
 from typing import Any
 
 SAMPLES, LENGTH, SEED = 16, 512, 0
+MORE = 64  # samples, where this few are what limits a scheme
 
 
 @dataclass(frozen=True)
 class Row:
-    """One compressed model: what the config says, and how inputs are rounded.
+    """One compressed model: what the config says.
 
     Attributes:
         scheme: Of all linears.
         method: Quantizer.
         transforms: Exact transforms before it.
-        rounding: What the measurement does to the inputs of linears.
         dense: Whether no stock loader holds the codes.
         options: Of the quantizer.
         alpha: Of SmoothQuant, where that is a transform.
+        places: Of SmoothQuant, if not behind norms.
+        samples: Of calibration.
+        eight: Projections whose weights have 8 bits in place of a scheme's 6.
+        upgrade: Whether ``quantize.upgrade_inputs`` is on.
         scales: Storage type of scales. llm-compressor's are float32 here, since it is
             handed a float32 model, so that rows beside it have float32 as well.
     """
@@ -28,10 +32,13 @@ class Row:
     scheme: str
     method: str
     transforms: tuple[str, ...] = ()
-    rounding: str | None = None
     dense: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     alpha: float | None = None
+    places: tuple[str, ...] = ("norm",)
+    samples: int = SAMPLES
+    eight: tuple[str, ...] = ()
+    upgrade: bool = False
     scales: str = "auto"
 
     @property
@@ -40,6 +47,14 @@ class Row:
         extra = [f"{k}={v}" for k, v in self.options.items()]
         if self.alpha is not None:
             extra += [f"alpha={self.alpha}"]
+        if self.places != ("norm",):
+            extra += [f"places={'/'.join(self.places)}"]
+        if self.samples != SAMPLES:
+            extra += [f"samples={self.samples}"]
+        if self.eight:
+            extra += [f"8 bits for {'/'.join(self.eight)}"]
+        if self.upgrade:
+            extra += ["upgrade_inputs"]
         if self.scales != "auto":
             extra += [f"scales={self.scales}"]
         return "+".join([*self.transforms, self.method, *extra])
@@ -57,7 +72,7 @@ def rows() -> list[Row]:
         *(Row("int3-g64-asym", m) for m in ("rtn", "hqq")),
         *(
             Row(scheme, m)
-            for scheme in ("fp8", "nvfp4", "mxfp4", "fp4-g64")
+            for scheme in ("fp8", "nvfp4", "mxfp4", "mxfp6", "mxfp8", "fp4-g64")
             for m in ("rtn", "gptq")
         ),
     ]
@@ -66,20 +81,42 @@ def rows() -> list[Row]:
         found += [Row(f"{scheme}-lorc8", "zeroquant_fp", dense=True)]
     for scheme in ("fp6-g64", "e3m0-g64"):
         found += [Row(scheme, m, dense=True) for m in ("rtn", "gptq")]
-    return [*found, *_rows_that_round_inputs(), *_rows_beside_peers()]
+    return [
+        *found,
+        *_rows_that_round_inputs(),
+        *_rows_with_more_text(),
+        *_rows_beside_peers(),
+    ]
 
 
 def _rows_that_round_inputs() -> list[Row]:
     alphas = (0.5, 0.65, 0.8)
     smooth = ("smoothquant",)
     return [
-        *(Row("fp8-w8a8", m, rounding="e4m3") for m in ("rtn", "gptq")),
-        Row("w4a8-fp-g64-ratio", "zeroquant_fp", rounding="e4m3", dense=True),
-        *(Row(s, m, rounding="int8") for s in _INT8 for m in ("rtn", "gptq")),
-        Row("w8a8", "rtn", smooth, "int8", alpha=0.5),
-        *(Row(s, "gptq", smooth, "int8", alpha=a) for s in _INT8 for a in alphas),
-        Row("w6a8-g64-group", "gptq", rounding="int8-g64"),
-        Row("w6a8-g64-group", "gptq", smooth, "int8-g64", alpha=0.5),
+        *(Row(s, m) for s in ("fp8-w8a8", _BLOCKS) for m in ("rtn", "gptq")),
+        Row("w4a8-fp-g64-ratio", "zeroquant_fp", dense=True),
+        *(Row(s, m) for s in _INT8 for m in ("rtn", "gptq")),
+        Row("w8a8", "rtn", smooth, alpha=0.5),
+        *(Row(s, "gptq", smooth, alpha=a) for s in _INT8 for a in alphas),
+        Row("w6a8-g64-group", "gptq"),
+        Row("w6a8-g64-group", "gptq", smooth, alpha=0.5),
+    ]
+
+
+def _rows_with_more_text() -> list[Row]:
+    """Return how close 6-bit weights and 8-bit inputs come, and what limits them."""
+    turned, wide = ("rotation",), ("q", "k", "v", "down")
+    both = (*turned, "smoothquant")
+    neurons = ("neuron",)
+    return [
+        Row("int6-g64", "gptq", samples=MORE),
+        Row("int6-g64", "gptq", turned, samples=MORE),
+        Row("w8a8", "gptq", ("smoothquant",), samples=MORE),
+        Row("w8a8", "gptq", both, alpha=0.5, places=neurons, samples=MORE),
+        Row("w6a8-g64", "gptq", turned, samples=MORE, upgrade=True),
+        Row("w6a8-g64-group", "gptq", turned, samples=MORE),
+        Row("w6a8-g32-group", "gptq", turned, samples=MORE),
+        Row("w6a8-g64-group", "gptq", turned, samples=MORE, eight=wide),
     ]
 
 
@@ -88,15 +125,16 @@ def _rows_beside_peers() -> list[Row]:
     return [
         *(Row("int4-g64", m, scales=f32) for m in ("rtn", "gptq", "awq")),
         Row("int4-g64", "gptq", ("awq",), scales=f32),
-        Row("fp8-w8a8", "rtn", rounding="e4m3", scales=f32),
+        Row("fp8-w8a8", "rtn", scales=f32),
         *(
-            Row("w8a8", "gptq", ("smoothquant",), "int8", alpha=a, scales=f32)
+            Row("w8a8", "gptq", ("smoothquant",), alpha=a, scales=f32)
             for a in (0.65, 0.8)
         ),
     ]
 
 
 _INT8 = ("w8a8", "w6a8-g64")
+_BLOCKS = "fp8-b64+e4m3-g64"  # fp8-block with 64 columns: 128 do not divide 576
 
 # Recipe of the peer: our rows that do the same job.
 PEERS = {
@@ -125,7 +163,7 @@ def config_of(row: Row, model: Path, workdir: Path, device: str) -> dict[str, An
         "model": {"path": str(model)},
         "calibration": {
             "data": "mix",
-            "samples": SAMPLES,
+            "samples": row.samples,
             "sequence_length": LENGTH,
             "seed": SEED,
         },
@@ -143,8 +181,16 @@ def config_of(row: Row, model: Path, workdir: Path, device: str) -> dict[str, An
             "verify": row.method == "rtn" and not row.dense,
         },
     }
+    if row.eight:
+        pattern = f"re:.*({'|'.join(row.eight)})_proj"
+        scheme = row.scheme.replace("w6", "w8")
+        config["quantize"]["overrides"] = {pattern: {"scheme": scheme}}
+    if row.upgrade:
+        config["quantize"]["upgrade_inputs"] = {}
     if row.transforms:
-        settings = {} if row.alpha is None else {"alpha": row.alpha}
+        settings: dict[str, Any] = {"places": list(row.places)}
+        if row.alpha is not None:
+            settings["alpha"] = row.alpha
         config["transforms"] = [
             {"name": name, **(settings if name == "smoothquant" else {})}
             for name in row.transforms

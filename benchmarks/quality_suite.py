@@ -6,7 +6,7 @@
 The model is ``permuted`` of ``offgrid.py`` (SmolLM2-135M, off the 4-bit grid it ships
 on); all linears of the decoder; calibration 16 x 512 tokens of the bundled mix for all.
 Each row is a ``compress.run`` with a safetensors export, decoded from its files and
-measured by ``measure_models.py`` on three windows of 1024 tokens of three texts that no
+measured by ``measure_models.py`` on eight windows of 1024 tokens of three texts that no
 calibration has seen. Where the scheme rounds activations, so does the measurement.
 
 ``--peers FOLDER`` measures what ``peers/llmcompressor_oneshot.py`` and
@@ -56,10 +56,11 @@ from transformers import AutoTokenizer
 
 import compress
 from compress.calibration.data import load_tokens
+from compress.core.scheme_names import parse
 from compress.workdir import write_atomically
 
-# A row's three texts take about a minute on one core.
-WINDOWS = 3
+# A row's three texts take about two minutes on one core.
+WINDOWS = 8
 
 
 @dataclass
@@ -107,6 +108,20 @@ class Bench:
         return workdir, compress.run(config).report
 
 
+def roundings(report: dict[str, Any]) -> dict[str, str]:
+    """Return what the measurement does to the inputs of each layer that a plan rounds.
+
+    Inputs of a scheme are named as in ``measure_models.ROUNDINGS``: ``int8-g64``.
+    """
+    found = {}
+    for layer in report["layers"]:
+        inputs = parse(layer["scheme"]).inputs
+        if inputs is not None:
+            group = f"-g{inputs.group_size}" if inputs.group_size else ""
+            found[layer["name"]] = f"{inputs.grid}{group}"
+    return found
+
+
 def make(row: Row, bench: Bench) -> dict[str, Any]:
     """Return the figures of one row, kept from an earlier call if they are there."""
     name = re.sub(r"[^\w.+=-]", "_", f"{row.scheme}--{row.label}")
@@ -116,7 +131,7 @@ def make(row: Row, bench: Bench) -> dict[str, Any]:
         workdir, report = bench.run(row, name)
         seconds = time.perf_counter() - start
         model = compress.load(workdir / "export" / "safetensors")
-        texts = bench.ruler.measure(model, row.rounding)
+        texts = bench.ruler.measure(model, roundings(report))
         shutil.rmtree(workdir)
         return {
             "scheme": row.scheme,
@@ -172,11 +187,16 @@ def flat(figures: dict[str, Any]) -> dict[str, Any]:
         "bytes": figures["bytes"],
         **{f"KL {t}": texts[t]["kl"] for t in TEXTS},
         **{f"perplexity {t}": texts[t]["perplexity"] for t in TEXTS},
+        **{f"rise {t}": _rise(texts[t]) for t in TEXTS},
         "top-1 wikitext2": texts["wikitext2"]["top1"],
         "KL of file": figures["file_kl"],
         "seconds": figures["seconds"],
         "on": figures["device"],
     }
+
+
+def _rise(figures: dict[str, Any]) -> str:
+    return f"{figures['rise']:+.2f} ± {figures['rise_se']:.2f} %"
 
 
 def device_name(device: str) -> str:
@@ -255,7 +275,7 @@ def main() -> None:
     path = write_result(
         arguments.name,
         claim="SmolLM2-135M (permuted), all decoder linears, 16 x 512 tokens of the "
-        "bundled mix: KL to bf16 in nats over three windows of 1024 tokens. Each row "
+        "bundled mix: KL to bf16 in nats over eight windows of 1024 tokens. Each row "
         "says what it was made and measured on.",
         figures=figures,
         seed=SEED,

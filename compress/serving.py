@@ -74,10 +74,9 @@ def check(run: Run) -> None:
     if quantize is not None and quantize.upgrade_inputs is not None:
         if not shared_inputs(run.plan, run.model):
             raise ConfigError(
-                "quantize.upgrade_inputs: the plan rounds no inputs to integers with a "
-                f"scale a token ({quantize.scheme}) outside of experts; use a scheme "
-                "such as w6a8-g128, "
-                "or leave upgrade_inputs out"
+                "quantize.upgrade_inputs: the plan rounds no inputs to integers "
+                f"({quantize.scheme}) outside of experts; use a scheme such as "
+                "w6a8-g128, or leave upgrade_inputs out"
             )
     if cache is None:
         return

@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from compress.calibration.input_sensitivity import sensitivities
+from compress.calibration.input_sensitivity import SharedInput, sensitivities
 from compress.core.plan import Plan
 from compress.core.scheme import InputScheme
 from compress.evaluation.divergence import compare_many, mean_and_error
@@ -25,7 +25,6 @@ from compress.evaluation.rounding import rounding_of
 from compress.model.streaming import StreamedModel
 from compress.planning.input_upgrades import (
     EXACT,
-    TOKEN,
     Rating,
     inputs_after,
     median_kl,
@@ -86,12 +85,15 @@ class Upgrader:
             seed: Of the draws.
         """
         started = time.perf_counter()
-        steps = self._measure({"weights only": {}, TOKEN: self._inputs({})})
+        shared = shared_inputs(self._plan, self._coded.description)
+        planned = {next(iter(each.modes)) for each in shared}
+        first = " and ".join(sorted(planned, reverse=True))
+        steps = self._measure({"weights only": {}, first: self._inputs({})})
         chosen: dict[int, str] = {}
         ratings: list[Rating] = []
         spent = 0.0
         if steps[-1]["rise"] > limit:
-            ratings, spent = self._rate(draws, seed)
+            ratings, spent = self._rate(shared, draws, seed)
             for proposal in proposals(ratings, factor):
                 inputs = inputs_after(ratings, proposal)
                 name = " and ".join(sorted(set(proposal.values()), reverse=True))
@@ -109,16 +111,19 @@ class Upgrader:
             "tokens": self._text.ids.numel(),
             "steps": steps,
             "median_kl": median_kl(ratings) if ratings else None,
-            "inputs": [_entry(r, chosen.get(i, TOKEN)) for i, r in enumerate(ratings)],
+            "inputs": [
+                _entry(r, chosen.get(i, r.planned)) for i, r in enumerate(ratings)
+            ],
             "seconds": {"sensitivity": spent, "total": seconds},
         }
         layers = inputs_after(ratings, chosen)
         _log.info("inputs of %d layers upgraded in %.0f s", len(layers), seconds)
         return Upgrade(layers, record)
 
-    def _rate(self, draws: int, seed: int) -> tuple[list[Rating], float]:
+    def _rate(
+        self, shared: Sequence[SharedInput], draws: int, seed: int
+    ) -> tuple[list[Rating], float]:
         started = time.perf_counter()
-        shared = shared_inputs(self._plan, self._coded.description)
         windows = self._text.ids
         found = sensitivities(self._coded, windows, shared, draws=draws, seed=seed)
         ratings = [Rating.of(s, f) for s, f in zip(shared, found, strict=True)]
@@ -167,5 +172,6 @@ def _entry(rating: Rating, mode: str) -> dict[str, Any]:
         "layers": list(rating.shared.layers),
         "kl": kl,
         "kl_se": dict(rating.error),
+        "planned": rating.planned,
         "mode": mode,
     }

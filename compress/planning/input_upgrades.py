@@ -1,9 +1,10 @@
 """Which inputs get finer scales, or stay exact: the rule, without the measuring.
 
-All inputs start with one scale a token. An input whose KL exceeds ``factor`` times the
-median of all is an outlier; outliers get a scale for each group of columns, and those
-that still are outliers stay exact. Layers that share an input are upgraded together,
-because engines fuse them. Codes of weights do not change.
+All inputs start as the plan rounds them: with one scale a token, or one for each group
+of columns. An input whose KL exceeds ``factor`` times the median of all is an outlier;
+outliers with one scale a token get a scale for each group, and those that still are
+outliers stay exact. Layers that share an input are upgraded together, because engines
+fuse them. Codes of weights do not change.
 
 Source: the idea is FlexQ's (arXiv 2508.04405), whose released code has a fixed list of
 layers in place of a rule.
@@ -26,11 +27,12 @@ _GROUP = 128
 
 
 def shared_inputs(plan: Plan, model: ModelDescription) -> list[SharedInput]:
-    """Return the inputs that a plan rounds to integers with one scale a token.
+    """Return the inputs that a plan rounds to integers.
 
-    The groups of the finer mode are those of the weights, else 128 columns; where they
-    do not divide the width, an input can only stay exact. Inputs of experts are left
-    out: each sees tokens of its own, and rating them by window has no meaning.
+    The first of an input's modes is that of the plan. Behind one scale a token comes
+    one for each group, of the weights' columns, else 128; where that does not divide
+    the width, an input can only stay exact. Inputs of experts are left out: each sees
+    tokens of its own, and rating them by window has no meaning.
     """
     found: list[SharedInput] = []
     for block in range(model.block_count):
@@ -49,18 +51,20 @@ def shared_inputs(plan: Plan, model: ModelDescription) -> list[SharedInput]:
 
 
 def is_upgradable(inputs: InputScheme) -> bool:
-    """Whether inputs are integers with one scale a token."""
-    return inputs.grid.startswith("int") and inputs.group_size is None
+    """Whether inputs are integers."""
+    return inputs.grid.startswith("int")
 
 
 def _modes(plan: Plan, names: list[str]) -> dict[str, InputScheme]:
     layer = plan.layers[names[0]]
-    token = layer.scheme.inputs
-    assert token is not None
+    planned = layer.scheme.inputs
+    assert planned is not None
+    if planned.group_size is not None:
+        return {GROUP: planned}
     group = layer.scheme.group_size or _GROUP
-    modes = {TOKEN: token}
+    modes = {TOKEN: planned}
     if layer.shape[1] % group == 0 and group < layer.shape[1]:
-        modes[GROUP] = replace(token, group_size=group)
+        modes[GROUP] = replace(planned, group_size=group)
     return modes
 
 
@@ -78,6 +82,11 @@ class Rating:
     kl: Mapping[str, float]
     error: Mapping[str, float]
 
+    @property
+    def planned(self) -> str:
+        """The mode that the plan has."""
+        return next(iter(self.shared.modes))
+
     @classmethod
     def of(cls, shared: SharedInput, found: Mapping[str, Sensitivity]) -> Rating:
         """Return the rating that measurements make."""
@@ -89,8 +98,8 @@ class Rating:
 
 
 def median_kl(ratings: Sequence[Rating]) -> float:
-    """Return the median KL of inputs with one scale a token."""
-    return statistics.median(rating.kl[TOKEN] for rating in ratings)
+    """Return the median KL of inputs as the plan rounds them."""
+    return statistics.median(rating.kl[rating.planned] for rating in ratings)
 
 
 def proposals(ratings: Sequence[Rating], factor: float) -> list[dict[int, str]]:
@@ -100,13 +109,16 @@ def proposals(ratings: Sequence[Rating], factor: float) -> list[dict[int, str]]:
     an outlier. A proposal that equals the one before is left out.
     """
     limit = factor * median_kl(ratings)
-    outliers = [i for i, r in enumerate(ratings) if r.kl[TOKEN] > limit]
+    planned = [r.planned for r in ratings]
+    outliers = [i for i, r in enumerate(ratings) if r.kl[planned[i]] > limit]
     grouped = {
         i: GROUP
         for i in outliers
-        if ratings[i].kl.get(GROUP, float("inf")) < ratings[i].kl[TOKEN]
+        if ratings[i].kl.get(GROUP, float("inf")) < ratings[i].kl[planned[i]]
     }
-    exact = {i: EXACT for i in outliers if ratings[i].kl[grouped.get(i, TOKEN)] > limit}
+    exact = {
+        i: EXACT for i in outliers if ratings[i].kl[grouped.get(i, planned[i])] > limit
+    }
     steps = [grouped, {**grouped, **exact}]
     return [
         step

@@ -104,12 +104,12 @@ def _upgrades(found: Report) -> str:
     rated = found.get("inputs") or []
     if not rated:
         limit = percent(number_at(found, "limit"), 3)
-        return f"{where} A scale a token is enough: the rise is within {limit}. {spent}"
+        return f"{where} No upgrade is needed: the rise is within {limit}. {spent}"
     median, factor = number_at(found, "median_kl"), number_at(found, "factor")
     lines = [
         f"block {r['block']}, {r['input']}: {r['mode']} ({_kl(branch(r, 'kl'))})"
         for r in rated
-        if r["mode"] != "token"
+        if r["mode"] != r["planned"]
     ]
     named = f"Upgraded: {'; '.join(lines)}." if lines else "None was upgraded."
     return (

@@ -141,11 +141,27 @@ def test_the_model_for_exports_holds_scales_and_the_final_plan(place: Path) -> N
     assert model.quantized(layer).scheme == model.plan.layers[layer].scheme
 
 
-@pytest.mark.parametrize("scheme", ["nvfp4-w4a4", "w6a8-g32", "fp8-w8a8"])
-def test_a_written_folder_is_evaluated_as_the_run_was(place: Path, scheme: str) -> None:
+UPGRADES = {"samples": 4, "factor": 1.01, "limit": 1e-9}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "transforms", "quantize"),
+    [
+        ("nvfp4-w4a4", ["rotation"], {}),
+        ("w6a8-g32-group", ["rotation"], {"upgrade_inputs": UPGRADES}),
+        ("fp8-w8a8", [], {}),
+    ],
+)
+def test_a_written_folder_is_evaluated_as_the_run_was(
+    place: Path, scheme: str, transforms: list[str], quantize: dict[str, Any]
+) -> None:
     text = str(place / "text.txt")
     config = settings(
-        place, scheme, quantize={"scheme": scheme, "method": "rtn"}, kv_cache=CACHE
+        place,
+        scheme,
+        transforms=transforms,
+        quantize={"scheme": scheme, "method": "rtn", **quantize},
+        kv_cache=CACHE,
     )
     config["export"] = [{"format": "safetensors"}]
     run = compress.run(config)

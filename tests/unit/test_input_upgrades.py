@@ -68,6 +68,13 @@ def test_without_a_finer_mode_an_outlier_stays_exact_at_once() -> None:
     assert proposals([*[rating(1)] * 3, rating(6)], 5.0) == [{3: "a16"}]
 
 
+def test_an_outlier_that_has_groups_already_stays_exact() -> None:
+    grouped = Rating(
+        SharedInput(0, "mlp", ("a",), {"group": GROUP}), {"group": 6, "a16": 0.0}, {}
+    )
+    assert proposals([*[rating(1)] * 3, grouped], 5.0) == [{3: "a16"}]
+
+
 def test_nothing_is_proposed_without_outliers() -> None:
     assert proposals([rating(1, 0.5), rating(2, 0.5), rating(4, 1)], 5.0) == []
 
@@ -91,8 +98,8 @@ def test_inputs_are_found_by_block_with_the_groups_of_the_weights() -> None:
     assert attention.modes == {"token": TOKEN, "group": GROUP}
 
 
-@pytest.mark.parametrize("scheme", ["int6-g32", "fp8-w8a8", "w6a8-g32-group"])
-def test_inputs_without_integer_scales_a_token_are_left_alone(scheme: str) -> None:
+@pytest.mark.parametrize("scheme", ["int6-g32", "fp8-w8a8", "nvfp4-w4a4"])
+def test_inputs_that_are_no_integers_are_left_alone(scheme: str) -> None:
     _, description, _ = model_of("llama")
     assert shared_inputs(plan_of(description, scheme), description) == []
 
@@ -108,7 +115,8 @@ def test_a_plan_with_other_inputs_has_the_same_weights() -> None:
     assert Plan.from_json(changed.to_json()) == changed
 
 
-def test_an_input_with_massive_values_is_found_and_cured() -> None:
+@pytest.mark.parametrize("scheme", ["w6a8-g32", "w6a8-g32-group"])
+def test_an_input_with_massive_values_is_found_and_cured(scheme: str) -> None:
     _, description, source = model_of("llama")
     # One neuron of one block answers ten thousand times as loudly, and its reader
     # hears it as quietly: the same function, but a scale a token is all its own.
@@ -117,15 +125,17 @@ def test_an_input_with_massive_values_is_found_and_cured() -> None:
     state[up][0] *= 1e4
     state[down][:, 0] /= 1e4
     model = StreamedModel(description, source)
-    plan = plan_of(description, "w6a8-g32")
+    plan = plan_of(description, scheme)
     upgrade = Upgrader(model, model, plan, WINDOWS, input_amax={}).run(
         factor=50.0, limit=1e-7, draws=20
     )
     # A third of its columns share the loud neuron's group: groups are not enough.
     assert upgrade.inputs == {"model.layers.1.mlp.down_proj": None}
-    exact, token, group, upgraded = upgrade.record["steps"]
+    exact, *rounded, upgraded = upgrade.record["steps"]
     assert exact["kl"] < 1e-9
-    assert token["kl"] > group["kl"] > 10 * upgraded["kl"]
+    names = [step["inputs"] for step in rounded]
+    assert names == (["group"] if scheme.endswith("group") else ["token", "group"])
+    assert rounded[0]["kl"] >= rounded[-1]["kl"] > 10 * upgraded["kl"]
     assert all(step["kept"] for step in upgrade.record["steps"])
 
 
