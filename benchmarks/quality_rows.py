@@ -26,7 +26,8 @@ class Row:
         eight: Projections whose weights have 8 bits in place of a scheme's 6.
         upgrade: Whether ``quantize.upgrade_inputs`` is on.
         scales: Storage type of scales. llm-compressor's are float32 here, since it is
-            handed a float32 model, so that rows beside it have float32 as well.
+            handed a float32 model, and those of HQQ float16, so that rows beside them
+            have these as well.
     """
 
     scheme: str
@@ -130,27 +131,36 @@ def _rows_beside_peers() -> list[Row]:
             Row("w8a8", "gptq", ("smoothquant",), alpha=a, scales=f32)
             for a in (0.65, 0.8)
         ),
+        *(
+            Row(f"int{b}-g64-{kind}", "hqq", scales="float16", dense=kind == "offset")
+            for b in (4, 3)
+            for kind in ("asym", "offset")
+        ),
     ]
 
 
 _INT8 = ("w8a8", "w6a8-g64")
 _BLOCKS = "fp8-b64+e4m3-g64"  # fp8-block with 64 columns: 128 do not divide 576
 
-# Recipe of the peer: our rows that do the same job.
-PEERS = {
-    "rtn-int4": ("int4-g64", "rtn+scales=float32"),
-    "gptq-int4": ("int4-g64", "gptq+scales=float32"),
-    "awq-int4": ("int4-g64", "awq+scales=float32"),
-    "awq-gptq-int4": ("int4-g64", "awq+gptq+scales=float32"),
-    "rtn-nvfp4": ("nvfp4", "rtn"),
-    "gptq-nvfp4": ("nvfp4", "gptq"),
-    "rtn-mxfp4": ("mxfp4", "rtn"),
-    "gptq-mxfp4": ("mxfp4", "gptq"),
-    "rtn-fp8": ("fp8-w8a8", "rtn+scales=float32"),
-    "gptq-w8a8": ("w8a8", "smoothquant+gptq+alpha=0.8+scales=float32"),
-    "hqq-int4": ("int4-g64-asym", "hqq"),
-    "hqq-int3": ("int3-g64-asym", "hqq"),
-}
+# What a peer made, as RECIPE, and the row of ours that does the same job. HQQ stores a
+# scale and a zero point in 16 bits each, 4.5 bits a weight in all, as "-offset" does;
+# "-asym" takes 4.31.
+PEERS = (
+    ("rtn-int4", "int4-g64", "rtn+scales=float32"),
+    ("gptq-int4", "int4-g64", "gptq+scales=float32"),
+    ("awq-int4", "int4-g64", "awq+scales=float32"),
+    ("awq-gptq-int4", "int4-g64", "awq+gptq+scales=float32"),
+    ("rtn-nvfp4", "nvfp4", "rtn"),
+    ("gptq-nvfp4", "nvfp4", "gptq"),
+    ("rtn-mxfp4", "mxfp4", "rtn"),
+    ("gptq-mxfp4", "mxfp4", "gptq"),
+    ("rtn-fp8", "fp8-w8a8", "rtn+scales=float32"),
+    ("gptq-w8a8", "w8a8", "smoothquant+gptq+alpha=0.8+scales=float32"),
+    ("hqq-int4", "int4-g64-offset", "hqq+scales=float16"),
+    ("hqq-int4", "int4-g64-asym", "hqq+scales=float16"),
+    ("hqq-int3", "int3-g64-offset", "hqq+scales=float16"),
+    ("hqq-int3", "int3-g64-asym", "hqq+scales=float16"),
+)
 PEER_ROUNDING = {"rtn-fp8": "e4m3", "gptq-w8a8": "int8"}
 
 

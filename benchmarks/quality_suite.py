@@ -153,7 +153,8 @@ def measure_peer(folder: Path, bench: Bench) -> dict[str, Any]:
         made = json.loads((folder / "peer.json").read_text())
         peer, differing = load(folder), None
         if folder.name.startswith("rtn-"):
-            row = next(r for r in rows() if (r.scheme, r.label) == PEERS[folder.name])
+            wanted = next(p[1:] for p in PEERS if p[0] == folder.name)
+            row = next(r for r in rows() if (r.scheme, r.label) == wanted)
             workdir, _ = bench.run(row, folder.name)
             ours = compress.load(workdir / "export" / "safetensors")
             differing = differing_weights(ours, peer)
@@ -209,8 +210,10 @@ def against_peers(
 ) -> list[dict[str, Any]]:
     """Return our KL over the peer's for rows that do the same job."""
     table = []
-    for recipe, theirs in peers.items():
-        scheme, method = PEERS[recipe]
+    for recipe, scheme, method in PEERS:
+        if recipe not in peers:
+            continue
+        theirs = peers[recipe]
         row = {"tool": theirs["tool"], "recipe": recipe}
         row |= {f"KL {t}": theirs["texts"][t]["kl"] for t in TEXTS}
         row |= {"weights that differ": theirs["differing"], "on": theirs["device"]}
@@ -267,7 +270,7 @@ def main() -> None:
     figures: dict[str, Any] = {"Schemes and methods": [flat(row) for row in ours]}
     if arguments.peers:
         peers = {}
-        for recipe in PEERS:
+        for recipe in dict.fromkeys(recipe for recipe, *_ in PEERS):
             if (arguments.peers / recipe / "peer.json").is_file():
                 peers[recipe] = measure_peer(arguments.peers / recipe, bench)
                 show(f"peer {recipe:46}", peers[recipe])
