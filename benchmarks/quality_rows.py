@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +106,16 @@ def _rows_that_round_inputs() -> list[Row]:
 
 def _rows_with_more_text() -> list[Row]:
     """Return how close 6-bit weights and 8-bit inputs come, and what limits them."""
-    turned, wide = ("rotation",), ("q", "k", "v", "down")
-    both = (*turned, "smoothquant")
-    neurons = ("neuron",)
-    return [
-        Row("int6-g64", "gptq", samples=MORE),
-        Row("int6-g64", "gptq", turned, samples=MORE),
-        Row("w8a8", "gptq", ("smoothquant",), samples=MORE),
-        Row("w8a8", "gptq", both, alpha=0.5, places=neurons, samples=MORE),
-        Row("w6a8-g64", "gptq", turned, samples=MORE, upgrade=True),
-        Row("w6a8-g64-group", "gptq", turned, samples=MORE),
-        Row("w6a8-g32-group", "gptq", turned, samples=MORE),
-        Row("w6a8-g64-group", "gptq", turned, samples=MORE, eight=wide),
+    smooth, turned, both = ("smoothquant",), ("rotation",), ("rotation", "smoothquant")
+    found = [
+        *(Row("int6-g64", "gptq", t) for t in ((), turned)),
+        *(Row(s, "gptq", smooth, alpha=0.65) for s in ("w8a8", "w6a8-g64-group")),
+        Row("w8a8", "gptq", both, alpha=0.5, places=("neuron",)),
+        Row("w6a8-g64", "gptq", turned, upgrade=True),
+        *(Row(f"w6a8-g{g}-group", "gptq", turned) for g in (64, 32)),
+        Row("w6a8-g64-group", "gptq", turned, eight=("q", "k", "v", "down")),
     ]
+    return [replace(row, samples=MORE) for row in found]
 
 
 def _rows_beside_peers() -> list[Row]:
