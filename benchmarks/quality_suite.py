@@ -1,7 +1,7 @@
 """Every scheme with every method that suits it: quality, size and time, one model.
 
     python benchmarks/quality_suite.py [--device cuda] [--peers FOLDER] [--only REGEX]
-                                       [--part 0/4]
+                                       [--part 0/4] [--collect]
 
 The model is ``permuted`` of ``offgrid.py`` (SmolLM2-135M, off the 4-bit grid it ships
 on); all linears of the decoder; calibration 16 x 512 tokens of the bundled mix for all.
@@ -16,8 +16,9 @@ rounding is also compared weight by weight.
 
 Rows lie in ``WORK/rows``, a file each, and those that are there are not made again:
 ``--part I/N`` in N processes side by side shares them out, files of another machine can
-be copied there, and a last call without ``--part`` collects them. A row of other
-windows is refused. The same weights have the same KL on every machine to four digits,
+be copied there, and a last call without ``--part`` collects them; with ``--collect`` it
+makes none of those that are missing, and says which. A row of other windows is refused.
+The same weights have the same KL on every machine to four digits,
 unless inputs are rounded: there a difference in the last bit becomes one of a step, and
 KL differs by a few per cent. Make these rows on the machine that measures the peer's.
 Seconds are those of the whole run of a row, beside whatever else ran.
@@ -77,6 +78,10 @@ class Bench:
     work: Path
     device: str
 
+    def file(self, name: str) -> Path:
+        """Return where a row lies, once it is made."""
+        return self.work / "rows" / f"{name}.json"
+
     @cached_property
     def ruler(self) -> Ruler:
         """Run the base model, once there is something to measure."""
@@ -90,7 +95,7 @@ class Bench:
 
     def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a row's figures from its file, or make them and write it."""
-        stored = self.work / "rows" / f"{name}.json"
+        stored = self.file(name)
         if not stored.is_file():
             figures = {**make(), "windows": WINDOWS, "device": device_name(self.device)}
             stored.parent.mkdir(parents=True, exist_ok=True)
@@ -122,9 +127,14 @@ def roundings(report: dict[str, Any]) -> dict[str, str]:
     return found
 
 
+def name_of(row: Row) -> str:
+    """Return the name of a row's file."""
+    return re.sub(r"[^\w.+=-]", "_", f"{row.scheme}--{row.label}")
+
+
 def make(row: Row, bench: Bench) -> dict[str, Any]:
     """Return the figures of one row, kept from an earlier call if they are there."""
-    name = re.sub(r"[^\w.+=-]", "_", f"{row.scheme}--{row.label}")
+    name = name_of(row)
 
     def figures() -> dict[str, Any]:
         start = time.perf_counter()
@@ -238,6 +248,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--only", default="", help="regular expression of rows")
     parser.add_argument("--part", default="0/1", help="I/N: every Nth row from I on")
+    parser.add_argument("--collect", action="store_true", help="make no row")
     parser.add_argument("--tokens", type=Path, help="only write the calibration tokens")
     parser.add_argument("--name", default="quality_suite", help="of the result")
     arguments = parser.parse_args()
@@ -257,6 +268,10 @@ def main() -> None:
     bench = Bench(model, arguments.work, arguments.device)
     ours = []
     chosen = [r for r in rows() if re.search(arguments.only, f"{r.scheme} {r.label}")]
+    if arguments.collect:
+        missing = [row for row in chosen if not bench.file(name_of(row)).is_file()]
+        chosen = [row for row in chosen if row not in missing]
+        print("missing:", *(f"{row.scheme} {row.label}" for row in missing), sep="\n")
     part, parts = map(int, arguments.part.split("/"))
     for row in chosen[part::parts]:
         try:
