@@ -10,7 +10,7 @@ import pytest
 import torch
 from pipeline_fixtures import config_of, save_checkpoint, write_text
 from pruning_fixtures import pruning_of
-from shapes_fixtures import CLOCK
+from shapes_fixtures import CLOCK, LLAMA_7B
 from streaming_fixtures import model_of
 
 import compress
@@ -43,21 +43,6 @@ def shapes_of(kind: str = "llama", **changes: Any) -> Shapes:
     return Shapes.of(description, Plan("tiny", {}))
 
 
-# As many weights as a model of seven billion, without making one.
-LARGE = replace(
-    shapes_of(),
-    hidden=4096,
-    inner=11008,
-    vocabulary=32000,
-    blocks=32,
-    block=4 * 4096**2 + 3 * 4096 * 11008,
-    active=4 * 4096**2 + 3 * 4096 * 11008,
-    parameters=6738415616,
-    largest=32000 * 4096,
-    stored_bytes=2,
-)
-
-
 def work_of(root: Path, samples: int = 64, **section: Any) -> PruneWork:
     _, description, source = model_of("llama", num_hidden_layers=5)
     made = pruning_of(description, source, root, **section)
@@ -65,11 +50,11 @@ def work_of(root: Path, samples: int = 64, **section: Any) -> PruneWork:
 
 
 def seconds(work: PruneWork) -> float:
-    return prune_seconds(LARGE, replace(work, choice=0.0), SPEEDS)
+    return prune_seconds(LLAMA_7B, replace(work, choice=0.0), SPEEDS)
 
 
 def peak(work: PruneWork, *, on_gpu: bool = False) -> tuple[int, int]:
-    return prune_bytes(LARGE, work, dtype=torch.float32, on_gpu=on_gpu)
+    return prune_bytes(LLAMA_7B, work, dtype=torch.float32, on_gpu=on_gpu)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +83,7 @@ def test_a_method_without_text_only_copies(tmp_path: Path) -> None:
     works = [work_of(tmp_path, n, method="maw", sparsity=0.3) for n in (16, 64)]
     assert works[0].windows is None
     assert seconds(works[0]) == seconds(works[1])
-    assert peak(works[0]) == (2 * 2 * LARGE.block, 0)
+    assert peak(works[0]) == (2 * 2 * LLAMA_7B.block, 0)
 
 
 def test_each_stage_adds_its_time(tmp_path: Path) -> None:
@@ -115,7 +100,7 @@ def test_each_stage_adds_its_time(tmp_path: Path) -> None:
     learned = work_of(tmp_path, **plain | {"shape": "per-layer", "budgets": "learned"})
     cfsp = work_of(tmp_path, **plain | {"shape": "per-layer", "budgets": "cfsp"})
     assert seconds(learned) > seconds(cfsp)
-    assert peak(learned)[0] > 4 * LARGE.parameters > peak(cfsp)[0]
+    assert peak(learned)[0] > 4 * LLAMA_7B.parameters > peak(cfsp)[0]
 
 
 def test_the_backward_pass_is_two_more_forward_passes_of_64_windows(
@@ -126,13 +111,15 @@ def test_the_backward_pass_is_two_more_forward_passes_of_64_windows(
     section = {"sparsity": 0.3, "repair": "none"}
     taylor, wanda = (
         prune_seconds(
-            LARGE, replace(work_of(tmp_path, 128, method=m, **section), choice=0), fast
+            LLAMA_7B,
+            replace(work_of(tmp_path, 128, method=m, **section), choice=0),
+            fast,
         )
         for m in ("taylor", "wanda_sp")
     )
     tokens = 64 * 512
-    products = 3 * 2 * tokens * LARGE.active * LARGE.blocks
-    products += 2 * 2 * tokens * LARGE.vocabulary * LARGE.hidden
+    products = 3 * 2 * tokens * LLAMA_7B.active * LLAMA_7B.blocks
+    products += 2 * 2 * tokens * LLAMA_7B.vocabulary * LLAMA_7B.hidden
     assert taylor - wanda == pytest.approx(products, rel=1e-9)
 
 
@@ -149,7 +136,7 @@ def test_removals_by_perplexity_try_all_candidates(unit: str, tmp_path: Path) ->
     assert seconds(by["perplexity"]) > 1.9 * seconds(one) - seconds(
         replace(one, removals=0)
     )
-    assert peak(one)[0] > 16 * 512 * LARGE.hidden * 4 * (LARGE.blocks - 3)
+    assert peak(one)[0] > 16 * 512 * LLAMA_7B.hidden * 4 * (LLAMA_7B.blocks - 3)
 
 
 def test_attention_by_perplexity_counts_each_run(tmp_path: Path) -> None:
@@ -159,15 +146,17 @@ def test_attention_by_perplexity_counts_each_run(tmp_path: Path) -> None:
     section |= {"depth_share": 1.0, "shape": "per-layer", "budgets": "uniform"}
     work = replace(work_of(tmp_path, 16, **section), removals=1, measures=False)
     work = replace(work, neurons=False, choice=0.0)
-    none = prune_seconds(LARGE, replace(work, removals=0), fast)
-    found = prune_seconds(LARGE, work, fast) - none
+    none = prune_seconds(LLAMA_7B, replace(work, removals=0), fast)
+    found = prune_seconds(LLAMA_7B, work, fast) - none
     runs = sum(
-        1 + sum(1 for candidate in range(1, LARGE.blocks) if candidate <= block)
-        for block in range(LARGE.blocks)
+        1 + sum(1 for candidate in range(1, LLAMA_7B.blocks) if candidate <= block)
+        for block in range(LLAMA_7B.blocks)
     )
     tokens = 16 * 512
-    expected = runs * 2 * tokens * LARGE.active
-    expected += (LARGE.blocks - 1) * 2 * tokens * LARGE.vocabulary * LARGE.hidden
+    expected = runs * 2 * tokens * LLAMA_7B.active
+    expected += (
+        (LLAMA_7B.blocks - 1) * 2 * tokens * LLAMA_7B.vocabulary * LLAMA_7B.hidden
+    )
     assert found == pytest.approx(expected, rel=1e-6)
 
 
