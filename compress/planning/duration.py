@@ -28,6 +28,7 @@ _START_SECONDS = 3.0  # tokenizer, checkpoint headers, the module tree
 _START_SECONDS_ON_GPU = 8.0  # those, CUDA's start, and the timings of this module
 DISK_BYTES_A_SECOND = 200e6  # an ordinary SSD, with each file flushed
 _PROBE_COLUMNS, _PROBE_ROWS = 256, 2048
+_LONG_PROBE = 0.3  # seconds; error feedback takes a tenth of one
 # Passes over each weight beside the method: read, checked, decoded, compared, stored.
 _PASSES_TO_ROUND = 14
 _PASSES_TO_EXPORT = 4  # read, packed, written
@@ -240,8 +241,9 @@ def method_seconds(
     """Return the seconds that a method takes for one weight of a layer.
 
     It quantizes a random matrix of that many rows, and of few columns: what grows with
-    the square of the columns is counted in products. On a GPU two of them, since what
-    starts a method is not little beside what it does for each column there.
+    the square of the columns is counted in products. On a GPU two of them with all
+    rows, since what starts a method is not little beside what it does for each column
+    there; unless the method is busy with a small matrix for long, and so with weights.
 
     Args:
         quantizer: The method.
@@ -250,10 +252,10 @@ def method_seconds(
         columns: Of the layer.
         device: Where it is solved.
     """
-    if device == "cpu":
-        rows = min(rows, _PROBE_ROWS)
-        few, taken = _method(quantizer, scheme, rows, _PROBE_COLUMNS, device)
-        return taken / (rows * few)
+    fewer = min(rows, _PROBE_ROWS)
+    few, taken = _method(quantizer, scheme, fewer, _PROBE_COLUMNS, device)
+    if device == "cpu" or taken > _LONG_PROBE:
+        return taken / (fewer * few)
     few, first = _method(quantizer, scheme, rows, _PROBE_COLUMNS, device)
     many, second = _method(quantizer, scheme, rows, 3 * _PROBE_COLUMNS, device)
     a_column = max(0.0, second - first) / (many - few)

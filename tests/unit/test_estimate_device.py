@@ -74,6 +74,23 @@ def test_a_method_on_a_gpu_is_timed_by_its_columns(
         assert found * rows * columns == pytest.approx(0.1 + 1e-3 * columns)
 
 
+def test_a_slow_method_on_a_gpu_is_timed_on_a_small_matrix_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A microsecond a weight: all rows would delay the start of a run."""
+    asked = []
+
+    def taken(*given: Any) -> tuple[int, float]:
+        asked.append(given[2:4])
+        return given[3], 1e-6 * given[2] * given[3]
+
+    monkeypatch.setattr(duration, "_method", taken)
+    scheme = Scheme.parse("int4-g128")
+    found = duration.method_seconds(RoundToNearest(), scheme, 22016, 4096, "cuda")
+    assert found == pytest.approx(1e-6)
+    assert asked == [(2048, 256)]
+
+
 def test_time_on_a_gpu_counts_stacks_and_hides_the_disk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
