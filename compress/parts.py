@@ -24,7 +24,7 @@ from compress.calibration import experts
 from compress.core.contracts import Quantizer
 from compress.core.families import Linear
 from compress.core.plan import LayerPlan
-from compress.core.scheme import WHOLE
+from compress.core.scheme import WHOLE, Scheme
 from compress.core.statistics import LayerStatistics
 from compress.core.tensors import QuantizedTensor, join_rows
 from compress.distributed.codes import packed, unpacked
@@ -35,6 +35,7 @@ from compress.workdir import LayerRecord, WorkDir
 
 # A GPU loops over columns, and takes about as long for fewer rows than these.
 _LEAST_ROWS = 1024
+_WEIGHTS_AT_ONCE = 1 << 27  # of matrices that are coded side by side
 _SUMS = "sums/"  # travel beside the codes of a stack
 
 
@@ -128,6 +129,11 @@ class Job:
         """Rows of each layer."""
         return [layer.shape[0] for layer in self.layers]
 
+    @property
+    def scheme(self) -> Scheme:
+        """Of all layers."""
+        return self.layers[0].scheme
+
     def share(self, rank: int) -> slice | None:
         """Return the rows that a process codes, if it does."""
         if rank not in self.coders:
@@ -198,12 +204,12 @@ class Part:
         codes: dict[str, QuantizedTensor] = {}
         sums: dict[str, Tensor] = {}
         seconds: dict[str, float] = {}
-        for number, job in enumerate(jobs):
-            self._bar.set_description(job.layers[0].name)
-            rows = job.share(self._team.rank)
-            if rows is not None:
+        for numbers in self._alike(jobs):
+            alike = [jobs[number] for number in numbers]
+            self._bar.set_description(alike[0].layers[0].name)
+            for number, coded in zip(numbers, self._coded(alike), strict=True):
                 key = str(number)
-                codes[key], sums[_SUMS + key], seconds[key] = self._coded(job, rows)
+                codes[key], sums[_SUMS + key], seconds[key] = coded
         tensors, about = packed(codes)
         found = [
             _Pieces(unpacked(given, said), given, took)
@@ -213,23 +219,56 @@ class Part:
         ]
         return [self._joined(job, str(n), found) for n, job in enumerate(jobs)]
 
-    def _coded(self, job: Job, rows: slice) -> tuple[QuantizedTensor, Tensor, float]:
-        """Return codes of some rows of a stack, their sums, and the seconds it took."""
-        layers, statistics = job.layers, job.statistics
-        quantizer, scheme = self._quantizers[layers[0].method], layers[0].scheme
-        used = statistics if quantizer.needs_statistics else None
-        stacked = torch.cat([weight.float() for weight in job.weights()])[rows]
+    def _alike(self, jobs: Sequence[Job]) -> list[list[int]]:
+        """Return numbers of the jobs of this process, those of a kind together."""
+        kinds: dict[object, list[int]] = {}
+        for number, job in enumerate(jobs):
+            rows = job.share(self._team.rank)
+            if rows is None:
+                continue
+            first = job.layers[0]
+            kind: object = number
+            if job.few is None and job.importance is None:
+                shape = rows.stop - rows.start, first.shape[1]
+                kind = first.method, first.scheme, shape, job.tokens is None
+            kinds.setdefault(kind, []).append(number)
+        found = []
+        for numbers in kinds.values():
+            size = sum(jobs[numbers[0]].rows) * jobs[numbers[0]].layers[0].shape[1]
+            most = max(1, _WEIGHTS_AT_ONCE // size)
+            found += [numbers[i : i + most] for i in range(0, len(numbers), most)]
+        return found
+
+    def _coded(
+        self, jobs: Sequence[Job]
+    ) -> list[tuple[QuantizedTensor, Tensor, float]]:
+        """Return codes of this process's rows of stacks of a kind.
+
+        Returns:
+            Codes, sums of errors, and seconds of each.
+        """
+        first, results = jobs[0], []
+        quantizer, scheme = self._quantizers[first.layers[0].method], first.scheme
+        weights = []
+        for job in jobs:
+            rows = job.share(self._team.rank)
+            weights.append(torch.cat([w.float() for w in job.weights()])[rows])
         started = time.perf_counter()
-        if used is not None and job.few is not None:
-            coded = experts.coded_blindly(quantizer, stacked, scheme, job.few)
-        elif job.importance is not None:
-            importance = job.importance.to(stacked.device)
-            coded = quantizer.quantize_by_importance(stacked, scheme, importance)
+        needed = quantizer.needs_statistics
+        if needed and first.statistics is not None and first.few is not None:
+            coded = [experts.coded_blindly(quantizer, weights[0], scheme, first.few)]
+        elif first.importance is not None:
+            importance = first.importance.to(weights[0].device)
+            coded = [quantizer.quantize_by_importance(weights[0], scheme, importance)]
         else:
-            coded = quantizer.quantize(stacked, scheme, used)
-        seconds = time.perf_counter() - started
-        measured = statistics if job.tokens else None
-        return coded, row_sums(stacked, coded.dequantize(), measured), seconds
+            used = [job.statistics if needed else None for job in jobs]
+            coded = quantizer.quantize_alike(weights, scheme, used)
+        seconds = (time.perf_counter() - started) / len(jobs)
+        for job, weight, found in zip(jobs, weights, coded, strict=True):
+            measured = job.statistics if job.tokens else None
+            sums = row_sums(weight, found.dequantize(), measured)
+            results.append((found, sums, seconds))
+        return results
 
     def _joined(
         self,

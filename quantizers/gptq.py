@@ -27,7 +27,8 @@ grows as ``R C^2``.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -70,6 +71,20 @@ class GPTQOptions(Options):
         return 1 if scheme.scales is Scales.SUPER else 0
 
 
+class _Ready(NamedTuple):
+    """What a matrix is solved with; ``factor`` is missing where H has none."""
+
+    target: Tensor
+    hessian: Tensor
+    order: Tensor
+    factor: Tensor | None
+    notes: tuple[str, ...]
+
+    def rows(self, run: slice) -> _Ready:
+        """Return some of its rows."""
+        return self._replace(target=self.target[run])
+
+
 class GPTQ(Quantizer):
     """Error feedback on any integer grid, with statistics from calibration."""
 
@@ -105,6 +120,21 @@ class GPTQ(Quantizer):
         Falls back to round to nearest, with a note, when H cannot be factored.
         """
         assert statistics is not None, "gptq declares needs_statistics"
+        return self.quantize_alike([weight], scheme, [statistics])[0]
+
+    def quantize_alike(
+        self,
+        weights: Sequence[Tensor],
+        scheme: Scheme,
+        statistics: Sequence[LayerStatistics | None],
+    ) -> list[QuantizedTensor]:
+        """Return codes of matrices ``[R, C]``, in one loop over their columns."""
+        pairs = zip(weights, statistics, strict=True)
+        return self._coded([self._ready(*pair) for pair in pairs], scheme)
+
+    def _ready(self, weight: Tensor, statistics: LayerStatistics | None) -> _Ready:
+        """Return what one matrix is solved with."""
+        assert statistics is not None, "gptq declares needs_statistics"
         options = self.options
         hessian = second_moments.regularized(statistics.hessian, options.shrink)
         target = weight.float().clone()
@@ -113,44 +143,66 @@ class GPTQ(Quantizer):
             statistics.hessian, act_order=options.act_order
         )
         factor, notes = second_moments.damp_(hessian, order, options.damp)
-        if factor is None:
-            return low_rank.correct(target, _round(target, scheme, notes))
-        if statistics.drift is not None and options.drift:
+        if factor is not None and statistics.drift is not None and options.drift:
             drift = options.drift * statistics.drift
             second_moments.add_drift_(target, drift, factor, order)
-        rows = _rows_at_once(scheme, target)
-        parts = [
-            self._solved(run, hessian, scheme, order, factor)
-            for run in torch.split(target, rows)
-        ]
-        parameters = grids.joined([part for part, _ in parts])
-        codes = torch.cat([levels for _, levels in parts])
-        coded = grids.assemble(codes, parameters, scheme, notes=notes)
-        return low_rank.correct(target, coded, hessian=hessian)
+        return _Ready(target, hessian, order, factor, notes)
 
-    def _solved(
-        self,
-        target: Tensor,
-        hessian: Tensor,
-        scheme: Scheme,
-        order: Tensor,
-        factor: Tensor,
-    ) -> feedback.Coded:
-        """Return parameters and levels of rows ``[R, C]``."""
-        cost = torch.empty_like(factor[0])
-        cost[order] = factor.diagonal() ** -2
-        parameters = self.parameters(target, scheme, cost / cost.mean())
-        plain = grids.encode(grids.as_groups(target, scheme), parameters, scheme)
-        first = parameters, plain.view(target.shape)
-        codes = feedback.solve(
-            target, hessian, parameters, scheme, order=order, factor=factor
-        )
+    def _coded(self, ready: Sequence[_Ready], scheme: Scheme) -> list[QuantizedTensor]:
+        """Return codes of matrices of one shape."""
+        solvable = [one for one in ready if one.factor is not None]
+        rows = _rows_at_once(scheme, ready[0].target)
+        runs = [
+            self._solved([one.rows(slice(at, at + rows)) for one in solvable], scheme)
+            for at in range(0, len(ready[0].target), rows)
+        ]
+        solved = iter(zip(*runs, strict=True))
+        results = []
+        for target, hessian, _, factor, notes in ready:
+            if factor is None:
+                results.append(low_rank.correct(target, _round(target, scheme, notes)))
+                continue
+            parts = next(solved)
+            parameters = grids.joined([part for part, _ in parts])
+            codes = torch.cat([levels for _, levels in parts])
+            coded = grids.assemble(codes, parameters, scheme, notes=notes)
+            results.append(low_rank.correct(target, coded, hessian=hessian))
+        return results
+
+    def _solved(self, ready: Sequence[_Ready], scheme: Scheme) -> list[feedback.Coded]:
+        """Return parameters and levels of matrices that have a factor."""
+        first, matrices = [], []
+        for target, hessian, order, factor, _ in ready:
+            assert factor is not None
+            cost = torch.empty_like(factor[0])
+            cost[order] = factor.diagonal() ** -2
+            parameters = self.parameters(target, scheme, cost / cost.mean())
+            plain = grids.encode(grids.as_groups(target, scheme), parameters, scheme)
+            first.append((parameters, plain.view(target.shape)))
+            matrices.append(feedback.Matrix(target, hessian, parameters, order, factor))
+        if not matrices:
+            return []
+        codes = feedback.solve_alike(matrices, scheme)
         for _ in range(self.options.refits(scheme)):
-            parameters = refit.refit_scales(target, hessian, codes, parameters, scheme)
-            codes = feedback.descend(
-                target, hessian, codes, parameters, scheme, order=order
+            matrices = [
+                matrix._replace(
+                    parameters=refit.refit_scales(
+                        matrix.weight, matrix.hessian, found, matrix.parameters, scheme
+                    )
+                )
+                for matrix, found in zip(matrices, codes, strict=True)
+            ]
+            codes = feedback.descend_alike(matrices, codes, scheme)
+        return [
+            feedback.better_rows(
+                matrix.weight,
+                matrix.hessian,
+                scheme,
+                plain,
+                (matrix.parameters, found),
             )
-        return feedback.better_rows(target, hessian, scheme, first, (parameters, codes))
+            for matrix, plain, found in zip(matrices, first, codes, strict=True)
+        ]
 
     def parameters(
         self, target: Tensor, scheme: Scheme, importance: Tensor

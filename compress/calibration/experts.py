@@ -13,7 +13,7 @@ dense expert is run on the dense hidden states of just those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -102,22 +102,29 @@ class DenseExperts:
         return states
 
 
-def alike(readers: Mapping[str, Linear], name: str) -> list[str]:
+def alike(
+    readers: Mapping[str, Linear], name: str, settled: Collection[str]
+) -> list[str]:
     """Return inputs that can be settled together, from one of them on.
 
     Args:
         readers: A layer that reads each input, by name, in order of execution.
         name: An input; if experts read it, the same inputs of those behind follow.
+        settled: Inputs whose readers have their codes; what ``down`` gets is known
+            where gate and up are among them.
     """
     first = readers[name]
     if first.expert is None:
         return [name]
+    is_down = first.role == "down"
+    known = {readers[x].expert for x in settled if readers[x].role != "down"}
     found = [
         other
         for other, reader in readers.items()
         if reader.expert is not None
         and reader.expert >= first.expert
-        and (reader.role == "down") == (first.role == "down")
+        and (reader.role == "down") == is_down
+        and (reader.expert in known or not is_down)
     ]
     return sorted(found, key=lambda other: readers[other].expert or 0)
 

@@ -14,9 +14,11 @@ with the shape of Llama 2.
 The dense model, where drift is wanted, walks beside: the same batch, the same input, by
 the weights that the block came with.
 
-Experts of one block do not feed each other, so several of them can be settled at a
-time, which is what several processes want. Which tokens they get is known when the
-first of them is reached; what the others will read is then computed ahead.
+Experts of one block do not feed each other, so several of them are settled at a time:
+as many as there are processes, and as many more as their second moments leave room for,
+since small matrices are coded side by side in about the time of one. Which tokens they
+get is known when the first of them is reached; what the others will read is then
+computed ahead.
 """
 
 from __future__ import annotations
@@ -33,6 +35,12 @@ from compress.calibration.experts import DenseExperts
 from compress.core.families import Linear
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
+
+# Second moments of experts that are settled together, and what solving with them takes:
+# float64 sums first, then H, what that is damped to, its factor, the drift.
+_EXPERT_BYTES = {"cuda": 1 << 31}
+_EXPERT_BYTES_ELSEWHERE = 1 << 28
+_BYTES_OF_A_MOMENT = 16
 
 Measure = Callable[[], Moments]
 """Sums up one input over all windows; to be called once."""
@@ -118,7 +126,7 @@ class BlockWalk:
         block: Its module.
         states: Of the compressed model; replaced by the block's outputs.
         dense: Of the dense model, likewise, if it runs beside.
-        together: How many experts are settled at a time.
+        together: The least number of experts that are settled at a time.
     """
 
     def __init__(
@@ -186,7 +194,8 @@ class BlockWalk:
         def meet(name: str, inputs: Tensor) -> None:
             if name in settled:
                 return
-            wave = experts.alike(readers, name)[: self._together]
+            wave = experts.alike(readers, name, settled)
+            wave = wave[: self._experts_at_once(readers[name])]
             settled.update(wave)
             settle(
                 {
@@ -240,6 +249,12 @@ class BlockWalk:
         settle({name: partial(sums.__getitem__, name) for name in sums})
         self._model.advance(self._index, self._states)
         self._original.clear()
+
+    def _experts_at_once(self, linear: Linear) -> int:
+        """Return how many experts are settled together with one like this."""
+        weight = self.weight(linear.path)
+        most = _EXPERT_BYTES.get(weight.device.type, _EXPERT_BYTES_ELSEWHERE)
+        return max(self._together, most // (_BYTES_OF_A_MOMENT * weight.shape[1] ** 2))
 
     @contextmanager
     def _kept_states(

@@ -120,6 +120,25 @@ class Quantizer(Plugin):
             statistics: Of the inputs of this layer, if the method needs them.
         """
 
+    def quantize_alike(
+        self,
+        weights: Sequence[Tensor],
+        scheme: Scheme,
+        statistics: Sequence[LayerStatistics | None],
+    ) -> list[QuantizedTensor]:
+        """Return the codes of matrices of one shape, such as those of experts.
+
+        Each is what :meth:`quantize` returns, bit for bit; a method that can do them at
+        once in less time overrides this.
+
+        Args:
+            weights: ``[R, C]`` of each; not changed.
+            scheme: Of all.
+            statistics: Of the inputs of each.
+        """
+        pairs = zip(weights, statistics, strict=True)
+        return [self.quantize(weight, scheme, known) for weight, known in pairs]
+
     def codes_rows_apart(self, scheme: Scheme) -> bool:
         """Whether a row's codes are the same whatever rows lie beside it.
 

@@ -10,6 +10,9 @@ Source: Frantar et al. (2022), "GPTQ", algorithm 1, for :func:`solve`; Behdin et
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,13 +21,25 @@ from compress.core.grids import GridParameters
 from compress.core.scheme import Scheme
 from compress.core.tensors import decode
 
-_COLUMNS_AT_ONCE = 128
+_AT_ONCE = 128  # columns
 
 
-def _spread(values: Tensor, columns: int, order: Tensor) -> Tensor:
-    """Expand ``[R, G]`` to one value a column, ``[C, R]``, in the given order."""
-    wide = values.repeat_interleave(columns // values.shape[1], dim=1)
-    return wide[:, order].T.contiguous()
+class Matrix(NamedTuple):
+    """What is coded, in which metric, and on which grid.
+
+    Attributes:
+        weight: float32 ``[R, C]`` target.
+        hessian: float32 ``[C, C]``, positive definite.
+        parameters: Scales and zero points, fixed.
+        order: int64 ``[C]``, the order in which columns are rounded.
+        factor: :func:`inverse_factor` of the Hessian in that order, where it is used.
+    """
+
+    weight: Tensor
+    hessian: Tensor
+    parameters: GridParameters
+    order: Tensor
+    factor: Tensor | None = None
 
 
 def inverse_factor(hessian: Tensor, order: Tensor) -> Tensor | None:
@@ -59,73 +74,49 @@ def solve(
     order: Tensor,
     factor: Tensor | None = None,
 ) -> Tensor:
-    """Return levels by error feedback, column by column.
+    """Return float32 levels ``[R, C]`` by error feedback, column by column.
+
+    The arguments are those of :class:`Matrix`, and the grid.
+    """
+    matrix = Matrix(weight, hessian, parameters, order, factor)
+    return solve_alike([matrix], scheme)[0]
+
+
+def solve_alike(matrices: Sequence[Matrix], scheme: Scheme) -> list[Tensor]:
+    """Return levels by error feedback, one loop over the columns of all matrices.
+
+    A GPU takes about as long for one small matrix as for many side by side. Each gets
+    the levels that it gets alone, to the last bit.
 
     Args:
-        weight: float32 ``[R, C]`` target.
-        hessian: float32 ``[C, C]``, positive definite.
-        parameters: Scales and zero points, fixed.
-        scheme: The grid.
-        order: int64 ``[C]``, the order in which columns are rounded.
-        factor: :func:`inverse_factor` of both, if it is at hand.
+        matrices: Of one shape.
+        scheme: Their grid.
 
     Returns:
-        float32 levels ``[R, C]``.
+        float32 levels ``[R, C]`` of each.
     """
-    columns = weight.shape[1]
-    upper = inverse_factor(hessian, order) if factor is None else factor
-    assert upper is not None, "the Hessian is not positive definite"
-    # Columns as rows: the loop reads and writes one column at a time.
-    work = weight[:, order].T.contiguous()
-    scale = _spread(parameters.scale, columns, order)
-    zeros = parameters.zero
-    zero = None if zeros is None else _spread(zeros, columns, order)
-    levels, errors = torch.empty_like(work), torch.empty_like(work[:_COLUMNS_AT_ONCE])
-    for start in range(0, columns, _COLUMNS_AT_ONCE):
-        stop = min(start + _COLUMNS_AT_ONCE, columns)
-        run, lost = slice(start, stop), errors[: stop - start]
-        round_columns_(
-            work[run],
-            upper[run, run],
-            scale[run],
-            None if zero is None else zero[run],
-            scheme,
-            levels=levels[run],
-            errors=lost,
-        )
-        work[stop:].addmm_(upper[run, stop:].T, lost, alpha=-1)
-    result = torch.empty_like(weight, dtype=torch.float32)
-    result[:, order] = levels.T
-    return result
-
-
-def round_columns_(
-    work: Tensor,
-    factor: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    scheme: Scheme,
-    *,
-    levels: Tensor,
-    errors: Tensor,
-) -> None:
-    """Round a few columns, each after what it owes to those before it.
-
-    Args:
-        work: float32 ``[n, R]``, the columns of the target as rows; used up.
-        factor: float32 ``[n, n]``, upper.
-        scale: float32 ``[n, R]``.
-        zero: As ``scale``, or ``None``.
-        scheme: The grid.
-        levels: ``[n, R]`` to fill.
-        errors: ``[n, R]`` to fill: what later columns have to make up for.
-    """
-    for i in range(work.shape[0]):
-        z = None if zero is None else zero[i]
-        levels[i] = grids.to_levels(work[i], scale[i], z, scheme)
-        value = decode(levels[i], scale[i], z, scheme.zero)
-        torch.div(work[i] - value, factor[i, i], out=errors[i])
-        work[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+    work, scale, zero = _as_columns(matrices, scheme)
+    factors = [_factor_of(matrix) for matrix in matrices]
+    columns = work.shape[1]
+    levels, errors = torch.empty_like(work), torch.empty_like(work[:, :_AT_ONCE])
+    for start in range(0, columns, _AT_ONCE):
+        stop = min(start + _AT_ONCE, columns)
+        run = slice(start, stop)
+        near = torch.stack([factor[run, run] for factor in factors])
+        for i, at in enumerate(range(start, stop)):
+            z = None if zero is None else zero[:, at]
+            levels[:, at] = grids.to_levels(work[:, at], scale[:, at], z, scheme)
+            value = decode(levels[:, at], scale[:, at], z, scheme.zero)
+            lost = errors[:, i]
+            torch.div(work[:, at] - value, near[:, i, i, None], out=lost)
+            work[:, at + 1 : stop].addcmul_(
+                near[:, i, i + 1 :, None], lost[:, None], value=-1
+            )
+        for rest, factor, lost in zip(
+            work[:, stop:], factors, errors[:, : stop - start], strict=True
+        ):
+            rest.addmm_(factor[run, stop:].T, lost, alpha=-1)
+    return _as_rows(levels, matrices)
 
 
 def descend(
@@ -143,30 +134,89 @@ def descend(
 
     Args: as :func:`solve`, and ``levels`` ``[R, C]`` to start from.
     """
-    columns = weight.shape[1]
-    permuted = hessian[order][:, order]
-    diagonal = permuted.diagonal()
-    scale = _spread(parameters.scale, columns, order)
-    zeros = parameters.zero
-    zero = None if zeros is None else _spread(zeros, columns, order)
-    work = levels[:, order].T.contiguous()
+    matrix = Matrix(weight, hessian, parameters, order)
+    return descend_alike([matrix], [levels], scheme)[0]
+
+
+def descend_alike(
+    matrices: Sequence[Matrix], levels: Sequence[Tensor], scheme: Scheme
+) -> list[Tensor]:
+    """Return what :func:`descend` returns for each, in one loop over the columns.
+
+    Args:
+        matrices: Of one shape.
+        levels: ``[R, C]`` of each to start from.
+        scheme: Their grid.
+    """
+    target, scale, zero = _as_columns(matrices, scheme)
+    turned = [m.hessian[m.order][:, m.order] for m in matrices]
+    diagonal = torch.stack([hessian.diagonal() for hessian in turned]).unsqueeze(-1)
+    pairs = zip(levels, matrices, strict=True)
+    work = torch.stack([found[:, m.order].T for found, m in pairs])
     values = decode(work, scale, zero, scheme.zero)
-    gradient = permuted @ (weight[:, order].T - values)
-    for start in range(0, columns, _COLUMNS_AT_ONCE):
-        stop = min(start + _COLUMNS_AT_ONCE, columns)
-        local = gradient[start:stop].clone()
+    gradient = torch.stack(
+        [hessian @ gap for hessian, gap in zip(turned, target - values, strict=True)]
+    )
+    columns = work.shape[1]
+    for start in range(0, columns, _AT_ONCE):
+        stop = min(start + _AT_ONCE, columns)
+        run = slice(start, stop)
+        near = torch.stack([hessian[run, run] for hessian in turned])
+        local = gradient[:, run].clone()
         moves = torch.empty_like(local)
-        for i in range(stop - start):
-            at = start + i
-            z = None if zero is None else zero[at]
-            wanted = values[at] + local[i] / diagonal[at]
-            work[at] = grids.to_levels(wanted, scale[at], z, scheme)
-            moves[i] = decode(work[at], scale[at], z, scheme.zero) - values[at]
-            local.addr_(permuted[start:stop, at], moves[i], alpha=-1)
-        gradient.addmm_(permuted[:, start:stop], moves, alpha=-1)
-    result = torch.empty_like(levels)
-    result[:, order] = work.T
-    return result
+        for i, at in enumerate(range(start, stop)):
+            z = None if zero is None else zero[:, at]
+            wanted = values[:, at] + local[:, i] / diagonal[:, at]
+            work[:, at] = grids.to_levels(wanted, scale[:, at], z, scheme)
+            moves[:, i] = decode(work[:, at], scale[:, at], z, scheme.zero)
+            moves[:, i] -= values[:, at]
+            local.addcmul_(near[:, :, i, None], moves[:, i, None], value=-1)
+        for owed, hessian, moved in zip(gradient, turned, moves, strict=True):
+            owed.addmm_(hessian[:, run], moved, alpha=-1)
+    return _as_rows(work, matrices)
+
+
+def _factor_of(matrix: Matrix) -> Tensor:
+    """Return the factor at hand, or make it."""
+    if matrix.factor is not None:
+        return matrix.factor
+    factor = inverse_factor(matrix.hessian, matrix.order)
+    assert factor is not None, "the Hessian is not positive definite"
+    return factor
+
+
+def _as_columns(
+    matrices: Sequence[Matrix], scheme: Scheme
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return targets, scales and zero points ``[B, C, R]``, columns in their order.
+
+    The loops read and write one column at a time.
+    """
+    columns = matrices[0].weight.shape[1]
+
+    def spread(values: Tensor, order: Tensor) -> Tensor:
+        wide = values.repeat_interleave(columns // values.shape[1], dim=1)
+        return wide[:, order].T
+
+    zeros = [m.parameters.zero for m in matrices]
+    found = [z for z in zeros if z is not None]
+    orders = [m.order for m in matrices]
+    pairs = zip(found, orders, strict=True) if found else ()
+    return (
+        torch.stack([m.weight[:, m.order].T for m in matrices]),
+        torch.stack([spread(m.parameters.scale, m.order) for m in matrices]),
+        torch.stack([spread(*pair) for pair in pairs]) if found else None,
+    )
+
+
+def _as_rows(levels: Tensor, matrices: Sequence[Matrix]) -> list[Tensor]:
+    """Return levels ``[R, C]`` of each matrix in its own order of columns."""
+    results = []
+    for found, matrix in zip(levels, matrices, strict=True):
+        result = torch.empty_like(matrix.weight, dtype=torch.float32)
+        result[:, matrix.order] = found.T
+        results.append(result)
+    return results
 
 
 Coded = tuple[GridParameters, Tensor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from moe_fixtures import (
 from pipeline_fixtures import windows
 from torch import Tensor
 
+from compress.calibration import walk
 from compress.calibration.experts import FEW_TOKENS, round_to_nearest, tokens_needed
 from compress.calibration.observe import observe
 from compress.core.errors import CalibrationError, PlanError
@@ -43,13 +45,19 @@ class Spy(GPTQ):
     def __init__(self, options: GPTQOptions | None = None) -> None:
         super().__init__(options)
         self.calls: list[tuple[Tensor, LayerStatistics]] = []
+        self.together: list[int] = []
 
-    def quantize(
-        self, weight: Tensor, scheme: Scheme, statistics: LayerStatistics | None
-    ) -> QuantizedTensor:
-        assert statistics is not None
-        self.calls.append((weight.clone(), statistics))
-        return super().quantize(weight, scheme, statistics)
+    def quantize_alike(
+        self,
+        weights: Sequence[Tensor],
+        scheme: Scheme,
+        statistics: Sequence[LayerStatistics | None],
+    ) -> list[QuantizedTensor]:
+        for weight, known in zip(weights, statistics, strict=True):
+            assert known is not None
+            self.calls.append((weight.clone(), known))
+        self.together.append(len(weights))
+        return super().quantize_alike(weights, scheme, statistics)
 
     def of(self, weight: Tensor) -> LayerStatistics:
         """Return the statistics for a weight, alone or on top of a stack of rows."""
@@ -165,6 +173,25 @@ def test_an_expert_gets_the_codes_that_its_matrix_gets_alone(
             found = run.codes(layer)
             assert torch.equal(found.codes, alone.codes), layer
             assert torch.equal(found.scale, alone.scale), layer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_how_many_experts_are_coded_together_changes_no_code(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = 16 * 64**2  # of one input of gate and up, and of less than one of down
+    codes, found = [], []
+    for number, most in enumerate((0, 3 * room, 1 << 28)):
+        monkeypatch.setattr(walk, "_EXPERT_BYTES_ELSEWHERE", most)
+        spy = Spy()
+        run = Run(tmp_path / str(number), kind, spy, MANY, "quantized")
+        codes.append({layer: run.codes(layer) for layer in run.plan.layers})
+        found.append(max(spy.together))
+    assert found == [1, 3, 4]
+    for layer, alone in codes[0].items():
+        for together in codes[1:]:
+            assert torch.equal(alone.codes, together[layer].codes), layer
+            assert torch.equal(alone.scale, together[layer].scale), layer
 
 
 @pytest.mark.parametrize("kind", KINDS)

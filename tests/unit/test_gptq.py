@@ -141,7 +141,7 @@ def test_the_loop_does_not_depend_on_its_blocks(
     parameters = grids.range_parameters(grids.as_groups(weight, grid), grid)
     order = torch.argsort(hessian.diagonal(), descending=True)
     whole = feedback.solve(weight, hessian, parameters, grid, order=order)
-    monkeypatch.setattr(feedback, "_COLUMNS_AT_ONCE", columns_at_once)
+    monkeypatch.setattr(feedback, "_AT_ONCE", columns_at_once)
     parts = feedback.solve(weight, hessian, parameters, grid, order=order)
     # Sums in another order can tip a weight that lies between two codes.
     assert float((whole != parts).float().mean()) < 0.005
@@ -288,3 +288,22 @@ def test_rows_may_be_solved_in_parts(
     assert float((parts.codes != whole.codes).float().mean()) < 0.02
     lost = [objective(weight, x, statistics.hessian) for x in (parts, whole)]
     assert lost[0] == pytest.approx(lost[1], rel=0.01)
+
+
+@pytest.mark.parametrize("scheme", [*GRIDS, "nvfp4", "int4-g32-lorc4"])
+def test_matrices_side_by_side_get_the_codes_that_each_gets_alone(scheme: str) -> None:
+    grid = Scheme.parse(scheme)
+    known = [
+        statistics_of(x := correlated_inputs(256, 64, seed), x + 0.1)
+        for seed in (1, 2, 3)
+    ]
+    known[1] = LayerStatistics(-known[1].hessian, 256)  # has no factor
+    weights = [random_weight(seed=seed) for seed in (4, 5, 6)]
+    quantizer = GPTQ(GPTQOptions(refit=1))
+    found = quantizer.quantize_alike(weights, grid, known)
+    for weight, statistics, together in zip(weights, known, found, strict=True):
+        alone = quantizer.quantize(weight, grid, statistics)
+        assert same(together, alone)
+        assert torch.equal(together.dequantize(), alone.dequantize())
+        assert together.notes == alone.notes
+    assert [bool(one.notes) for one in found] == [False, True, False]
