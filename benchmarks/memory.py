@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,12 @@ import torch
 from results import hardware, write_result
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from compress.core.artifact import TensorInfo
 from compress.data import MIX, read_text
@@ -79,13 +84,25 @@ def write_checkpoint(
 ) -> int:
     """Write a random bf16 Llama in shards of 5 GB; return its number of parameters."""
     config = LlamaConfig(vocab_size=32000, tie_word_embeddings=False, **shape)
-    config.dtype = torch.bfloat16
-    folder.mkdir(parents=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    config.architectures = ["LlamaForCausalLM"]
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return write_random(folder, config, shapes, device=device)
+
+
+def write_random(
+    folder: Path,
+    config: PretrainedConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    device: str = "cpu",
+) -> int:
+    """Write a random bf16 checkpoint with a tokenizer; return how many parameters."""
+    config.dtype = torch.bfloat16
+    folder.mkdir(parents=True)
     entries = [
-        Entry(name, TensorInfo(tuple(tensor.shape), "bfloat16"))
-        for name, tensor in model.state_dict().items()
+        Entry(name, TensorInfo(shape, "bfloat16")) for name, shape in shapes.items()
     ]
     generator = torch.Generator(device).manual_seed(SEED)
 
@@ -98,7 +115,6 @@ def write_checkpoint(
             yield entry.name, values.mul_(0.02).bfloat16().cpu()
 
     write_shards(folder, plan_shards(entries, 5_000_000_000), tensors())
-    config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     bpe = ByteLevelBPETokenizer()
     texts = [read_text(f"mix_{part}") for part in MIX]
