@@ -137,8 +137,8 @@ def measure(model: Path, work: Path, *, alone: bool, tiny: bool) -> dict[str, An
     for file in sorted((workdir / "safetensors").glob("*.safetensors")):
         digest.update(file.read_bytes())
     return {
-        "quantize s": round(report["seconds"]["quantize"], 1),
-        "of it codes s": round(sum(x["seconds"] for x in report["layers"]), 1),
+        **{f"{stage} s": round(s, 1) for stage, s in report["seconds"].items()},
+        "of quantize, codes s": round(sum(x["seconds"] for x in report["layers"]), 1),
         **cost,
         "sha256": digest.hexdigest(),
     }

@@ -6,8 +6,9 @@ A random checkpoint of the shape of Llama 2 7B (bf16, 13 GB) is written in shard
 quantized by round to nearest to FP8, and by GPTQ on 128 x 2048 tokens, drift correction
 on, to Q4_K with refitted scales in a GGUF file and to INT4 in groups of 128. Each run
 is a process of its own, export included, without evaluation and without reopening the
-files. ``--tiny`` is a model of two small blocks on whatever device is there, to try the
-script.
+files. ``--only REGEX`` selects runs; ``--blocks N`` gives the model fewer blocks than
+32, which the result's name says. ``--tiny`` is a model of two small blocks on whatever
+device is there, to try the script.
 
 Peak GPU memory is what torch reserved; peak host memory is the largest resident size
 that the operating system saw, pinned memory included. The operations counted are those
@@ -20,11 +21,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"))
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--only", default="", help="runs that match")
+    parser.add_argument("--blocks", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--config", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.config:
@@ -158,28 +161,35 @@ def main() -> None:
         return
     work = arguments.work / "gpu_quantize"
     shutil.rmtree(work, ignore_errors=True)
-    case = replace(CASES["rtn-7b"], shape=TINY if arguments.tiny else SHAPE)
+    whole = SHAPE["num_hidden_layers"]
+    shape = TINY if arguments.tiny else SHAPE | {"num_hidden_layers": arguments.blocks}
     started = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    write_checkpoint(work / "model", case.shape, device=device)
+    write_checkpoint(work / "model", shape, device=device)
     print(f"checkpoint: {time.perf_counter() - started:.0f} s", flush=True)
     rows = []
     for label, (quantize, kind, limit) in RUNS.items():
+        if not re.search(arguments.only, label):
+            continue
         row = measure(label, quantize, kind, work / "model", work, arguments.tiny)
-        rows.append({**row, "limit s": limit})
+        if arguments.blocks == whole:
+            row["limit s"] = limit
+        rows.append(row)
         print(json.dumps(rows[-1]), flush=True)
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     peak = fastest_product(device)
-    counted = operations(case.shape, SAMPLES * LENGTH)
+    counted = operations(shape, SAMPLES * LENGTH)
     taken = rows[-1].get("quantize s") or 1.0
+    part = "" if arguments.blocks == whole else f"_{arguments.blocks}_blocks"
     path = write_result(
-        "gpu_quantize_tiny" if arguments.tiny else "gpu_quantize",
+        f"gpu_quantize{'_tiny' if arguments.tiny else part}",
         claim="Llama 2 7B shape, random weights, one GPU, disk to disk: FP8 in 40 s, "
         "GPTQ on 128 x 2048 tokens to INT4 within 240 s and to Q4_K within 300 s, at "
         "most 10 GB on the GPU and 8 GB in the host.",
         figures={
             "GPU": card,
             "processors": os.cpu_count(),
+            "blocks": shape["num_hidden_layers"],
             "TFLOP/s of a bfloat16 product of 8192": peak / 1e12,
             "share of that in two forward passes, Gram and drift": sum(
                 list(counted.values())[:2]

@@ -18,6 +18,7 @@ from torch import Tensor
 from compress.block_tuning import tune_jointly
 from compress.calibration import ends, experts
 from compress.calibration.walk import BlockWalk, Measure
+from compress.core import replay
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.contracts import Quantizer
 from compress.core.errors import PlanError
@@ -161,6 +162,7 @@ class PlanRunner:
             with PartWriter(self.workdir, writes=self.team.is_first) as writer:
                 self._run_embedding(embedding, windows, writer)
                 self._run_with_data(windows, writer)
+        replay.forget()
         self.team.wait()
 
     def _needs_statistics(self, layer: LayerPlan) -> bool:

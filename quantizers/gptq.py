@@ -129,24 +129,28 @@ class GPTQ(Quantizer):
         statistics: Sequence[LayerStatistics | None],
     ) -> list[QuantizedTensor]:
         """Return codes of matrices ``[R, C]``, in one loop over their columns."""
-        pairs = zip(weights, statistics, strict=True)
-        return self._coded([self._ready(*pair) for pair in pairs], scheme)
-
-    def _ready(self, weight: Tensor, statistics: LayerStatistics | None) -> _Ready:
-        """Return what one matrix is solved with."""
-        assert statistics is not None, "gptq declares needs_statistics"
-        options = self.options
-        hessian = second_moments.regularized(statistics.hessian, options.shrink)
-        target = weight.float().clone()
-        target[:, statistics.hessian.diagonal() == 0] = 0  # never fed: cannot matter
-        order = second_moments.column_order(
-            statistics.hessian, act_order=options.act_order
-        )
-        factor, notes = second_moments.damp_(hessian, order, options.damp)
-        if factor is not None and statistics.drift is not None and options.drift:
-            drift = options.drift * statistics.drift
-            second_moments.add_drift_(target, drift, factor, order)
-        return _Ready(target, hessian, order, factor, notes)
+        options, known = self.options, []
+        for one in statistics:
+            assert one is not None, "gptq declares needs_statistics"
+            known.append(one)
+        hessians = [
+            second_moments.regularized(one.hessian, options.shrink) for one in known
+        ]
+        orders = [
+            second_moments.column_order(one.hessian, act_order=options.act_order)
+            for one in known
+        ]
+        damped = second_moments.damp_alike_(hessians, orders, options.damp)
+        ready = []
+        for i, (factor, notes) in enumerate(damped):
+            target = weights[i].float().clone()
+            target[:, known[i].hessian.diagonal() == 0] = 0  # never fed: cannot matter
+            drift = known[i].drift
+            if factor is not None and drift is not None and options.drift:
+                owed = options.drift * drift
+                second_moments.add_drift_(target, owed, factor, orders[i])
+            ready.append(_Ready(target, hessians[i], orders[i], factor, notes))
+        return self._coded(ready, scheme)
 
     def _coded(self, ready: Sequence[_Ready], scheme: Scheme) -> list[QuantizedTensor]:
         """Return codes of matrices of one shape."""

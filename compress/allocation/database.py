@@ -20,6 +20,7 @@ from torch import Tensor
 from compress.allocation.store import Level, LevelStore, digest
 from compress.calibration import ends, experts
 from compress.calibration.walk import BlockWalk, Measure
+from compress.core import replay
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.contracts import Quantizer
 from compress.core.errors import CheckpointError
@@ -146,6 +147,7 @@ class LevelMaker:
                 found = ends.embedding_statistics(model, windows, found, team=self.team)
             for layer in self.team.mine(at_end):
                 self._store_end(layer, missing, found)
+        replay.forget()
 
     def _ends(
         self,

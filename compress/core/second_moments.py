@@ -8,12 +8,15 @@ target for what layers before lost.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from compress.core import feedback
 
 LARGEST_DAMP = 1.0
+_NO_FACTOR = "rounded to nearest: the Hessian cannot be factored even with damp 1"
 
 
 def regularized(hessian: Tensor, shrink: float) -> Tensor:
@@ -32,9 +35,11 @@ def regularized(hessian: Tensor, shrink: float) -> Tensor:
     return shrunk
 
 
-def damp_(
-    hessian: Tensor, order: Tensor, damp: float
-) -> tuple[Tensor | None, tuple[str, ...]]:
+Damped = tuple[Tensor | None, tuple[str, ...]]
+"""A factor of the inverse, if there is one, and notes."""
+
+
+def damp_(hessian: Tensor, order: Tensor, damp: float) -> Damped:
     """Damp ``H`` until its inverse has a factor; return that, or ``None``, and notes.
 
     Args:
@@ -43,16 +48,30 @@ def damp_(
         damp: Added to the diagonal, as a share of its mean; multiplied by ten, up to 1,
             while that is not enough.
     """
-    diagonal, first = hessian.diagonal().clone(), damp
-    while damp <= LARGEST_DAMP:
-        hessian.diagonal().copy_(diagonal + damp * diagonal.mean())
-        factor = feedback.inverse_factor(hessian, order)
-        if factor is not None:
-            note = (f"damp raised to {damp:g}: the Hessian is near singular",)
-            return factor, note if damp > first else ()
+    return damp_alike_([hessian], [order], damp)[0]
+
+
+def damp_alike_(
+    hessians: Sequence[Tensor], orders: Sequence[Tensor], damp: float
+) -> list[Damped]:
+    """Do what :func:`damp_` does to each of some Hessians of one size."""
+    diagonals = [hessian.diagonal().clone() for hessian in hessians]
+    found: list[Damped] = [(None, (_NO_FACTOR,))] * len(hessians)
+    left, first = list(range(len(hessians))), damp
+    while left and damp <= LARGEST_DAMP:
+        for i in left:
+            more = damp * diagonals[i].mean()
+            hessians[i].diagonal().copy_(diagonals[i] + more)
+        factors = feedback.inverse_factors(
+            [hessians[i] for i in left], [orders[i] for i in left]
+        )
+        note = f"damp raised to {damp:g}: the Hessian is near singular"
+        for i, factor in zip(left, factors, strict=True):
+            if factor is not None:
+                found[i] = factor, (note,) if damp > first else ()
+        left = [i for i in left if found[i][0] is None]
         damp *= 10
-    note = ("rounded to nearest: the Hessian cannot be factored even with damp 1",)
-    return None, note
+    return found
 
 
 def column_order(hessian: Tensor, *, act_order: bool, run: int = 1) -> Tensor:
