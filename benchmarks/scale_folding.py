@@ -63,7 +63,9 @@ def texts_of(
     seconds = time.perf_counter() - started
     shutil.rmtree(workdir)
     kls = {t: [metrics["texts"][t][key] for key in ("kl", "kl_se")] for t in TEXTS}
-    return {"seconds": round(seconds, 1), "kl": kls}
+    cuda = options.device.startswith("cuda")
+    where = torch.cuda.get_device_name() if cuda else hardware()
+    return {"on": where, "seconds": round(seconds, 1), "kl": kls}
 
 
 def row_of(case: tuple[str, str, str], folder: Path, options: Any) -> dict[str, Any]:
@@ -83,7 +85,8 @@ def row_of(case: tuple[str, str, str], folder: Path, options: Any) -> dict[str, 
         row[f"KL {text}"], row[f"± {text}"] = plain, error
         row[f"folded {text}"] = folded
         row[f"folded / plain {text}"] = folded / plain
-    return row | {f"{label} s": kls[label]["seconds"] for label in FOLDING}
+    row |= {f"{label} s": kls[label]["seconds"] for label in FOLDING}
+    return row | {"on": kls["folded"]["on"]}
 
 
 def main() -> None:
@@ -101,8 +104,6 @@ def main() -> None:
     folder = options.models or options.work / "offgrid"
     if not folder.exists():
         offgrid.main(folder)
-    cuda = options.device.startswith("cuda")
-    where = torch.cuda.get_device_name() if cuda else hardware()
     rows = []
     for case in CASES:
         if not re.search(options.only, " ".join(case)):
@@ -114,7 +115,7 @@ def main() -> None:
             claim=f"SmolLM2-135M, {options.samples} x 512 tokens of the bundled mix, "
             f"KL to bf16 over {options.windows} windows of {options.length} tokens of "
             "each text: what scale folding before quantizing changes.",
-            figures={"on": where, "KL in nats": rows},
+            figures={"KL in nats": rows},
         )
 
 
