@@ -4,7 +4,7 @@
                                    [--types Q4_K_M] [--device cuda]
 
 ``WORK/MODEL/TYPE.gguf`` are the files of ``gguf_rival.py``; for each one
-``OURS/MODEL/TYPE.gguf`` is a ``compress.run`` with its size as the budget: GPTQ on 32
+``OURS/MODEL/TYPE.gguf`` is a ``compress.run`` with its size as the budget: GPTQ on 64
 x 512 tokens of the bundled mix, and the default allocator. Files that are there
 are not made again. Levels are kept in the cache (``COMPRESS_CACHE``), so that the first
 file of a model takes the longest.
@@ -23,12 +23,12 @@ from gguf_rival import LENGTH, MODELS, SEED, TYPES
 
 import compress
 
-SAMPLES = 32
+SAMPLES = 64
 # Rows of ``rotated`` are multiples of 256. Most of those of ``permuted`` are not; its
 # K types are for ``down_proj``.
 _K = ["q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0"]
 SCHEMES = {
-    "permuted": [*_K, "iq4_nl", "q4_0", "q5_0", "q5_1"],
+    "permuted": [*_K, "iq4_nl", "q4_0", "q4_1", "q5_0", "q5_1"],
     "rotated": ["q2_k", *_K],
 }
 
@@ -42,7 +42,6 @@ def config_of(model: Path, size: int, workdir: Path, device: str) -> dict[str, A
             "samples": SAMPLES,
             "sequence_length": LENGTH,
             "seed": SEED,
-            "dtype": "bfloat16",
         },
         "quantize": {"method": "gptq"},
         "budget": {"bytes": size},
