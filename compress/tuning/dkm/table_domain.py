@@ -75,16 +75,18 @@ class _Cluster(torch.autograd.Function):
             u, tau = found.values[part], temperature[part]
             after[part] = _tables(u, found.mass[part], tables[part], tau, iterations)
             values[part] = _values(u, after[part], tau)
-        ctx.save_for_backward(
-            found.values, found.mass, found.stored, tables, temperature
-        )
+        short = found.values.bfloat16()
+        exact = torch.equal(short.to(found.values), found.values)
+        kept = short if exact else found.values
+        ctx.save_for_backward(kept, found.mass, found.stored, tables, temperature)
         ctx.importances, ctx.iterations = importances, iterations
         ctx.mark_non_differentiable(after)
         return values.gather(1, found.inverse), after
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Any:
-        values, mass, stored, tables, temperature = ctx.saved_tensors
+        kept, mass, stored, tables, temperature = ctx.saved_tensors
+        values = kept.to(mass)
         inverse = from_stored(stored)
         summed = torch.zeros_like(values).scatter_add_(1, inverse, gradient)
         own, shared = torch.empty_like(summed), torch.empty_like(summed)
@@ -187,7 +189,8 @@ def cluster(
 ) -> tuple[Tensor, Tensor]:
     """Return soft weights and the tables they are made of, as plain DKM would.
 
-    Kept for backward: 2 bytes a weight, and the distinct values of each group.
+    Kept for backward: 2 bytes a weight, and the distinct values of each group, these as
+    bfloat16 where nothing is lost by it.
 
     Args:
         weights: float32 or float64 ``[G, n]``; with few distinct values, such as those
