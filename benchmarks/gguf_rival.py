@@ -10,13 +10,14 @@ bundled mix by plain transformers; like ``llama-imatrix``, nothing for embedding
 head) and ``TYPE.gguf`` by ``llama_model_quantize``, the function behind
 ``llama-quantize --imatrix``. ``--ours FOLDER`` scores ``FOLDER/MODEL/TYPE.gguf``
 beside each rival that is there; scores are those of ``gguf_score.py``. What is in
-``WORK`` is not made again.
+``WORK`` is not made again. With ``--only`` the rows of the other model stay.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -27,7 +28,7 @@ import offgrid
 import torch
 from gguf_score import TEXTS, Scorer
 from reference_kl import load
-from results import PACKAGES, write_result
+from results import FOLDER, PACKAGES, write_result
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -58,6 +59,7 @@ LOW_BITS = {
     "IQ3_S": 26,
 }
 FILE_TYPES = TYPES | LOW_BITS
+TEXT_OF_OURS = "calibration windows, ours"
 
 
 def make_f16(model: Path, target: Path) -> None:
@@ -208,7 +210,7 @@ def main() -> None:
     parser.add_argument("--only", choices=MODELS, help="one of the models")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--only-make", action="store_true", help="no scores")
-    parser.add_argument("--name", help="of the result; with --only, else nothing")
+    parser.add_argument("--name", help="of the result")
     arguments = parser.parse_args()
     names = [arguments.only] if arguments.only else list(MODELS)
     if not all((arguments.models / name).exists() for name in names):
@@ -224,9 +226,17 @@ def main() -> None:
             own = arguments.ours / name / f"{kind}.gguf" if arguments.ours else None
             beside = scorer.score(own) if own and own.is_file() else None
             table.append(compare(name, scorer.score(folder / f"{kind}.gguf"), beside))
+            if own and own.with_suffix(".report.json").is_file():
+                report = json.loads(own.with_suffix(".report.json").read_text())
+                table[-1][TEXT_OF_OURS] = report["config"]["calibration"]["samples"]
             print(table[-1], flush=True)
-    if arguments.only_make or (arguments.only and not arguments.name):
+    if arguments.only_make:
         return
+    before = FOLDER / f"{arguments.name or 'gguf_rival'}.json"
+    if arguments.only and before.is_file():
+        known = json.loads(before.read_text())["figures"]["Files"]
+        table += [row for row in known if row["model"] != arguments.only]
+        table.sort(key=lambda row: MODELS.index(row["model"]))
     path = write_result(
         arguments.name or "gguf_rival",
         claim="SmolLM2-135M copies, GGUF files by llama_model_quantize with an "
