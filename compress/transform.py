@@ -98,8 +98,7 @@ class PlanRunner:
         dtype: Arithmetic of the blocks. Layers are solved in float32 always.
         importances: float32 ``[C]`` by layer, in the place of calibration; layers that
             share an input are coded by those of the first.
-        team: The processes that do it together, each on its share of the windows and
-            of the layers.
+        team: The processes that share its windows and layers.
         room: Where states lie if memory has no room for them.
     """
 
