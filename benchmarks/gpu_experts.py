@@ -8,7 +8,7 @@ read from disk and exported, each run a process of its own. "One by one" is the 
 code with room for one expert. That both write the same files is checked.
 
 The factorizations alone are timed beside it: the Hessians of all experts in one batched
-Cholesky and triangular inverse, against one after the other as in a run. ``--tiny`` is
+Cholesky and triangular inverse, against one after the other. ``--tiny`` is
 a small shape on whatever device is there, to try the script.
 """
 
@@ -174,7 +174,9 @@ def factors(columns: int, count: int, device: str) -> dict[str, Any]:
         return torch.linalg.solve_triangular(lower, one, upper=False)
 
     def in_turn() -> list[torch.Tensor | None]:
-        return [feedback.inverse_factor(hessian, order) for hessian in hessians]
+        return [
+            feedback._factors(hessian[None], order[None])[0] for hessian in hessians
+        ]
 
     batched, single = seconds_of(together, device), seconds_of(in_turn, device)
     return {

@@ -186,7 +186,7 @@ class GPTQ(Quantizer):
             matrices.append(feedback.Matrix(target, hessian, parameters, order, factor))
         if not matrices:
             return []
-        codes = feedback.solve_alike(matrices, scheme)
+        codes = feedback.solve(matrices, scheme)
         for _ in range(self.options.refits(scheme)):
             matrices = [
                 matrix._replace(
@@ -196,7 +196,7 @@ class GPTQ(Quantizer):
                 )
                 for matrix, found in zip(matrices, codes, strict=True)
             ]
-            codes = feedback.descend_alike(matrices, codes, scheme)
+            codes = feedback.descend(matrices, codes, scheme)
         return [
             feedback.better_rows(
                 matrix.weight,

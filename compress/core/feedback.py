@@ -34,14 +34,14 @@ class Matrix(NamedTuple):
         hessian: float32 ``[C, C]``, positive definite.
         parameters: Scales and zero points, fixed.
         order: int64 ``[C]``, the order in which columns are rounded.
-        factor: :func:`inverse_factor` of the Hessian in that order, where it is used.
+        factor: :func:`inverse_factor` of the Hessian in that order.
     """
 
     weight: Tensor
     hessian: Tensor
     parameters: GridParameters
     order: Tensor
-    factor: Tensor | None = None
+    factor: Tensor
 
 
 def inverse_factor(hessian: Tensor, order: Tensor) -> Tensor | None:
@@ -99,24 +99,7 @@ def _factors(hessians: Tensor, orders: Tensor) -> list[Tensor | None]:
     return [factor if fine else None for factor, fine in zip(upper, good, strict=True)]
 
 
-def solve(
-    weight: Tensor,
-    hessian: Tensor,
-    parameters: GridParameters,
-    scheme: Scheme,
-    *,
-    order: Tensor,
-    factor: Tensor | None = None,
-) -> Tensor:
-    """Return float32 levels ``[R, C]`` by error feedback, column by column.
-
-    The arguments are those of :class:`Matrix`, and the grid.
-    """
-    matrix = Matrix(weight, hessian, parameters, order, factor)
-    return solve_alike([matrix], scheme)[0]
-
-
-def solve_alike(matrices: Sequence[Matrix], scheme: Scheme) -> list[Tensor]:
+def solve(matrices: Sequence[Matrix], scheme: Scheme) -> list[Tensor]:
     """Return levels by error feedback, one loop over the columns of all matrices.
 
     A GPU takes about as long for one small matrix as for many side by side. Each gets
@@ -130,7 +113,7 @@ def solve_alike(matrices: Sequence[Matrix], scheme: Scheme) -> list[Tensor]:
         float32 levels ``[R, C]`` of each.
     """
     work, scale, zero = _as_columns(matrices, scheme)
-    factors = [_factor_of(matrix) for matrix in matrices]
+    factors = [matrix.factor for matrix in matrices]
     columns = work.shape[1]
     levels = torch.empty_like(work)
     for start in range(0, columns, _AT_ONCE):
@@ -147,28 +130,12 @@ def solve_alike(matrices: Sequence[Matrix], scheme: Scheme) -> list[Tensor]:
 
 
 def descend(
-    weight: Tensor,
-    hessian: Tensor,
-    levels: Tensor,
-    parameters: GridParameters,
-    scheme: Scheme,
-    *,
-    order: Tensor,
-) -> Tensor:
-    """Return levels after one pass of coordinate descent; the objective never rises.
-
-    Each column is set to its best level while all others are held.
-
-    Args: as :func:`solve`, and ``levels`` ``[R, C]`` to start from.
-    """
-    matrix = Matrix(weight, hessian, parameters, order)
-    return descend_alike([matrix], [levels], scheme)[0]
-
-
-def descend_alike(
     matrices: Sequence[Matrix], levels: Sequence[Tensor], scheme: Scheme
 ) -> list[Tensor]:
-    """Return what :func:`descend` returns for each, in one loop over the columns.
+    """Return levels after one pass of coordinate descent; the objective never rises.
+
+    Each column is set to its best level while all others are held. Like :func:`solve`
+    it is one loop for all.
 
     Args:
         matrices: Of one shape.
@@ -261,15 +228,6 @@ def _descended_run(
         moves[:, i] -= values[:, i]
         local.addcmul_(hessian[:, :, i, None], moves[:, i, None], value=-1)
     return levels, moves
-
-
-def _factor_of(matrix: Matrix) -> Tensor:
-    """Return the factor at hand, or make it."""
-    if matrix.factor is not None:
-        return matrix.factor
-    factor = inverse_factor(matrix.hessian, matrix.order)
-    assert factor is not None, "the Hessian is not positive definite"
-    return factor
 
 
 def _as_columns(

@@ -88,7 +88,10 @@ def test_the_loop_is_optimal_brain_quantization(name: str) -> None:
     hessian = 2 * inputs.T @ inputs
     parameters = grids.search_parameters(grids.as_groups(weight, scheme), scheme)
     order = torch.arange(columns)
-    found = feedback.solve(weight, hessian, parameters, scheme, order=order)
+    factor = feedback.inverse_factor(hessian, order)
+    assert factor is not None
+    matrix = feedback.Matrix(weight, hessian, parameters, order, factor)
+    (found,) = feedback.solve([matrix], scheme)
     expected = textbook_levels(weight, hessian, parameters, scheme)
     if scheme.bits == 8:  # steps so fine that float32 sums tip some weights
         assert float((found == expected).float().mean()) > 0.99

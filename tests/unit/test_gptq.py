@@ -49,6 +49,25 @@ def rounded(weight: Tensor, scheme: str, *, search: bool = False) -> QuantizedTe
     return quantizer.quantize(weight, Scheme.parse(scheme), None)
 
 
+def matrix_of(
+    weight: Tensor, hessian: Tensor, parameters: grids.GridParameters, order: Tensor
+) -> feedback.Matrix:
+    factor = feedback.inverse_factor(hessian, order)
+    assert factor is not None
+    return feedback.Matrix(weight, hessian, parameters, order, factor)
+
+
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    parameters: grids.GridParameters,
+    grid: Scheme,
+    *,
+    order: Tensor,
+) -> Tensor:
+    return feedback.solve([matrix_of(weight, hessian, parameters, order)], grid)[0]
+
+
 def objective(weight: Tensor, result: QuantizedTensor, hessian: Tensor) -> float:
     error = (weight - result.dequantize()).double()
     return float(((error @ hessian.double()) * error).sum())
@@ -128,7 +147,7 @@ def test_the_loop_is_optimal_brain_quantization(scheme: str) -> None:
     grid = Scheme.parse(scheme).with_scales("float32")
     parameters = grids.range_parameters(grids.as_groups(weight, grid), grid)
     order = torch.arange(16)
-    found = feedback.solve(weight, hessian, parameters, grid, order=order)
+    found = solve(weight, hessian, parameters, grid, order=order)
     assert torch.equal(found.double(), textbook_codes(weight, hessian, grid))
 
 
@@ -140,9 +159,9 @@ def test_the_loop_does_not_depend_on_its_blocks(
     hessian, grid = 2 * inputs.T @ inputs, Scheme.parse("int4-g32")
     parameters = grids.range_parameters(grids.as_groups(weight, grid), grid)
     order = torch.argsort(hessian.diagonal(), descending=True)
-    whole = feedback.solve(weight, hessian, parameters, grid, order=order)
+    whole = solve(weight, hessian, parameters, grid, order=order)
     monkeypatch.setattr(feedback, "_AT_ONCE", columns_at_once)
-    parts = feedback.solve(weight, hessian, parameters, grid, order=order)
+    parts = solve(weight, hessian, parameters, grid, order=order)
     # Sums in another order can tip a weight that lies between two codes.
     assert float((whole != parts).float().mean()) < 0.005
 
@@ -153,8 +172,8 @@ def test_order_of_columns_is_undone() -> None:
     parameters = grids.range_parameters(grids.as_groups(weight, grid), grid)
     hessian = 2 * inputs.T @ inputs
     order = torch.randperm(32, generator=torch.Generator().manual_seed(7))
-    found = feedback.solve(weight, hessian, parameters, grid, order=order)
-    moved = feedback.solve(
+    found = solve(weight, hessian, parameters, grid, order=order)
+    moved = solve(
         weight[:, order].contiguous(),
         hessian[order][:, order],
         parameters,
@@ -228,7 +247,8 @@ def test_refitting_and_descent_never_raise_the_objective(scheme: str) -> None:
     for _ in range(3):
         parameters = refit.refit_scales(weight, hessian, codes, parameters, grid)
         seen.append(lost())
-        codes = feedback.descend(weight, hessian, codes, parameters, grid, order=order)
+        matrix = matrix_of(weight, hessian, parameters, order)
+        codes = feedback.descend([matrix], [codes], grid)[0]
         seen.append(lost())
     # Float32 sums of some thousand terms, held against float64.
     assert all(b <= a * (1 + 1e-5) for a, b in zip(seen, seen[1:], strict=False))
