@@ -17,17 +17,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_quantize import run_here
+from gpu_quantize import run_apart, run_here
 from memory import write_random
 from results import write_result
 from transformers import MixtralConfig, PretrainedConfig, Qwen3MoeConfig
@@ -117,31 +114,21 @@ def shapes_of(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
 def measure(model: Path, work: Path, *, alone: bool, tiny: bool) -> dict[str, Any]:
     """Return what one run took, and a digest of what it wrote."""
-    workdir = work / "run"
-    shutil.rmtree(workdir, ignore_errors=True)
-    samples, length = (16, 64) if tiny else (SAMPLES, LENGTH)
-    config = {
-        "model": {"path": str(model)},
-        "calibration": {"data": "mix", "samples": samples, "sequence_length": length},
-        "quantize": {"method": "gptq", "scheme": f"int4-g{GROUP}"},
-        "export": [{"format": "safetensors"}],
-        "run": {"workdir": str(workdir), "verify": False},
-    }
-    command = [sys.executable, __file__, "--config", json.dumps(config)]
-    command += ["--alone"] * alone
-    settings = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
-    subprocess.run(command, check=True, env=settings)
-    report = json.loads((workdir / "report.json").read_text())
-    cost = json.loads((workdir / "cost.json").read_text())
+    _, taken = run_apart(
+        __file__,
+        model,
+        work,
+        quantize={"method": "gptq", "scheme": f"int4-g{GROUP}"},
+        kind="safetensors",
+        windows=(16, 64) if tiny else (SAMPLES, LENGTH),
+        flags=("--alone",) if alone else (),
+    )
+    files = sorted((work / "run" / "export").rglob("*.safetensors"))
+    assert files, "the run wrote no file"
     digest = hashlib.sha256()
-    for file in sorted((workdir / "safetensors").glob("*.safetensors")):
+    for file in files:
         digest.update(file.read_bytes())
-    return {
-        **{f"{stage} s": round(s, 1) for stage, s in report["seconds"].items()},
-        "of quantize, codes s": round(sum(x["seconds"] for x in report["layers"]), 1),
-        **cost,
-        "sha256": digest.hexdigest(),
-    }
+    return {**taken, "sha256": digest.hexdigest()}
 
 
 def seconds_of(work: Callable[[], Any], device: str) -> float:

@@ -102,6 +102,51 @@ def operations(shape: dict[str, int], tokens: int) -> dict[str, float]:
     }
 
 
+def run_apart(
+    script: str,
+    model: Path,
+    work: Path,
+    *,
+    quantize: dict[str, str],
+    kind: str,
+    windows: tuple[int, int],
+    flags: tuple[str, ...] = (),
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run one config in a process of ``script``; return its report, and what it took.
+
+    Args:
+        script: Calls :func:`run_here` when it is given ``--config``.
+        model: Folder of the checkpoint.
+        work: Gets the work directory ``run``, made anew.
+        quantize: Section of the config.
+        kind: Format of the export.
+        windows: Of calibration: how many, and tokens of each.
+        flags: More arguments of the script.
+    """
+    workdir = work / "run"
+    shutil.rmtree(workdir, ignore_errors=True)
+    samples, length = windows
+    config = {
+        "model": {"path": str(model)},
+        "calibration": {"data": "mix", "samples": samples, "sequence_length": length},
+        "quantize": quantize,
+        "export": [{"format": kind}],
+        "run": {"workdir": str(workdir), "verify": False},
+    }
+    command = [sys.executable, script, "--config", json.dumps(config), *flags]
+    # As the command line sets it.
+    settings = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
+    started = time.perf_counter()
+    subprocess.run(command, check=True, env=settings)
+    wall = time.perf_counter() - started
+    report = json.loads((workdir / "report.json").read_text())
+    cost = json.loads((workdir / "cost.json").read_text())
+    stages = {f"{stage} s": round(s, 1) for stage, s in report["seconds"].items()}
+    codes = round(sum(layer["seconds"] for layer in report["layers"]), 1)
+    stages["of quantize, codes s"] = codes
+    return report, {"wall s": round(wall, 1), **cost, **stages}
+
+
 def measure(
     label: str,
     quantize: dict[str, str],
@@ -111,39 +156,18 @@ def measure(
     tiny: bool,
 ) -> dict[str, Any]:
     """Return what one run took."""
-    workdir = work / "run"
-    shutil.rmtree(workdir, ignore_errors=True)
-    samples, length = (4, 64) if tiny else (SAMPLES, LENGTH)
-    config = {
-        "model": {"path": str(model)},
-        "calibration": {"data": "mix", "samples": samples, "sequence_length": length},
-        "quantize": quantize,
-        "export": [{"format": kind}],
-        "run": {"workdir": str(workdir), "verify": False},
-    }
-    command = [sys.executable, __file__, "--config", json.dumps(config)]
-    # As the command line sets it.
-    settings = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
-    started = time.perf_counter()
-    subprocess.run(command, check=True, env=settings)
-    wall = time.perf_counter() - started
-    report = json.loads((workdir / "report.json").read_text())
-    cost = json.loads((workdir / "cost.json").read_text())
-    stages = {f"{stage} s": round(s, 1) for stage, s in report["seconds"].items()}
-    stages["of quantize, codes s"] = round(
-        sum(layer["seconds"] for layer in report["layers"]), 1
+    windows = (4, 64) if tiny else (SAMPLES, LENGTH)
+    report, taken = run_apart(
+        __file__, model, work, quantize=quantize, kind=kind, windows=windows
     )
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    moved = size + report["size_bytes"][kind]
     return {
         "run": label,
-        "wall s": round(wall, 1),
-        **cost,
-        **stages,
+        **taken,
         "checkpoint bytes": size,
         "export bytes": report["size_bytes"][kind],
-        "read and written GB/s": round(
-            (size + report["size_bytes"][kind]) / wall / 1e9, 2
-        ),
+        "read and written GB/s": round(moved / taken["wall s"] / 1e9, 2),
     }
 
 

@@ -66,9 +66,9 @@ def inverse_factors(
 ) -> list[Tensor | None]:
     """Return :func:`inverse_factor` of each of some Hessians of one size.
 
-    A GPU does small ones in batches: 128 of 768 columns in a twentieth of the time on
-    an H200, while for 4096 columns there is nothing to gain. All batches have one size,
-    so that a factor does not depend on what lies beside it.
+    A GPU does small ones in batches, which takes a fraction of the time; with thousands
+    of columns there is nothing to gain. All batches have one size, so that a factor
+    does not depend on what lies beside it.
     """
     if not hessians[0].is_cuda or len(hessians[0]) > _BATCHED_COLUMNS:
         pairs = zip(hessians, orders, strict=True)
