@@ -224,7 +224,7 @@ def exchange(model: Model) -> dict[str, Any]:
 def main() -> None:
     """Read the constants, write the plan."""
     measured = json.loads((FOLDER / "gpu_quantize.json").read_text())
-    run = next(r for r in measured["figures"]["Runs"] if "gptq" in r["run"])
+    run = next(r for r in measured["figures"]["Runs"] if "INT4" in r["run"])
     codes = run["of quantize, codes s"]
     moved = run["checkpoint bytes"] + run["export bytes"]
     rates = {

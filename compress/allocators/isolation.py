@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from compress.core.threads import on_threads
+
 
 @contextmanager
 def isolated(seed: int) -> Iterator[None]:
@@ -19,15 +21,13 @@ def isolated(seed: int) -> Iterator[None]:
     import torch
 
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    threads = torch.get_num_threads()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
-    torch.set_num_threads(1)
     try:
-        yield
+        with on_threads(1):
+            yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-        torch.set_num_threads(threads)

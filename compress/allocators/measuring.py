@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from compress.core.allocation import Allocation, AllocationProblem, Step
+from compress.core.threads import on_threads
 
 
 class Measurements:
@@ -57,14 +58,8 @@ class Measurements:
         return value
 
     def _measure(self, assignment: tuple[int, ...], share: float) -> float:
-        import torch
-
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self._threads)
-        try:
+        with on_threads(self._threads):
             return self._problem.evaluate(assignment, share=share)
-        finally:
-            torch.set_num_threads(threads)
 
     def allocation(self) -> Allocation:
         """Return the best assignment with its price."""

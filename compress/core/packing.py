@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compress.core.threads import on_threads
+
 _WORD = 32
 _RUN = 8  # codes of so many bytes fit a 64-bit word, whatever their bits
 _CODES_AT_ONCE = 1 << 18  # fits a cache
@@ -21,6 +23,7 @@ def packed_words(columns: int, bits: int) -> int:
     return -(-columns * bits // _WORD)
 
 
+@on_threads(1)
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack unsigned codes along the last dimension.
 
@@ -71,6 +74,7 @@ def _moved(runs: Tensor, bits: int, before: int, after: int) -> Tensor:
     return total
 
 
+@on_threads(1)
 def unpack_codes(words: Tensor, bits: int, columns: int) -> Tensor:
     """Return the codes that :func:`pack_codes` packed.
 
@@ -109,6 +113,7 @@ def packed_bytes(columns: int, bits: int) -> int:
     return -(-columns * bits // 8)
 
 
+@on_threads(1)
 def pack_bytes(codes: Tensor, bits: int) -> Tensor:
     """Pack unsigned codes of up to 16 bits along the last dimension, byte by byte.
 
@@ -134,6 +139,7 @@ def pack_bytes(codes: Tensor, bits: int) -> Tensor:
     return packed
 
 
+@on_threads(1)
 def unpack_bytes(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Return the codes that :func:`pack_bytes` packed.
 

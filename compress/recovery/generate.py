@@ -33,9 +33,9 @@ from compress.workdir import write_atomically
 _PROMPTS = (1, 2, 4, 8, 16, 32)
 # Keys and values of one batch bound how many windows are written at once: a share of
 # the memory of a GPU, where a step takes as long for many windows as for few.
-_CACHE_SHARE = 0.3
+_CACHE_SHARE = 0.6
 _CACHE_BYTES = 1 << 28
-_MOST_AT_ONCE = 4096
+_MOST_AT_ONCE = 8192
 _MOST_IN_TIME = 1 << 16  # windows, where time ends writing
 
 

@@ -13,7 +13,8 @@ on the tables, is shared by weights of one value in proportion to their importan
 Source: the map of 16-bit weights to a table is uniquification of Cho et al. (2023),
 "eDKM", arXiv 2309.00964, section 2.2. Differs: eDKM computes all weights and compresses
 what autograd saves; here nothing of size ``n K`` ever exists. Only the index of each
-weight and the values are kept; the rounds are computed again in backward. Limits:
+weight and the values are kept; the rounds are computed again in backward. They are few
+enough for float64, so that results are more exact than plain DKM in float32. Limits:
 tables of single numbers, since vectors of 16-bit numbers hardly repeat. On CUDA, sums
 over weights of one value depend on their order in the last bits.
 """
@@ -30,7 +31,7 @@ from compress.tuning.dkm.assignment import AT_REST
 from compress.tuning.dkm.unique import Unique, unique_values
 
 # Numbers that autograd keeps while a part of the groups is computed again; 256 MiB.
-_VALUES_AT_ONCE = 1 << 26
+_VALUES_AT_ONCE = 1 << 25
 _MAPS_A_ROUND = 3
 
 
@@ -72,9 +73,10 @@ class _Cluster(torch.autograd.Function):
         values = torch.empty_like(found.values)
         after = torch.empty_like(tables)
         for part in _parts(found.values, tables, iterations):
-            u, tau = found.values[part], temperature[part]
-            after[part] = _tables(u, found.mass[part], tables[part], tau, iterations)
-            values[part] = _values(u, after[part], tau)
+            of_part = (found.values, found.mass, tables, temperature)
+            u, mass, moved, tau = (tensor[part].double() for tensor in of_part)
+            moved = _tables(u, mass, moved, tau, iterations)
+            after[part], values[part] = moved, _values(u, moved, tau)
         short = found.values.bfloat16()
         exact = torch.equal(short.to(found.values), found.values)
         kept = short if exact else found.values
@@ -88,18 +90,16 @@ class _Cluster(torch.autograd.Function):
         kept, mass, stored, tables, temperature = ctx.saved_tensors
         values = kept.to(mass)
         inverse = from_stored(stored)
-        summed = torch.zeros_like(values).scatter_add_(1, inverse, gradient)
-        own, shared = torch.empty_like(summed), torch.empty_like(summed)
+        own, shared = torch.empty_like(values), torch.empty_like(values)
         for part in _parts(values, tables, ctx.iterations):
-            own[part], shared[part] = _gradients(
-                values[part],
-                mass[part],
-                tables[part],
-                temperature[part],
-                summed[part],
-                iterations=ctx.iterations,
+            of_part = (values, mass, tables, temperature)
+            u, f, start, tau = (tensor[part].double() for tensor in of_part)
+            summed = torch.zeros_like(u)
+            summed.scatter_add_(1, inverse[part], gradient[part].double())
+            own[part], pulls = _gradients(
+                u, f, start, tau, summed, iterations=ctx.iterations
             )
-        shared /= mass.clamp_min(torch.finfo(shared.dtype).tiny)
+            shared[part] = pulls / f.clamp_min(torch.finfo(shared.dtype).tiny)
         pull = shared.gather(1, inverse)
         if ctx.importances is not None:
             pull *= ctx.importances
