@@ -121,13 +121,13 @@ def _kmeans(
 
 
 def coded_student(
-    teacher: ModelHandle, scheme: str
+    teacher: ModelHandle, scheme: str, *, embedding: bool = False
 ) -> tuple[ModelHandle, dict[str, QuantizedTensor]]:
     """Return a student whose linears have codes, and the codes."""
     parsed, model = Scheme.parse(scheme), teacher.description
+    names = [*model.linears(), *([model.family.embedding] if embedding else [])]
     codes = {
-        name: coded(teacher.source.read(f"{name}.weight"), parsed)
-        for name in model.linears()
+        name: coded(teacher.source.read(f"{name}.weight"), parsed) for name in names
     }
     layers = {n: LayerPlan(n, t.shape, "rtn", parsed) for n, t in codes.items()}
     source: TensorSource = CompressedSource(
@@ -136,10 +136,12 @@ def coded_student(
     return ModelHandle(model, source), codes
 
 
-def divergence_of(found: Tuned, folder: Path, scheme: str) -> float:
+def divergence_of(
+    found: Tuned, folder: Path, scheme: str, *, embedding: bool = False
+) -> float:
     """Return the held-out KL of what tuning returned, by a model made from it."""
     teacher = save_teacher(folder)
-    student, _ = coded_student(teacher, scheme)
+    student, _ = coded_student(teacher, scheme, embedding=embedding)
     model = WholeModel(student, device="cpu", dtype=torch.float32)
     with torch.no_grad():
         for name, tensor in found.codes.items():
@@ -190,10 +192,11 @@ def tuned_codes(
     *,
     kind: str = "llama",
     state: str = "state",
+    embedding: bool = False,
 ) -> Tuned:
     """Tune a student's codes after the teacher's outputs, in one process."""
     teacher = save_teacher(folder, kind)
-    student, codes = coded_student(teacher, scheme)
+    student, codes = coded_student(teacher, scheme, embedding=embedding)
     return tune(
         student,
         teacher,

@@ -29,8 +29,9 @@ class TuneOptions(TrainingOptions):
     norms: bool = Field(default=True, description="Train the weights of norms as well.")
     embeddings: bool = Field(
         default=False,
-        description="Train embedding and head as well, where they are not coded; a "
-        "tied one once. They stay dense.",
+        description="Train the embedding as well, and a head that is not coded; a "
+        "tied one once. What is dense stays dense. A coded head of its own is tuned "
+        "in any case.",
     )
     learning_rate: float | None = Field(
         default=None,

@@ -102,6 +102,16 @@ class WholeModel:
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.device)
 
+    def put_(self, name: str, weight: nn.Parameter) -> None:
+        """Compute with another weight; that of an embedding is a tied head's too."""
+        path, _, leaf = name.rpartition(".")
+        family = self.description.family
+        paths = [path]
+        if path == family.embedding and self.description.tied:
+            paths.append(family.head)
+        for path in paths:
+            self.module.get_submodule(path).register_parameter(leaf, weight)
+
     @property
     def head(self) -> Head:
         """What turns states into logits."""

@@ -246,12 +246,6 @@ def _promote_(model: WholeModel, source: TensorSource, name: str) -> DenseWeight
     read = source.read(name)
     value = read.to(model.device, torch.float32, copy=True).requires_grad_()
     live = nn.Parameter(torch.zeros_like(value, dtype=model.dtype))
-    path, _, leaf = name.rpartition(".")
-    family = model.description.family
-    paths = [path]
-    if path == family.embedding and model.description.tied:
-        paths.append(family.head)
-    for path in paths:
-        model.module.get_submodule(path).register_parameter(leaf, live)
+    model.put_(name, live)
     stored = TORCH_DTYPES[source.tensors()[name].dtype]
     return DenseWeight(name, value, live, stored)

@@ -124,7 +124,7 @@ def _whole_stack(model: WholeModel, part: Mapping[str, QuantizedTensor]) -> Stac
     for number, name in enumerate(part):
         leaf = nn.Parameter(stack.live[number])
         leaf.grad = stack.gradient[number]  # backward passes add to it in place
-        model.module.get_submodule(name).register_parameter("weight", leaf)
+        model.put_(f"{name}.weight", leaf)
     return stack
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from compress.calibration.sources import check_sources
 from compress.config.schema import Config
 from compress.config.training_checks import tune_options
+from compress.config.tune_section import TuneOptions
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.errors import CheckpointError, ConfigError
 from compress.core.plan import Plan
@@ -45,7 +46,7 @@ def check(config: Config, plan: Plan, model: ModelDescription) -> None:
         return
     options = tune_options(config.tune)
     check_sources(config.calibration.data)
-    layers = layers_of(plan, model)
+    layers = layers_of(plan, model, options)
     if not layers:
         raise ConfigError(
             "tune: the plan codes no linear layer; quantize some, or leave tune out"
@@ -57,9 +58,10 @@ def check(config: Config, plan: Plan, model: ModelDescription) -> None:
             raise ConfigError(f"tune: {name}: {problem}, or leave tune out")
 
 
-def layers_of(plan: Plan, model: ModelDescription) -> list[str]:
-    """Return the layers that are tuned: all coded ones but the embedding."""
-    return [name for name in plan.layers if name != model.family.embedding]
+def layers_of(plan: Plan, model: ModelDescription, options: TuneOptions) -> list[str]:
+    """Return the layers that are tuned: all coded ones, the embedding if wanted."""
+    skipped = None if options.embeddings else model.family.embedding
+    return [name for name in plan.layers if name != skipped]
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def carry_out(run: Run) -> TunedLayers | None:
         return None
     check(run.config, run.plan, run.model)
     options = tune_options(section)
-    names = layers_of(run.plan, run.model)
+    names = layers_of(run.plan, run.model, options)
     target = run.workdir.root / FOLDER
 
     def compute() -> dict[str, Any]:

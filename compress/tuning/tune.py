@@ -84,7 +84,8 @@ def tune(
     Args:
         student: The compressed model: its source has the values of the codes.
         teacher: The original model, with the same vocabulary.
-        codes: Of the layers to tune, by name; each is a linear layer of the student.
+        codes: Of the layers to tune, by name: linear layers and the embedding of the
+            student.
         originals: Has the dense weights that the codes stand for.
         text: What is trained on.
         options: Of a method in ``TUNINGS``.

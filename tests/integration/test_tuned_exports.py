@@ -21,19 +21,20 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize(
-    ("method", "scheme", "target"),
+    ("method", "scheme", "target", "embeddings"),
     [
-        ("gptq", "int2-g32", "safetensors"),
-        ("gptq", "int3-g32-asym", "safetensors"),
-        ("gptq", "int4-g32", "gguf"),
-        ("gptq", "iq4_nl", "gguf"),
-        ("gptq", "q2_k", "gguf"),
-        ("gptq", "q3_k", "gguf"),
-        ("kmeans", "palette3-scaled", "palette"),
+        ("gptq", "int2-g32", "safetensors", False),
+        ("gptq", "int3-g32-asym", "safetensors", False),
+        ("gptq", "int4-g32", "gguf", False),
+        ("gptq", "iq4_nl", "gguf", False),
+        ("gptq", "q2_k", "gguf", False),
+        ("gptq", "q3_k", "gguf", False),
+        ("gptq", "q2_k", "gguf", True),
+        ("kmeans", "palette3-scaled", "palette", False),
     ],
 )
 def test_an_export_holds_the_tuned_codes(
-    method: str, scheme: str, target: str, tmp_path: Path
+    method: str, scheme: str, target: str, embeddings: bool, tmp_path: Path
 ) -> None:
     if target == "safetensors":
         pytest.importorskip("compressed_tensors")
@@ -45,12 +46,13 @@ def test_an_export_holds_the_tuned_codes(
         intermediate_size=256,
         initializer_range=0.05,
     )
+    overrides = {"re:.*embed_tokens": {"scheme": scheme}} if embeddings else {}
     config = config_of(
         tmp_path / "model",
         write_text(tmp_path),
         tmp_path / "work",
-        quantize={"method": method, "scheme": scheme},
-        tune={"options": OPTIONS},
+        quantize={"method": method, "scheme": scheme, "overrides": overrides},
+        tune={"options": OPTIONS | {"embeddings": embeddings}},
         export=[{"format": target}],
         run={"verify": True},
     )

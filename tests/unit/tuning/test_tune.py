@@ -49,6 +49,18 @@ def test_held_out_divergence_falls_and_codes_help(tmp_path: Path, scheme: str) -
     assert [e["step"] for e in pv["evaluations"]] == [0, 25, 50, 75, 100]
 
 
+def test_a_coded_embedding_is_tuned_as_the_tied_head_too(tmp_path: Path) -> None:
+    options = options_of(embeddings=True, code_learning_rate=0.02, steps=60)
+    found = tuned_codes(tmp_path, "int3-g32", options, embedding=True)
+    assert found.record["layers"] == 22 and found.record["dense_weights"] == 7
+    assert found.record["kl_after"] < 0.8 * found.record["kl_before"]
+    kl = divergence_of(found, tmp_path, "int3-g32", embedding=True)
+    assert kl == pytest.approx(found.record["kl_after"], rel=1e-4)
+    _, codes = coded_student(save_teacher(tmp_path), "int3-g32", embedding=True)
+    name = next(name for name in codes if "embed" in name)
+    assert 0 < changed_share({name: codes[name]}, {name: found.codes[name]}) < 0.5
+
+
 @pytest.mark.parametrize("scheme", ["int3-g32-asym", "int4-g32-offset", "fp4-g32"])
 def test_other_grids_are_tuned_too(tmp_path: Path, scheme: str) -> None:
     record = tuned(tmp_path, scheme, steps=40, code_learning_rate=0.02).record
