@@ -10,8 +10,8 @@ from contextlib import contextmanager
 def on_threads(count: int) -> Iterator[None]:
     """Let operations of this thread run on so many; also a decorator.
 
-    One is right for many small operations: threads share out each of them, wait for the
-    last, and on processors that other work keeps busy that takes fifty times as long.
+    One is right for many small operations: threads share out each of them and wait for
+    the last, which takes many times as long on processors that other work keeps busy.
     """
     import torch  # a config can be read without it
 

@@ -32,8 +32,9 @@ from compress.workdir import write_atomically
 
 _PROMPTS = (1, 2, 4, 8, 16, 32)
 # Keys and values of one batch bound how many windows are written at once: a share of
-# the memory of a GPU, where a step takes as long for many windows as for few.
-_CACHE_SHARE = 0.6
+# what the weights leave of a GPU, where a step takes as long for many windows as for
+# few. They grow by copies, which need room as well.
+_CACHE_SHARE = 0.5
 _CACHE_BYTES = 1 << 28
 _MOST_AT_ONCE = 8192
 _MOST_IN_TIME = 1 << 16  # windows, where time ends writing
@@ -138,7 +139,8 @@ def _batch(model: WholeModel, length: int) -> int:
     room = _CACHE_BYTES
     if model.device.type == "cuda":
         memory = torch.cuda.get_device_properties(model.device).total_memory
-        room = int(_CACHE_SHARE * memory)
+        weights = sum(weight.nbytes for weight in model.module.parameters())
+        room = int(_CACHE_SHARE * (memory - weights))
     return max(1, min(_MOST_AT_ONCE, room // (window * model.dtype.itemsize)))
 
 

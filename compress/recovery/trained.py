@@ -131,8 +131,7 @@ def norm_weights(model: ModelDescription) -> Iterator[str]:
 
 def promote_(model: WholeModel, handle: ModelHandle, name: str) -> nn.Parameter:
     """Replace a weight of the model by a float32 parameter; returns it."""
-    path, _, leaf = name.rpartition(".")
     values = handle.source.read(name).to(model.device, torch.float32)
     parameter = nn.Parameter(values)
-    model.module.get_submodule(path).register_parameter(leaf, parameter)
+    model.put_(name, parameter)
     return parameter
