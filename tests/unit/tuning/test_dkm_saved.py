@@ -155,16 +155,20 @@ from compress.tuning.dkm.table_domain import rounded
 from compress.tuning.dkm.unique import unique_values
 
 dist.init_process_group("gloo")
-weights = torch.load("weights.pt", weights_only=True).requires_grad_()
-tables = rounded(weights[:, :8]).detach().clone()
-unique = unique_values(rounded(weights).squeeze(-1).detach())
-index = SharedIndex(unique, dist.group.WORLD)
-with SavedOnHost(index=index, least_values=5000):
-    tau = temperature(tables, 0.2)
-    values = rounded(weights)
-    soft = soft_values(values, soft_tables(values, tables, tau, iterations=5), tau)
-(found,) = torch.autograd.grad(soft.square().sum(), weights)
-torch.save((found, torch.tensor(index.nbytes)), f"{dist.get_rank()}.pt")
+
+def learn():  # what holds the group is gone before the group is
+    weights = torch.load("weights.pt", weights_only=True).requires_grad_()
+    tables = rounded(weights[:, :8]).detach().clone()
+    unique = unique_values(rounded(weights).squeeze(-1).detach())
+    index = SharedIndex(unique, dist.group.WORLD)
+    with SavedOnHost(index=index, least_values=5000):
+        tau = temperature(tables, 0.2)
+        values = rounded(weights)
+        soft = soft_values(values, soft_tables(values, tables, tau, iterations=5), tau)
+    (found,) = torch.autograd.grad(soft.square().sum(), weights)
+    torch.save((found, torch.tensor(index.nbytes)), f"{dist.get_rank()}.pt")
+
+learn()
 dist.barrier()
 dist.destroy_process_group()
 """
