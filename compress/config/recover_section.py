@@ -45,6 +45,10 @@ class DistillOptions(RecoverOptions):
         description="lora trains low-rank changes of the linear layers, merged at the "
         "end; full trains all weights of the blocks, better for small models.",
     )
+    embeddings: bool = Field(
+        default=False,
+        description="For full: train embedding and head as well; a tied one once.",
+    )
     rank: int = Field(
         default=32,
         ge=2,
@@ -59,6 +63,14 @@ class DistillOptions(RecoverOptions):
     norms: bool = Field(
         default=True, description="For lora: train the weights of norms as well."
     )
+
+    @model_validator(mode="after")
+    def _trains_embeddings_whole(self) -> DistillOptions:
+        if self.embeddings and self.train != "full":
+            raise ValueError(
+                "embeddings are trained with train: full; lora leaves them as they are"
+            )
+        return self
 
 
 class SoftPromptOptions(RecoverOptions):

@@ -101,6 +101,11 @@ class TrainingOptions(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="Compute blocks twice instead of keeping them."
     )
+    compile: bool = Field(
+        default=False,
+        description="Compile the blocks of both models (torch.compile): takes a minute "
+        "or two and a C compiler, and halves the time of a pass on a GPU.",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="Arithmetic, as in calibration; what is trained is float32 always.",
@@ -110,6 +115,13 @@ class TrainingOptions(Section):
     def _has_a_loss(self) -> TrainingOptions:
         if self.kl == 0 and self.ce == 0:
             raise ValueError("kl and ce are both 0; give one of the losses a weight")
+        return self
+
+    @model_validator(mode="after")
+    def _compiles_whole_blocks(self) -> TrainingOptions:
+        for key in ("gradient_checkpointing", "shard"):
+            if self.compile and getattr(self, key, False):
+                raise ValueError(f"compile does not go with {key}; give one of them")
         return self
 
     @model_validator(mode="after")

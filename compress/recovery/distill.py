@@ -249,6 +249,7 @@ class Training:
             self._teacher.head,
             temperature=temperature,
             chunk=self._chunk,
+            fused=self._options.compile,
         )
 
     @torch.no_grad()

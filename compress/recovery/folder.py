@@ -42,6 +42,14 @@ def check_weights(source: Path, trained: Trained) -> None:
         name for file in source.glob(f"*{_WEIGHTS}") for name in read_header(file)
     }
     missing = sorted(trained.weights - stored)
+    model = trained.model.description
+    family = model.family
+    embedding, head = f"{family.embedding}.weight", f"{family.head}.weight"
+    if model.tied and embedding in trained.weights and head in stored:
+        raise CheckpointError(
+            f"{source}: {head} is stored beside the embedding that it is tied to; save "
+            "the model with save_pretrained of transformers, or set embeddings: false"
+        )
     if missing:
         raise CheckpointError(
             f"{source}: {missing[0]} is not stored under that name; save the model "

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -115,6 +116,7 @@ def linear_kl(
     *,
     temperature: float = 1.0,
     chunk: int = CHUNK,
+    fused: bool = False,
 ) -> Tensor:
     """Return the mean KL divergence from a teacher's predictions, in nats.
 
@@ -129,22 +131,46 @@ def linear_kl(
         teacher_head: Of the same vocabulary.
         temperature: Divides the logits of both.
         chunk: Tokens whose logits are held at once.
+        fused: Let torch.compile fuse what follows the logits.
     """
     states = teacher.detach().reshape(-1, teacher.shape[-1])
     count = len(states)
 
+    divergence = _fused_divergence() if fused else _divergence
+
     def score(logits: Tensor, rows: slice, wanted: bool) -> tuple[Tensor, Tensor]:
-        logp = teacher_head.logits(states[rows])
-        logp = torch.log_softmax(logp.div_(temperature), -1)
-        own = logits if temperature == 1 else logits / temperature
-        logq = torch.log_softmax(own, -1)
-        p = logp.exp()
-        loss = (p * logp.sub_(logq)).sum() * (temperature**2 / count)
-        if not wanted:
-            return loss, logq
-        return loss, logq.exp_().sub_(p).mul_(temperature / count)
+        known = teacher_head.logits(states[rows])
+        return divergence(logits, known, temperature, count, wanted)
 
     return _chunked(student, student_head, score, chunk)
+
+
+def _divergence(
+    student: Tensor, teacher: Tensor, temperature: float, count: int, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    """Return some tokens' share of the mean KL, and the student's gradient.
+
+    Args:
+        student: Logits ``[n, V]``, float32 or float64.
+        teacher: As ``student``.
+        temperature: Divides both.
+        count: Tokens that the mean is over.
+        wanted: Whether a gradient is; otherwise the second tensor means nothing.
+    """
+    if temperature != 1:
+        student, teacher = student / temperature, teacher / temperature
+    logp = torch.log_softmax(teacher, -1)
+    logq = torch.log_softmax(student, -1)
+    p = logp.exp()
+    loss = (p * logp.sub_(logq)).sum() * (temperature**2 / count)
+    if not wanted:
+        return loss, logq
+    return loss, logq.exp_().sub_(p).mul_(temperature / count)
+
+
+@cache
+def _fused_divergence() -> Any:
+    return torch.compile(_divergence, dynamic=True)
 
 
 Score = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor]]

@@ -16,6 +16,7 @@ from compress.distributed.team import Team
 from compress.model.loading import ModelHandle
 from compress.model.skeleton import build_skeleton
 from compress.model.sources import check_finite
+from compress.recovery.compiled import compile_blocks_
 from compress.recovery.losses import Head
 from compress.recovery.sharding import Shards
 
@@ -60,6 +61,11 @@ class WholeModel:
         else:
             self._fill_split(handle, Shards(team, self.device, dtype), trains)
         self._move_buffers()
+        self.embedding.register_forward_hook(self._rounded)
+
+    def _rounded(self, _module: Any, _inputs: Any, states: Tensor) -> Tensor:
+        """Return what an embedding in float32 yields, in the model's type."""
+        return states.to(self.dtype)
 
     def _fill(self, handle: ModelHandle, names: Sequence[str]) -> None:
         """Read weights of the model, frozen; a tied head is the embedding."""
@@ -117,7 +123,7 @@ class WholeModel:
         """What turns states into logits."""
         layer: Any = self.module.get_submodule(self.description.family.head)
         softcap = self.description.config.get("final_logit_softcapping")
-        return Head(layer.weight, layer.bias, softcap)
+        return Head(layer.weight.to(self.dtype), layer.bias, softcap)
 
     def arithmetic(self) -> AbstractContextManager[Any]:
         """Make products run in the model's type where weights are float32."""
@@ -148,6 +154,10 @@ class WholeModel:
             output = self.body(inputs_embeds=inputs, use_cache=False)
         states: Tensor = output.last_hidden_state
         return states[:, len(prompt) :]
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks; see :mod:`compress.recovery.compiled`."""
+        compile_blocks_(self.blocks)
 
     def checkpoint_blocks(self) -> None:
         """Compute each block again in the backward pass, instead of keeping it."""

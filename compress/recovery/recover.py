@@ -25,6 +25,7 @@ from compress.model.devices import choose_dtype
 from compress.model.loading import ModelHandle
 from compress.provenance import digest_of, weights_digest
 from compress.recovery.checkpoints import CheckpointFiles
+from compress.recovery.compiled import check_compiler
 from compress.recovery.distill import Training
 from compress.recovery.folder import check_folder, check_weights, write_recovered
 from compress.recovery.generate import training_windows
@@ -140,6 +141,8 @@ def _train(
     started: float,
 ) -> dict[str, Any]:
     options = job.options
+    if options.compile:
+        check_compiler(device, f"{options.section}.options.compile")
     stored = job.student.description.dtype
     dtype = choose_dtype(options.dtype, stored, device)
     split = None
@@ -164,6 +167,9 @@ def _train(
         check_weights(source, trained)
     if options.gradient_checkpointing:
         trained.model.checkpoint_blocks()
+    if options.compile:
+        teacher.compile_blocks()
+        trained.model.compile_blocks()
     training = Training(
         AdamLearner(trained, options),
         Teacher(teacher),
@@ -204,7 +210,7 @@ def _trained(job: _Job, model: WholeModel) -> Trained:
     if not isinstance(options, DistillOptions):
         raise ConfigError(f"recover: options of {type(options).__name__}")
     if ranks is None:
-        return FullWeights(model, job.student)
+        return FullWeights(model, job.student, embeddings=options.embeddings)
     return LoraWeights(
         model,
         job.student,

@@ -86,12 +86,21 @@ class Trained(ABC):
 class FullWeights(Trained):
     """All weights of the decoder blocks and the norm after them, in float32.
 
-    Embedding and head stay as they are.
+    Args:
+        model: The model.
+        handle: Where its weights are read.
+        embeddings: Train embedding and head as well; a tied one is one parameter.
     """
 
-    def __init__(self, model: WholeModel, handle: ModelHandle) -> None:
+    def __init__(
+        self, model: WholeModel, handle: ModelHandle, *, embeddings: bool = False
+    ) -> None:
         family = model.description.family
-        parts = (f"{family.blocks}.", f"{family.final_norm}.")
+        parts: tuple[str, ...] = (f"{family.blocks}.", f"{family.final_norm}.")
+        if embeddings:
+            parts += (f"{family.embedding}.",)
+        if embeddings and not model.description.tied:
+            parts += (f"{family.head}.",)
         names = [
             name
             for name, _ in model.module.named_parameters()

@@ -31,6 +31,7 @@ from compress.model.devices import choose_dtype
 from compress.model.loading import ModelHandle
 from compress.provenance import digest_of, weights_digest
 from compress.recovery.checkpoints import CheckpointFiles
+from compress.recovery.compiled import check_compiler
 from compress.recovery.distill import Training
 from compress.recovery.generate import training_windows
 from compress.recovery.models import WholeModel
@@ -129,6 +130,8 @@ class _Job:
 
     def run(self, started: float) -> Tuned:
         options = self.options
+        if options.compile:
+            check_compiler(self.device, f"{options.section}.options.compile")
         stored = self.student.description.dtype
         dtype = choose_dtype(options.dtype, stored, self.device)
         split = None
@@ -149,6 +152,9 @@ class _Job:
         model = WholeModel(self.student, device=self.device, dtype=dtype, team=split)
         if options.gradient_checkpointing:
             model.checkpoint_blocks()
+        if options.compile:
+            original.compile_blocks()
+            model.compile_blocks()
         tuner = self._tuner(model)
         training = Training(
             tuner,

@@ -15,7 +15,10 @@ from torch import Tensor
 from compress.core.errors import CompressError, ConfigError
 from compress.recovery import checkpoints, distill, generate
 from compress.recovery.distill import Budget, rate
+from compress.recovery.losses import linear_kl
+from compress.recovery.models import WholeModel
 from compress.recovery.recover import recover
+from compress.recovery.trained import FullWeights
 
 
 def trained(folder: Path, name: str = "out", **changes: Any) -> dict[str, Any]:
@@ -197,6 +200,67 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     for name, tensor in weights(tmp_path / "plain").items():
         other = weights(tmp_path / "saved")[name]
         torch.testing.assert_close(tensor, other, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_passes_train_the_same(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"train": "full", "steps": 4, "embeddings": True}
+    plain = trained(tmp_path, "plain", **given)
+    found = trained(tmp_path, "compiled", compile=True, **given)
+    for one, other in zip(plain["evaluations"], found["evaluations"], strict=True):
+        assert other["kl"] == pytest.approx(one["kl"], rel=1e-3)
+    assert found["kl_after"] < 0.99 * found["kl_before"]
+    blocks = torch._dynamo.utils.counters["stats"]
+    assert blocks["unique_graphs"] > 1, "something was compiled"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tied_embedding_is_trained_once_for_both_uses(
+    tmp_path: Path, dtype: str
+) -> None:
+    given = {"train": "full", "steps": 30, "dtype": dtype}
+    blocks = trained(tmp_path, "blocks", **given)
+    found = trained(tmp_path, "all", embeddings=True, **given)
+    assert found["kl_after"] < 0.9 * found["kl_before"]
+    before, after = weights(tmp_path / "student"), weights(tmp_path / "all")
+    embedding = "model.embed_tokens.weight"
+    size = before[embedding].numel()
+    assert found["trained_values"] == blocks["trained_values"] + size
+    assert before.keys() == after.keys() and "lm_head.weight" not in after
+    assert not torch.equal(before[embedding], after[embedding])
+    if dtype == "float32":  # what lies in the folder is what was measured
+        again = trained(tmp_path, "again", steps=1, learning_rate=1e-12)
+        assert again["kl_before"] == blocks["kl_before"]
+        (tmp_path / "student").rename(tmp_path / "first")
+        (tmp_path / "all").rename(tmp_path / "student")
+        again = trained(tmp_path, "more", steps=1, learning_rate=1e-12)
+        assert again["kl_before"] == pytest.approx(found["kl_after"], rel=1e-3)
+
+
+def test_both_uses_of_a_tied_embedding_give_it_gradients(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    teacher, folder = save_pair(tmp_path)
+    ids = text_of().held_out
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    logits = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)(ids)
+    loss = torch.nn.functional.kl_div(
+        stock(ids).logits.log_softmax(-1).flatten(0, 1),
+        logits.logits.detach().log_softmax(-1).flatten(0, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    loss.backward()
+    handles = [opened(folder), opened(teacher)]
+    own, original = (
+        WholeModel(handle, device="cpu", dtype=torch.float32) for handle in handles
+    )
+    leaves = FullWeights(own, handles[0], embeddings=True).parameters
+    found = linear_kl(own.states(ids), own.head, original.states(ids), original.head)
+    found.backward()
+    torch.testing.assert_close(found.detach(), loss.detach(), rtol=1e-4, atol=1e-6)
+    for name, leaf in leaves.items():
+        expected = stock.get_parameter(name).grad
+        torch.testing.assert_close(leaf.grad, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_time_ends_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

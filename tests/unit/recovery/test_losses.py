@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,12 @@ def test_cross_entropy_is_that_of_torch(
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_divergence_is_that_of_torch(
-    tokens: int, chunk: int, temperature: float, softcap: float | None
+    tokens: int,
+    chunk: int,
+    temperature: float,
+    softcap: float | None,
+    *,
+    fused: bool = False,
 ) -> None:
     hidden, own = states(tokens), head(bias=True, softcap=softcap)
     other, teacher = states(tokens, seed=5), head(softcap=softcap, seed=6)
@@ -79,13 +85,19 @@ def test_divergence_is_that_of_torch(
         reduction="batchmean",
         log_target=True,
     )
-    found = linear_kl(hidden, own, other, teacher, temperature=temperature, chunk=chunk)
+    options: dict[str, Any] = {"temperature": temperature, "chunk": chunk}
+    found = linear_kl(hidden, own, other, teacher, fused=fused, **options)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     leaves = hidden, own.weight, own.bias
     for mine, theirs in zip(
         gradients(found, *leaves), gradients(expected, *leaves), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_a_fused_divergence_is_the_same(temperature: float) -> None:
+    test_divergence_is_that_of_torch(7, 3, temperature, 2.0, fused=True)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])

@@ -106,6 +106,31 @@ def test_a_weight_under_another_name_is_found_before_training(tmp_path: Path) ->
         check_weights(student, FullWeights(model, handle))
 
 
+def test_a_tied_head_that_is_stored_too_is_found_before_training(
+    tmp_path: Path,
+) -> None:
+    _, student = save_pair(tmp_path)
+    handle = opened(student)
+    model = WholeModel(handle, device="cpu", dtype=torch.float32)
+    whole = FullWeights(model, handle, embeddings=True)
+    check_weights(student, whole)
+    embedding = model.module.get_parameter("model.embed_tokens.weight").detach()
+    extra = {"lm_head.weight": embedding.clone()}
+    save_file(extra, student / "model-extra.safetensors")
+    check_weights(student, FullWeights(model, handle))
+    with pytest.raises(CheckpointError, match="lm_head.weight is stored beside"):
+        check_weights(student, whole)
+
+
+def test_compiling_wants_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, student = save_pair(tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="recover.options.compile.*no-such-compiler"):
+        run(student, teacher, tmp_path, compile=True)
+
+
 def test_the_student_is_a_folder(tmp_path: Path) -> None:
     teacher, student = save_pair(tmp_path)
     handle = opened(student)
@@ -143,6 +168,15 @@ def test_a_config_names_method_and_options() -> None:
         ({"options": {"rang": 8}}, "recover.options.rang: .*did you mean 'rank'"),
         ({"options": {"rank": 7}}, "recover.options.rank"),
         ({"options": {"kl": 0.0}}, "kl and ce are both 0"),
+        ({"options": {"embeddings": True}}, "embeddings are .*train: full"),
+        (
+            {"options": {"compile": True, "gradient_checkpointing": True}},
+            "compile does not go with gradient_checkpointing",
+        ),
+        (
+            {"options": {"compile": True, "shard": True}},
+            "compile does not go with shard",
+        ),
         ({"method": "soft_prompt", "options": {"rank": 8}}, "recover.options.rank"),
     ],
 )

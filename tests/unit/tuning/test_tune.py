@@ -162,6 +162,14 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     assert saved["kl_after"] == pytest.approx(plain["kl_after"], rel=1e-4)
 
 
+def test_compiled_passes_tune_the_same(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"steps": 4, "embeddings": True, "regime": "p"}
+    plain = tuned(tmp_path, **given).record
+    found = tuned(tmp_path, compile=True, **given).record
+    assert found["kl_after"] == pytest.approx(plain["kl_after"], rel=1e-3)
+    assert found["kl_after"] < found["kl_before"]
+
+
 @pytest.mark.parametrize("kind", ["gemma2", "qwen3", "qwen2"])
 def test_families_with_rules_of_their_own_are_tuned(tmp_path: Path, kind: str) -> None:
     found = tuned(tmp_path, kind=kind, code_learning_rate=0.02, steps=40).record
