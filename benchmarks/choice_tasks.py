@@ -119,7 +119,8 @@ def _task(name: str, folder: Path, tokenizer: Any, items: int | None) -> Task:
     files = sorted(folder.glob(pattern))
     if not files:
         raise SystemExit(f"{folder} has no {pattern}")
-    lines = [line for file in files for line in file.read_text("utf-8").split("\n")]
+    texts = [file.read_text("utf-8") for file in files]
+    lines = [line for text in texts for line in text.split("\n") if line]
     kept = len(lines) if items is None else min(items, len(lines))
     chosen = [lines[i * len(lines) // kept] for i in range(kept)]
     questions = [read(json.loads(line)) for line in chosen]

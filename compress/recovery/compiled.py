@@ -2,8 +2,8 @@
 
 Every layer of a block is a handful of small operations besides its products, each of
 which reads and writes all states. ``torch.compile`` fuses them. It compiles once for
-each width, shape and mode (with gradients or not), all blocks of a kind together; the
-results differ from those of plain passes by rounding.
+each width and shape, all blocks of a kind together; the results differ from those of
+plain passes by rounding. What is measured on held-out text runs as it is.
 
 Source: Ansel et al. (2024), "PyTorch 2", ASPLOS 2024.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -50,6 +51,14 @@ def check_compiler(device: str, key: str) -> None:
             f"{key}: torch.compile needs a compiler on {device}, and none of "
             f"{', '.join(names)} is there; install one, or set compile: false"
         )
+
+
+def plain_passes(*, compiled: bool) -> AbstractContextManager[Any]:
+    """Let what is compiled, if anything is, run as it is."""
+    if not compiled:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def compile_blocks_(blocks: Iterable[nn.Module]) -> None:

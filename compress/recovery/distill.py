@@ -34,6 +34,7 @@ from compress.distributed.team import Team
 from compress.progress import progress_bar
 from compress.provenance import device_peak_bytes
 from compress.recovery.checkpoints import Checkpoint, CheckpointFiles, Progress
+from compress.recovery.compiled import plain_passes
 from compress.recovery.learner import Learner
 from compress.recovery.losses import IGNORED, linear_ce, linear_kl
 from compress.recovery.teacher import Teacher
@@ -268,8 +269,9 @@ class Training:
         spare = [torch.zeros(1, dtype=torch.int64)] * (most - len(parts))
         for number, part in enumerate(parts + spare):
             ids = self._held_out[part.to(self._device)]
-            known = self._teacher.states(ids)
-            kl = self._divergence(student(ids), known, temperature=1)
+            with plain_passes(compiled=self._options.compile):
+                known = self._teacher.states(ids)
+                kl = self._divergence(student(ids), known, temperature=1)
             weight = len(ids) if number < len(parts) else 0
             sums += torch.stack([kl.double() * weight, kl.new_tensor(weight)])
         self._team.average_([sums])

@@ -125,6 +125,8 @@ def training_windows(
     wanted: dict[str, Any] = {"count": count, "seed": seed, "seconds": seconds}
     if team.rank == 0:
         stored_windows(teacher, given, **wanted, file=file)
+        if teacher.device.type == "cuda":  # keys and values took much; others may run
+            torch.cuda.empty_cache()
     team.wait()
     return torch.cat([given, stored_windows(teacher, given, **wanted, file=file)])
 
