@@ -103,8 +103,8 @@ class TrainingOptions(Section):
     )
     compile: bool = Field(
         default=False,
-        description="Compile the blocks of both models (torch.compile): takes a minute "
-        "or two and a C compiler, and halves the time of a pass on a GPU.",
+        description="Compile the blocks of both models (torch.compile): takes a C "
+        "compiler and some seconds for each width, and a third off a step on a GPU.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
