@@ -33,8 +33,8 @@ from compress.workdir import write_atomically
 _PROMPTS = (1, 2, 4, 8, 16, 32)
 # Keys and values of one batch bound how many windows are written at once: a share of
 # what the weights leave of a GPU, where a step takes as long for many windows as for
-# few. They grow by copies, which need room as well.
-_CACHE_SHARE = 0.5
+# few. The logits of a token of each need room as well.
+_CACHE_SHARE = 0.6
 _CACHE_BYTES = 1 << 28
 _MOST_AT_ONCE = 8192
 _MOST_IN_TIME = 1 << 16  # windows, where time ends writing
@@ -180,10 +180,8 @@ def _continue(
     Prompts are of different lengths: where one still goes on, its token is taken
     instead of the sample.
     """
-    from transformers import DynamicCache
-
     prompts, lengths = prompts.to(model.device), lengths.to(model.device)
-    cache = DynamicCache(config=model.body.config)
+    cache = _cache(model, length)
     windows = torch.empty(len(prompts), length, dtype=torch.int64, device=model.device)
     fresh = windows[:, 0] = prompts[:, 0]
     for place in range(1, length):
@@ -198,3 +196,40 @@ def _continue(
             fresh = torch.where(place < lengths, prompts[:, place], fresh)
         windows[:, place] = fresh
     return windows
+
+
+def _cache(model: WholeModel, length: int) -> Any:
+    """Return a cache of keys and values that does not move when it grows.
+
+    Layers that see all tokens get room for ``length`` of them, and give views of it;
+    those with a sliding window stay as transformers has them.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    class Room(DynamicLayer):  # type: ignore[misc]
+        """Keys and values ``[B, heads, T, width]`` in one place from the start."""
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+        ) -> tuple[Tensor, Tensor]:
+            """Put in the new ones; returns views of all that are there."""
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+                self.rooms = [_room(key_states), _room(value_states)]
+            start = self.get_seq_length()
+            end = start + key_states.shape[-2]
+            for room, new in zip(self.rooms, (key_states, value_states), strict=True):
+                room[:, :, start:end] = new
+            keys, values = (room[:, :, :end] for room in self.rooms)
+            self.keys, self.values = keys, values
+            return keys, values
+
+    def _room(new: Tensor) -> Tensor:
+        batch, heads, _, width = new.shape
+        return new.new_empty(batch, heads, length, width)
+
+    cache = DynamicCache(config=model.body.config)
+    layers = cache.layers
+    layers[:] = [Room() if type(each) is DynamicLayer else each for each in layers]
+    return cache

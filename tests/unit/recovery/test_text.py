@@ -110,6 +110,20 @@ def test_each_token_is_drawn_given_all_before_it(
         )
 
 
+def test_keys_and_values_stay_where_they_are(tmp_path: Path) -> None:
+    model, text = teacher(tmp_path, "llama"), text_of().held_out
+    cache = generate._cache(model, text.shape[1])
+    places = []
+    for place in range(3):
+        model.body(input_ids=text[:, place : place + 1], past_key_values=cache)
+        places.append([layer.keys.data_ptr() for layer in cache.layers])
+        assert cache.get_seq_length() == place + 1
+    assert len(places[0]) == 3 and places[0] == places[1] == places[2]
+    whole = model.states(text[:, :4])
+    last = model.body(input_ids=text[:, 3:4], past_key_values=cache).last_hidden_state
+    torch.testing.assert_close(last[:, 0], whole[:, 3], rtol=1e-4, atol=1e-5)
+
+
 def test_time_ends_writing_after_a_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
