@@ -1,13 +1,14 @@
 """GGUF files of ours, each no larger than one of llama.cpp's quantizer.
 
     python benchmarks/gguf_ours.py WORK OURS [--models DIR] [--only MODEL]
-                                   [--types Q4_K_M] [--device cuda]
+                                   [--types Q4_K_M] [--device cuda] [--tune OPTIONS]
 
 ``WORK/MODEL/TYPE.gguf`` are the files of ``gguf_rival.py``; for each one
 ``OURS/MODEL/TYPE.gguf`` is a ``compress.run`` with its size as the budget: GPTQ on 64
 x 512 tokens of the bundled mix, and the default allocator. Files that are there
-are not made again. Levels are kept in the cache (``COMPRESS_CACHE``), so that the first
-file of a model takes the longest.
+are not made again. ``--tune regime=p,minutes=4`` tunes the codes before they are
+written, with these options of ``tune``. Levels are kept in the cache
+(``COMPRESS_CACHE``), so that the first file of a model takes the longest.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from gguf_rival import LENGTH, MODELS, SEED, TYPES
 
 import compress
+from compress.config import parse_options
 
 SAMPLES = 64
 # Rows of ``rotated`` are multiples of 256. Most of those of ``permuted`` are not; its
@@ -33,8 +35,12 @@ SCHEMES = {
 }
 
 
-def config_of(model: Path, size: int, workdir: Path, device: str) -> dict[str, Any]:
+def config_of(
+    model: Path, size: int, workdir: Path, device: str, tune: str = ""
+) -> dict[str, Any]:
     """Return the config of one file."""
+    options = parse_options(tune.split(",")) if tune else {}
+    tuned = {"tune": {"method": "pv", "options": options}}
     return {
         "model": {"path": str(model)},
         "calibration": {
@@ -53,15 +59,16 @@ def config_of(model: Path, size: int, workdir: Path, device: str) -> dict[str, A
             "seed": SEED,
             "verify": False,
         },
+        **(tuned if tune else {}),
     }
 
 
-def make(model: Path, size: int, target: Path, device: str) -> None:
+def make(model: Path, size: int, target: Path, device: str, tune: str) -> None:
     """Write one file, and its report beside it."""
     workdir = target.with_suffix(".run")
     shutil.rmtree(workdir, ignore_errors=True)
     start = time.perf_counter()
-    report = compress.run(config_of(model, size, workdir, device)).report
+    report = compress.run(config_of(model, size, workdir, device, tune)).report
     seconds = time.perf_counter() - start
     (made,) = (workdir / "export" / "gguf").glob("*.gguf")
     assert made.stat().st_size <= size
@@ -85,6 +92,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
     parser.add_argument("--only", choices=MODELS, help="one of the models")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tune", default="", help="K=V,K=V: options of tune")
     arguments = parser.parse_args()
     for name in [arguments.only] if arguments.only else MODELS:
         for kind in arguments.types:
@@ -92,7 +100,8 @@ def main() -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             size = (arguments.work / name / f"{kind}.gguf").stat().st_size
             if not target.is_file():
-                make(arguments.models / name, size, target, arguments.device)
+                model = arguments.models / name
+                make(model, size, target, arguments.device, arguments.tune)
 
 
 if __name__ == "__main__":
