@@ -1,13 +1,13 @@
 """GGUF files of ours, each no larger than one of llama.cpp's quantizer.
 
     python benchmarks/gguf_ours.py WORK OURS [--models DIR] [--only MODEL]
-                                   [--types Q4_K_M] [--device cuda] [--tune OPTIONS]
+                                   [--types Q4_K_M] [--device cuda] [--more JSON]
 
 ``WORK/MODEL/TYPE.gguf`` are the files of ``gguf_rival.py``; for each one
 ``OURS/MODEL/TYPE.gguf`` is a ``compress.run`` with its size as the budget: GPTQ on 64
 x 512 tokens of the bundled mix, and the default allocator. Files that are there
-are not made again. ``--tune regime=p,minutes=4`` tunes the codes before they are
-written, with these options of ``tune``. Levels are kept in the cache
+are not made again. ``--more`` has further sections of the config, such as
+``{"transforms": ["scale_folding"]}``. Levels are kept in the cache
 (``COMPRESS_CACHE``), so that the first file of a model takes the longest.
 """
 
@@ -23,7 +23,6 @@ from typing import Any
 from gguf_rival import LENGTH, MODELS, SEED, TYPES
 
 import compress
-from compress.config import parse_options
 
 SAMPLES = 64
 # Rows of ``rotated`` are multiples of 256. Most of those of ``permuted`` are not; its
@@ -36,11 +35,9 @@ SCHEMES = {
 
 
 def config_of(
-    model: Path, size: int, workdir: Path, device: str, tune: str = ""
+    model: Path, size: int, workdir: Path, device: str, more: str = "{}"
 ) -> dict[str, Any]:
     """Return the config of one file."""
-    options = parse_options(tune.split(",")) if tune else {}
-    tuned = {"tune": {"method": "pv", "options": options}}
     return {
         "model": {"path": str(model)},
         "calibration": {
@@ -59,16 +56,16 @@ def config_of(
             "seed": SEED,
             "verify": False,
         },
-        **(tuned if tune else {}),
+        **json.loads(more),
     }
 
 
-def make(model: Path, size: int, target: Path, device: str, tune: str) -> None:
+def make(model: Path, size: int, target: Path, device: str, more: str) -> None:
     """Write one file, and its report beside it."""
     workdir = target.with_suffix(".run")
     shutil.rmtree(workdir, ignore_errors=True)
     start = time.perf_counter()
-    report = compress.run(config_of(model, size, workdir, device, tune)).report
+    report = compress.run(config_of(model, size, workdir, device, more)).report
     seconds = time.perf_counter() - start
     (made,) = (workdir / "export" / "gguf").glob("*.gguf")
     assert made.stat().st_size <= size
@@ -92,7 +89,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
     parser.add_argument("--only", choices=MODELS, help="one of the models")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tune", default="", help="K=V,K=V: options of tune")
+    parser.add_argument("--more", default="{}", help="sections of the config, JSON")
     arguments = parser.parse_args()
     for name in [arguments.only] if arguments.only else MODELS:
         for kind in arguments.types:
@@ -101,7 +98,7 @@ def main() -> None:
             size = (arguments.work / name / f"{kind}.gguf").stat().st_size
             if not target.is_file():
                 model = arguments.models / name
-                make(model, size, target, arguments.device, arguments.tune)
+                make(model, size, target, arguments.device, arguments.more)
 
 
 if __name__ == "__main__":

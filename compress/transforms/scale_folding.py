@@ -1,11 +1,13 @@
 """Scale folding: channels that are fed large values get larger weights.
 
-``s = sqrt(max|x|) / mean(sqrt(max|x|))`` over the channels of an input: a norm's gain
-is divided by ``s`` and the columns behind it are multiplied, which evens out what the
-weights of a group matter.
+``s = max|x|^p / mean(max|x|^p)``, ``p`` 1/2, over the channels of an input: a norm's
+gain is divided by ``s`` and the columns behind it are multiplied, which evens out what
+the weights of a group matter, and what a group of inputs spans where a runtime rounds
+these.
 
-Source: RAMP, "Scale Folding". Differs: nothing at norms; ``places`` may add the pairs
-``v -> o`` and ``up -> down``, which are as exact. Limits: looks at inputs only, never
+Source: RAMP, "Scale Folding". Differs: nothing at norms; ``power`` may be another than
+RAMP's 1/2, and ``places`` may add the pairs ``v -> o`` and ``up -> down``, which are as
+exact. Limits: looks at inputs only, never
 at what rounding does; ``awq`` does.
 """
 
@@ -30,11 +32,14 @@ class ScaleFoldingOptions(Options):
     Attributes:
         places: Where scales are moved: behind norms (``norm``), from v to o
             (``value``), from up to down (``neuron``).
+        power: Of the largest inputs: how much of their spread goes into the weights.
+            RAMP has 0.5.
     """
 
     places: tuple[Literal["norm", "value", "neuron"], ...] = Field(
         default=("norm",), min_length=1
     )
+    power: float = Field(default=0.5, gt=0, le=1)
 
 
 class ScaleFolding(Scaling):
@@ -53,9 +58,9 @@ class ScaleFolding(Scaling):
 
     def choose(self, place: Place, inputs: Inputs, readers: list[Reader]) -> Choice:
         """Return the scales of one place."""
-        root = place.gather(inputs.largest, torch.amax).sqrt()
-        if not bool(root.any()):
+        spans = place.gather(inputs.largest, torch.amax) ** self.options.power
+        if not bool(spans.any()):
             return Choice(None, {"skipped": "its inputs are all zero"})
-        scale = (root / root.mean()).clamp(min=_LEAST)
+        scale = (spans / spans.mean()).clamp(min=_LEAST)
         spread = float(scale.max() / scale.min())
         return Choice(scale, {"spread": spread})

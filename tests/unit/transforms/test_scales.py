@@ -16,7 +16,7 @@ from compress.quantizers.rtn import RoundToNearest
 from compress.transforms.awq import AWQ, AWQOptions, output_error
 from compress.transforms.contract import Inputs, Reader
 from compress.transforms.places import Place, storable
-from compress.transforms.scale_folding import ScaleFolding
+from compress.transforms.scale_folding import ScaleFolding, ScaleFoldingOptions
 from compress.transforms.smoothquant import SmoothQuant, SmoothQuantOptions
 
 NORM = Place("norm", "input_layernorm", ("a", "b"), "attention", 64)
@@ -38,11 +38,14 @@ def scheme_of(name: str) -> Scheme:
     return Scheme.parse(name).with_scales("float32")
 
 
-def test_scale_folding_is_its_formula() -> None:
+@pytest.mark.parametrize("power", [None, 0.5, 0.3])
+def test_scale_folding_is_its_formula(power: float | None) -> None:
     inputs, x = inputs_of()
-    scale = ScaleFolding().choose(NORM, inputs, []).scale
-    root = x.abs().amax(0).sqrt()
-    assert scale is not None and torch.allclose(scale, root / root.mean())
+    options = {} if power is None else {"power": power}
+    made = ScaleFolding(ScaleFoldingOptions.model_validate(options))
+    scale = made.choose(NORM, inputs, []).scale
+    spans = x.abs().amax(0) ** (power or 0.5)  # RAMP's is the square root
+    assert scale is not None and torch.allclose(scale, spans / spans.mean())
 
 
 def test_a_channel_that_is_never_fed_keeps_a_positive_scale() -> None:
