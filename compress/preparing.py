@@ -8,14 +8,17 @@ from typing import Any
 
 from compress.calibration.data import CalibrationTokens, load_tokens
 from compress.calibration.sources import check_sources
-from compress.config import load_config
+from compress.config import load_config, recover_options, tune_options
 from compress.config.plugins import create_chain, create_quantizer
 from compress.config.schema import Config
+from compress.config.training_options import TrainingOptions
 from compress.core.contracts import Quantizer
 from compress.core.errors import ConfigError
 from compress.evaluation.tasks import check_source
 from compress.evaluation.texts import check_evaluation_text
+from compress.model.devices import choose_device
 from compress.model.loading import ModelHandle, open_model
+from compress.recovery.compiled import check_compiler
 
 
 def prepared(config: Config | Mapping[str, Any] | str | Path) -> Config:
@@ -30,7 +33,7 @@ def prepared(config: Config | Mapping[str, Any] | str | Path) -> Config:
 
 
 def check_inputs(config: Config) -> None:
-    """Raise if texts or formats that a config names cannot be had.
+    """Raise if texts, formats or a compiler that a config asks for cannot be had.
 
     Raises:
         ConfigError: With what to do.
@@ -44,6 +47,15 @@ def check_inputs(config: Config) -> None:
         check_source(source)
     if config.prune is not None or _quantizing_uses_data(config):
         check_sources(config.calibration.data)
+    trainings: list[TrainingOptions] = []
+    if config.recover is not None:
+        trainings.append(recover_options(config.recover))
+    if config.tune is not None:
+        trainings.append(tune_options(config.tune))
+    for options in trainings:
+        if options.compile:
+            device = choose_device(config.run.device)
+            check_compiler(device, f"{options.section}.options.compile")
 
 
 def open_original(config: Config, assets: Path) -> ModelHandle:

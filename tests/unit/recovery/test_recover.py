@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from compress.config import load_config, recover_options
 from compress.config.recover_section import DistillOptions, SoftPromptOptions
 from compress.core.errors import CheckpointError, ConfigError
+from compress.preparing import check_inputs
 from compress.recovery.folder import check_folder, check_weights
 from compress.recovery.models import WholeModel
 from compress.recovery.recover import recover
@@ -129,6 +130,15 @@ def test_compiling_wants_a_compiler(
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match="recover.options.compile.*no-such-compiler"):
         run(student, teacher, tmp_path, compile=True)
+    stages: dict[str, Any] = {
+        "recover": {"prune": {"sparsity": 0.2}},
+        "tune": {"quantize": {"method": "rtn", "scheme": "int2-g32"}},
+    }
+    for name, before in stages.items():  # a run says so before it begins
+        whole = {"model": {"path": "x"}, "run": {"device": "cpu"}, **before}
+        whole[name] = {"options": {"compile": True}}
+        with pytest.raises(ConfigError, match=f"{name}.options.compile.*needs a comp"):
+            check_inputs(load_config(whole))
 
 
 def test_the_student_is_a_folder(tmp_path: Path) -> None:
