@@ -9,9 +9,9 @@ one ``WORK/MODEL`` gets ``f16.gguf`` (our exporter, nothing quantized),
 bundled mix by plain transformers; like ``llama-imatrix``, nothing for embedding and
 head) and ``TYPE.gguf`` by ``llama_model_quantize``, the function behind
 ``llama-quantize --imatrix``. ``--ours FOLDER`` scores ``FOLDER/MODEL/TYPE.gguf``
-beside each rival that is there; ``--data`` is a calibration text as in a config, a
-list as JSON; scores are those of ``gguf_score.py``. What is in
-``WORK`` is not made again. With ``--only`` the rows of the other model stay.
+beside each rival that is there; scores are those of ``gguf_score.py``. ``--data`` is
+the calibration text as in a config, a list of sources as JSON. What is in ``WORK`` is
+not made again. With ``--only`` the rows of the other model stay.
 """
 
 from __future__ import annotations

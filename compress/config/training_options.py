@@ -104,7 +104,7 @@ class TrainingOptions(Section):
     compile: bool = Field(
         default=False,
         description="Compile the blocks of both models (torch.compile): takes a C "
-        "compiler and some seconds for each width, and a third off a step on a GPU.",
+        "compiler and some seconds for each width; then steps on a GPU are faster.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",

@@ -63,8 +63,21 @@ def plain_passes(*, compiled: bool) -> AbstractContextManager[Any]:
 
 def compile_blocks_(blocks: Iterable[nn.Module]) -> None:
     """Let blocks be compiled when they are first called."""
-    config: Any = torch._dynamo.config
-    config.recompile_limit = config.accumulated_recompile_limit = _MOST_KINDS
-    config.fail_on_recompile_limit_hit = True
     for block in blocks:
         block.compile(dynamic=False)
+
+
+def many_kinds(*, compiled: bool) -> AbstractContextManager[Any]:
+    """Let as many kinds of a function be compiled as blocks may have widths.
+
+    What a caller compiles himself keeps his settings outside of it.
+    """
+    if not compiled:
+        return nullcontext()
+    config: Any = torch._dynamo.config
+    settings: AbstractContextManager[Any] = config.patch(
+        recompile_limit=_MOST_KINDS,
+        accumulated_recompile_limit=_MOST_KINDS,
+        fail_on_recompile_limit_hit=True,
+    )
+    return settings

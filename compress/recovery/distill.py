@@ -34,7 +34,7 @@ from compress.distributed.team import Team
 from compress.progress import progress_bar
 from compress.provenance import device_peak_bytes
 from compress.recovery.checkpoints import Checkpoint, CheckpointFiles, Progress
-from compress.recovery.compiled import plain_passes
+from compress.recovery.compiled import many_kinds, plain_passes
 from compress.recovery.learner import Learner
 from compress.recovery.losses import IGNORED, linear_ce, linear_kl
 from compress.recovery.teacher import Teacher
@@ -151,7 +151,7 @@ class Training:
             leave=False,
             disable=True if self._team.rank else None,
         )
-        with bar:
+        with bar, many_kinds(compiled=options.compile):
             while not self._ended():
                 used = self._used(progress.step + 0.5)
                 self._step(rate(self.learner.ready(used), options.warmup))

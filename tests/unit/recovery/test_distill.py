@@ -205,12 +205,15 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
 def test_compiled_passes_train_the_same(tmp_path: Path) -> None:
     given: dict[str, Any] = {"train": "full", "steps": 4, "embeddings": True}
     plain = trained(tmp_path, "plain", **given)
+    torch._dynamo.utils.counters.clear()
+    limit = torch._dynamo.config.recompile_limit
     found = trained(tmp_path, "compiled", compile=True, **given)
     for one, other in zip(plain["evaluations"], found["evaluations"], strict=True):
         assert other["kl"] == pytest.approx(one["kl"], rel=1e-3)
     assert found["kl_after"] < 0.99 * found["kl_before"]
-    blocks = torch._dynamo.utils.counters["stats"]
-    assert blocks["unique_graphs"] > 1, "something was compiled"
+    # Two widths, and the loss: what was measured ran as it is.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    assert torch._dynamo.config.recompile_limit == limit
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
