@@ -3,7 +3,7 @@
     python benchmarks/large_models.py
 
 Nothing large is run: shapes times rates that ``results/gpu_quantize.json`` holds (a 7B
-model on one H100). Forward passes and moments are taken to go at the measured rate, and
+model on one GPU). Forward passes and moments are taken to go at the measured rate, and
 to be split by the number of GPUs. The time of the codes has two readings, between which
 the truth lies: it follows the columns (the loop over columns waits for kernels to
 start, not for arithmetic), or it follows the operations. Matrices that are dealt whole
@@ -238,7 +238,7 @@ def main() -> None:
     models = [LLAMA2, DENSE, MIXTURE]
     path = write_result(
         "large_models",
-        claim="On paper, from a measured 7B run on one H100: GPTQ INT4 on 128 x 2048 "
+        claim="On paper, from a measured 7B run on one GPU: GPTQ INT4 on 128 x 2048 "
         "tokens of a 405B dense and a 671B MoE model; nothing of it was run.",
         figures={
             "measured on": f"{measured['figures']['GPU']}, {measured['date']}",

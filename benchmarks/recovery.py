@@ -42,13 +42,16 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     student = arguments.student or without_a_fifth(arguments.model, work / "student")
     teacher = opened(arguments.model, work)
+    data = arguments.data
+    if data.startswith("["):
+        data = json.loads(data)
     figures = {"pruned": student}
     records = {}
     for number, variant in enumerate(arguments.variant):
         given = parse_options(variant.split(","))
         method = given.pop("method", "distill")
         options = RECOVERIES[method].model_validate(given)
-        text = load_recovery_text(arguments.data, teacher.tokenizer(), options)
+        text = load_recovery_text(data, teacher.tokenizer(), options)
         target = work / f"recovered-{number}"
         records[variant] = recover(
             opened(student, work),
@@ -86,7 +89,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("--student", type=Path)
     parser.add_argument("--variant", action="append", required=True)
-    parser.add_argument("--data", default="mix")
+    parser.add_argument("--data", default="mix", help="or a list of sources, JSON")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)

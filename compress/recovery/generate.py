@@ -36,7 +36,7 @@ _PROMPTS = (1, 2, 4, 8, 16, 32)
 # few. The logits of a token of each need room as well.
 _CACHE_SHARE = 0.6
 _CACHE_BYTES = 1 << 28
-_MOST_AT_ONCE = 8192
+_MOST_AT_ONCE = 1 << 14
 _MOST_IN_TIME = 1 << 16  # windows, where time ends writing
 
 
