@@ -79,9 +79,18 @@ def peer() -> Callable[[Tensor, str, Tensor | None], np.ndarray] | None:
     return ggml_oracle.encoded  # type: ignore[no-any-return]
 
 
-def error(weight: Tensor, data: np.ndarray, kind: str, given: Tensor | None) -> float:
-    """Return the relative root mean square of what bytes decode to."""
-    squares = (unpack_blocks(data, kind).dequantize() - weight).square()
+def error(
+    weight: Tensor,
+    data: np.ndarray,
+    kind: str,
+    given: Tensor | None,
+    outer: Tensor | None = None,
+) -> float:
+    """Return the relative root mean square of what bytes decode to.
+
+    ``outer`` is what NVFP4 keeps beside them; ggml's encoder has none.
+    """
+    squares = (unpack_blocks(data, kind, outer).dequantize() - weight).square()
     total = weight.square()
     if given is not None:
         squares, total = squares * given, total * given
@@ -105,9 +114,11 @@ def row_of(kind: str, weight: Tensor, informed: bool, device: str) -> dict[str, 
     given = importance() if informed else None
     here = weight.to(device)
     given_here = None if given is None else given.to(device)
-    ours = encoded(here, kind, given_here)
+    found = coded(here, kind, given_here)
+    ours = pack_blocks(found)
     row: dict[str, Any] = {"type": kind, "importance": informed}
-    row["error"] = error(weight, ours, kind, given)
+    outer = found.outer.cpu() if kind == "nvfp4" and found.outer is not None else None
+    row["error"] = error(weight, ours, kind, given, outer)
     theirs = peer()
     if theirs is not None:
         data = theirs(weight, kind, given)

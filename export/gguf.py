@@ -13,11 +13,11 @@ llama.cpp ignores these keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 from torch import Tensor
 
@@ -30,14 +30,13 @@ from compress.core.shapes import blocks_differ, what_differs
 from compress.core.tensors import QuantizedTensor
 from compress.export.gguf_blocks import (
     CODED_TYPES,
-    Bytes,
     StoredType,
-    encode_dense,
-    pack_blocks,
     unpack_blocks,
 )
+from compress.export.gguf_data import tensor_data, with_rows
 from compress.export.gguf_experts import expert_stacks, mixture_problems
 from compress.export.gguf_files import file_stem, only_file, write_beside
+from compress.export.gguf_float_blocks import outer_of, scale_name
 from compress.export.gguf_layout import (
     Layout,
     Placement,
@@ -50,10 +49,9 @@ from compress.export.gguf_metadata import (
     architecture_metadata,
     config_problems,
     copied_metadata,
-    rope_divisors,
     stamp,
 )
-from compress.export.gguf_names import from_gguf_rows, name_finder, to_gguf_rows
+from compress.export.gguf_names import from_gguf_rows, name_finder
 from compress.export.gguf_reader import GGUFFile, MetadataValue, open_gguf
 from compress.export.gguf_runtime import decoded_logits, llamacpp_logits
 from compress.export.gguf_template import (
@@ -166,7 +164,7 @@ class GGUFExporter(Exporter):
             placements = with_rotary_heads(placements, artifact, template)
         metadata = self._metadata(plan, model, placements)
         path = folder / f"{self._stem(plan, model, placements)}.gguf"
-        data = _data(artifact, placements, template)
+        data = tensor_data(artifact, placements, template)
         rows = [placement.row for placement in placements]
         write_gguf(path, metadata, rows=rows, data=data)
         beside, notes = write_beside(
@@ -197,10 +195,15 @@ class GGUFExporter(Exporter):
                 raise ExportError(f"{file.path}: {layer} is {kind}, which has no codes")
             rows = file.tensors[target].shape[-2]
             first = max(expert, 0) * rows
-            packed = unpack_blocks(file.read(target, start=first, count=rows), kind)
+            outer = None
+            if kind == "nvfp4":
+                factors = file.read_values(scale_name(target))
+                outer = outer_of(float(factors.reshape(-1)[max(expert, 0)]))
+            data = file.read(target, start=first, count=rows)
+            packed = unpack_blocks(data, kind, outer)
         except (CheckpointError, ValueError, KeyError) as error:
             raise ExportError(f"{folder}: no codes of {layer}: {error}") from error
-        return _with_rows(packed, partial(from_gguf_rows, heads=heads))
+        return with_rows(packed, partial(from_gguf_rows, heads=heads))
 
     def replay(self, folder: Path, windows: Tensor) -> Iterator[Tensor]:
         """Run the file in llama.cpp, decoded by llama.cpp to float32 first.
@@ -330,68 +333,3 @@ def _layer_table(placements: tuple[Placement, ...]) -> dict[str, MetadataValue]:
     if any(placement.stack for placement in coded):
         table["compress.experts"] = wholes([number for _, _, number in places])
     return table
-
-
-def _data(
-    artifact: CompressedModel,
-    placements: tuple[Placement, ...],
-    template: GGUFFile | None,
-) -> Iterator[Bytes]:
-    import torch
-
-    for placement in placements:
-        if placement.stack:
-            yield _stack_bytes(artifact, placement)
-        elif placement.layer is not None:
-            yield _layer_bytes(artifact.quantized(placement.layer), placement)
-        elif template is not None:
-            stored = template.tensors[placement.target]
-            if stored.type == placement.type:
-                yield template.read(placement.target)
-            else:
-                values = torch.from_numpy(template.read_values(placement.target))
-                yield encode_dense(values, placement.type, name=placement.target)
-        elif placement.source is None:
-            divisors = rope_divisors(artifact.description.config)
-            assert divisors is not None, "only rope_freqs.weight has no source"
-            yield encode_dense(divisors, placement.type, name=placement.target)
-        else:
-            weight = to_gguf_rows(
-                artifact.source.read(placement.source), placement.heads
-            )
-            yield encode_dense(weight, placement.type, name=placement.source)
-
-
-def _stack_bytes(artifact: CompressedModel, placement: Placement) -> Bytes:
-    """Return the experts of a block one after another, each read when it is due."""
-    import numpy as np
-
-    experts, rows, _ = placement.shape
-    data = np.empty((experts * rows, placement.size_bytes // (experts * rows)), "u1")
-    for number, layer in enumerate(placement.stack):
-        if placement.layer is not None:
-            part = _layer_bytes(artifact.quantized(layer), placement)
-        else:
-            weight = artifact.source.read(f"{layer}.weight")
-            part = encode_dense(weight, placement.type, name=f"{layer}.weight")
-        data[number * rows : (number + 1) * rows] = part
-    return data
-
-
-def _layer_bytes(quantized: QuantizedTensor, placement: Placement) -> Bytes:
-    moved = _with_rows(quantized, partial(to_gguf_rows, heads=placement.heads))
-    if placement.is_exact:
-        return pack_blocks(moved)
-    return encode_dense(moved.dequantize(), placement.type, name=str(placement.layer))
-
-
-def _with_rows(
-    tensor: QuantizedTensor, order: Callable[[Tensor], Tensor]
-) -> QuantizedTensor:
-    """Return a coded matrix with its rows in another order."""
-    names = ("codes", "scale", "zero", "outer")
-    parts = {name: getattr(tensor, name) for name in names}
-    moved: dict[str, Any] = {
-        name: order(part) for name, part in parts.items() if part is not None
-    }
-    return replace(tensor, **moved)

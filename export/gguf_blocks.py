@@ -12,7 +12,8 @@ Q5_1   24 B   f16 d, f16 m, then as Q5_0
 Q8_0   34 B   f16 d, 32 signed bytes
 =====  =====  ====================================================
 
-The K and IQ4 types are in :mod:`compress.export.gguf_super_blocks`.
+The K and IQ4 types are in :mod:`compress.export.gguf_super_blocks`, four-bit floats in
+:mod:`compress.export.gguf_float_blocks`.
 
 Source: ggml's ``ggml-common.h``; checked against ``gguf.quants`` in the tests.
 """
@@ -29,9 +30,9 @@ from torch import Tensor
 from compress.core import grids
 from compress.core.errors import ExportError
 from compress.core.scheme import Scheme, Zero
-from compress.core.scheme_names import GGUF_SCHEMES, K_SCHEMES
+from compress.core.scheme_names import FLOAT_SCHEMES, GGUF_SCHEMES, K_SCHEMES
 from compress.core.tensors import QuantizedTensor
-from compress.export import gguf_super_blocks
+from compress.export import gguf_float_blocks, gguf_super_blocks
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -42,7 +43,10 @@ StoredType = Literal[
     "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_nl", "iq4_xs",
 ]
 # fmt: on
-CODED_TYPES = (*GGUF_SCHEMES, *K_SCHEMES)
+ENCODED_TYPES = (*GGUF_SCHEMES, *K_SCHEMES)
+"""Types that weights can be rounded to while a file is written."""
+CODED_TYPES = (*ENCODED_TYPES, *FLOAT_SCHEMES)
+"""Types that hold the codes of a plan."""
 DENSE_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 DENSE_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _LARGEST_HALF = 65504.0
@@ -54,6 +58,9 @@ def coded_type(scheme: Scheme) -> str | None:
     for name, known in K_SCHEMES.items():
         if scheme == known:
             return name
+    for name, known in FLOAT_SCHEMES.items():
+        if scheme.with_scales(known.scale_dtype) == known:  # it has no float scales
+            return name
     if scheme.group_size != BLOCK or scheme.scale_dtype != "float16":
         return None
     for name, (bits, zero) in GGUF_SCHEMES.items():
@@ -64,6 +71,8 @@ def coded_type(scheme: Scheme) -> str | None:
 
 def block_columns(kind: str) -> int:
     """Columns of one block of the coded type ``kind``."""
+    if kind in FLOAT_SCHEMES:
+        return gguf_float_blocks.block_columns(kind)
     return gguf_super_blocks.block_columns(kind) if kind in K_SCHEMES else BLOCK
 
 
@@ -71,6 +80,8 @@ def block_bytes(kind: str) -> int:
     """Bytes of one block of the coded type ``kind``."""
     if kind in K_SCHEMES:
         return gguf_super_blocks.block_bytes(kind)
+    if kind in FLOAT_SCHEMES:
+        return gguf_float_blocks.block_bytes(kind)
     bits, zero = GGUF_SCHEMES[kind]
     return (2 if zero is Zero.NONE else 4) + BLOCK * bits // 8
 
@@ -100,6 +111,8 @@ def pack_blocks(tensor: QuantizedTensor) -> Bytes:
     assert kind is not None, f"{tensor.scheme} has no GGUF type; check() said so"
     if kind in K_SCHEMES:
         return gguf_super_blocks.pack(tensor, kind)
+    if kind in FLOAT_SCHEMES:
+        return gguf_float_blocks.pack(tensor, kind)
     rows, columns = tensor.shape
     codes = tensor.codes.cpu().numpy().reshape(rows * columns // BLOCK, BLOCK)
     parts = [_half_bytes(tensor.scale)]
@@ -118,13 +131,18 @@ def pack_blocks(tensor: QuantizedTensor) -> Bytes:
     return np.concatenate(parts, axis=1).reshape(rows, -1)
 
 
-def unpack_blocks(data: Bytes, kind: str) -> QuantizedTensor:
+def unpack_blocks(
+    data: Bytes, kind: str, outer: Tensor | None = None
+) -> QuantizedTensor:
     """Return the codes, scales and minima that :func:`pack_blocks` wrote.
 
     Args:
         data: uint8 ``[R, row_bytes]``.
         kind: One of :data:`CODED_TYPES`.
+        outer: Outer scale of an ``nvfp4`` matrix, float32 ``[1]``.
     """
+    if kind in FLOAT_SCHEMES:
+        return gguf_float_blocks.unpack(data, kind, outer)
     if kind in K_SCHEMES:
         return gguf_super_blocks.unpack(data, kind)
     scheme = Scheme.parse(kind)
@@ -154,7 +172,7 @@ def encode_dense(weight: Tensor, kind: str, *, name: str) -> Bytes:
 
     Args:
         weight: ``[R, C]`` or ``[C]``, any float type.
-        kind: A dense type, or one of :data:`CODED_TYPES`.
+        kind: A dense type, or one of :data:`ENCODED_TYPES`.
         name: For messages.
 
     Returns:

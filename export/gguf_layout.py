@@ -17,6 +17,7 @@ from compress.export.gguf_blocks import (
     row_bytes,
 )
 from compress.export.gguf_experts import Stack, expert_stacks, members_of
+from compress.export.gguf_float_blocks import scale_name
 from compress.export.gguf_metadata import (
     ROPE_TENSOR,
     config_notes,
@@ -46,6 +47,8 @@ class Placement:
         is_exact: Whether the codes of ``layer`` are written as they are.
         stack: Module names of the experts that the tensor holds one after another;
             ``layer`` is the first of them if they have codes.
+        scales: Module names of the layers whose factors the tensor holds, a float32
+            each; see :mod:`compress.export.gguf_float_blocks`.
     """
 
     source: str | None
@@ -57,6 +60,7 @@ class Placement:
     layer: str | None = None
     is_exact: bool = False
     stack: tuple[str, ...] = ()
+    scales: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -78,12 +82,16 @@ class Layout:
     notes: tuple[str, ...]
 
 
-def layer_type(layer: LayerPlan, reencode: str | None) -> tuple[str | None, bool]:
+def layer_type(
+    layer: LayerPlan, reencode: str | None, target: str
+) -> tuple[str | None, bool]:
     """Return the GGUF type for a layer of the plan and whether it holds the codes.
 
     The type is ``None`` when neither the codes nor ``reencode`` fit.
     """
     exact = coded_type(layer.scheme)
+    if exact == "nvfp4" and target in _ENDS:  # which have no factor in llama.cpp
+        exact = None
     columns = layer.shape[1]
     if exact is not None and holds_columns(exact, columns):
         return exact, True
@@ -96,6 +104,8 @@ def unheld(layer: LayerPlan, reencode: str | None) -> Problem:
     """Return the message for a layer that GGUF cannot hold."""
     scheme = layer.scheme
     what = f"GGUF has no type for {scheme.name} with {scheme.scale_dtype} scales"
+    if coded_type(scheme) == "nvfp4":
+        what = "GGUF has nvfp4 for linears in blocks only, in runs of 64 columns"
     near = f"{', '.join(CODED_TYPES)} (with float16 scales)"
     if reencode is not None:
         return Problem(
@@ -138,7 +148,7 @@ def own_layout(
         module = name.removesuffix(".weight")
         layer = plan.layers.get(module)
         if layer is not None:
-            kind, exact = layer_type(layer, reencode)
+            kind, exact = layer_type(layer, reencode, target)
             if kind is None:
                 problems.append(unheld(layer, reencode))
                 continue
@@ -153,7 +163,7 @@ def own_layout(
         )
         size = row_bytes(kind, info.shape[-1]) * _rows(info.shape)
         held = None if layer is None else module
-        placements.append(
+        placements += with_factors(
             Placement(name, target, kind, info.shape, size, heads, held, exact)
         )
     for stack in expert_stacks(model, find):
@@ -161,11 +171,23 @@ def own_layout(
         if isinstance(found, Problem):
             problems.append(found)
             continue
-        placements.append(found)
+        placements += with_factors(found)
         if found.layer is not None and not found.is_exact:
             notes.append(f"{stack.target}: experts re-encoded as {found.type}")
     placements += _rope_placement(model)
     return Layout(tuple(placements), tuple(problems), tuple(notes))
+
+
+def with_factors(placement: Placement) -> list[Placement]:
+    """Return a placement, and that of its factors if its type wants any."""
+    if placement.type != "nvfp4" or not placement.is_exact:
+        return [placement]
+    scales = placement.stack or (str(placement.layer),)
+    target, count = scale_name(placement.target), len(scales)
+    return [
+        placement,
+        Placement(None, target, "f32", (count,), 4 * count, scales=scales),
+    ]
 
 
 def _stacked(
@@ -175,7 +197,7 @@ def _stacked(
     layers = members_of(stack, plan)
     if isinstance(layers, Problem):
         return layers
-    types = [layer_type(layer, reencode) for layer in layers]
+    types = [layer_type(layer, reencode, stack.target) for layer in layers]
     for layer, (kind, _) in zip(layers, types, strict=True):
         if kind is None:
             return unheld(layer, reencode)

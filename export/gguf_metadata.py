@@ -43,6 +43,8 @@ FILE_TYPES = {
     "iq4_nl": 25,
     "iq4_xs": 30,
     "bf16": 32,
+    "mxfp4": 38,
+    "nvfp4": 39,
 }
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 _REPLACED = {

@@ -27,6 +27,7 @@ from compress.export.gguf_layout import (
     layer_type,
     missing_layers,
     unheld,
+    with_factors,
 )
 from compress.export.gguf_names import heads_of_role, name_finder, to_gguf_rows
 from compress.export.gguf_reader import GGUFFile, MetadataValue, open_gguf
@@ -76,7 +77,7 @@ def template_layout(
         layer = plan.layers.get((source or "").removesuffix(".weight"))
         copied = Placement(source, target, stored.type, stored.shape, stored.size_bytes)
         if layer is not None:
-            kind, exact = layer_type(layer, reencode)
+            kind, exact = layer_type(layer, reencode, target)
             problem = _layer_problem(template, target, layer.shape)
             if kind is None or problem:
                 where = Problem(layer.name, problem or "")
@@ -93,7 +94,7 @@ def template_layout(
             kind = embedding if holds_columns(embedding, columns) else "f16"
             size = row_bytes(kind, columns) * stored.shape[0]
             copied = replace(copied, type=kind, size_bytes=size)
-        placements.append(copied)
+        placements += with_factors(copied)
     problems += missing_layers(
         plan, [(name or "").removesuffix(".weight") for name in sources.values()]
     )

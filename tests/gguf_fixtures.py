@@ -20,6 +20,7 @@ from compress.core.families import family_of
 from compress.core.plan import LayerPlan, Plan
 from compress.core.scheme import Scheme, Zero
 from compress.core.tensors import TORCH_DTYPES, QuantizedTensor
+from compress.quantizers.rtn import RoundToNearest
 
 TEXT = (
     "In 2024 the cat's 1234567 friends weren't here; they'd gone to Zürich.\n\n"
@@ -46,8 +47,14 @@ def info_of(tensor: Tensor) -> TensorInfo:
 
 
 def random_codes(rows: int, columns: int, scheme: Scheme, seed: int) -> QuantizedTensor:
-    """Return codes over the whole grid with positive, negative and zero scales."""
+    """Return codes over the whole grid with positive, negative and zero scales.
+
+    Of float grids, normal weights that are rounded.
+    """
     generator = torch.Generator().manual_seed(seed)
+    if not scheme.is_integer:
+        weight = torch.randn(rows, columns, generator=generator) * 0.1
+        return RoundToNearest().quantize(weight, scheme, None)
     codes = torch.randint(
         scheme.lowest, scheme.highest + 1, (rows, columns), generator=generator
     ).to(torch.int8)

@@ -61,6 +61,11 @@ K_SCHEMES = {
     "iq4_nl": Scheme(4, 32, grid=IQ4),
     "iq4_xs": Scheme(4, 32, grid=IQ4, scales=Scales.SUPER),
 }
+FLOAT_SCHEMES = {
+    "mxfp4": Scheme(4, 32, grid="e2m1", scales=Scales.POWER),
+    "nvfp4": Scheme(4, 16, grid="e2m1", scales=Scales.TWO_LEVEL),
+}
+"""Schemes of four-bit floats that GGUF has types for."""
 _FOR_OTHER_COLUMNS = {
     "q2_k": "q4_0",
     "q3_k": "q4_0",
@@ -170,11 +175,11 @@ def _weights(key: str, name: str) -> Scheme | None:
         return Scheme(bits, 32, zero)
     if key in K_SCHEMES:
         return K_SCHEMES[key]
+    if key in FLOAT_SCHEMES:
+        return FLOAT_SCHEMES[key]
     if key in _MICROSCALING:
         grid = _MICROSCALING[key]
         return Scheme(FLOAT_FORMATS[grid].bits, 32, grid=grid, scales=Scales.POWER)
-    if key == "nvfp4":
-        return Scheme(4, 16, grid="e2m1", scales=Scales.TWO_LEVEL)
     if match := _INTEGER.fullmatch(key):
         group = int(match[2]) if match[2] else None
         scheme = Scheme(int(match[1]), group, Zero(match[3] or "none"))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from compress.core.errors import CheckpointError
 from compress.core.families import Family, Linear, expert_count, family_of
 from compress.core.shapes import attention_flags
 from compress.core.tensors import TORCH_DTYPES
+from compress.export.gguf_float_blocks import scale_name
 from compress.export.gguf_metadata import ROPE_TENSOR
 from compress.export.gguf_names import from_gguf_rows, name_finder, rotary_heads
 from compress.export.gguf_reader import GGUFFile, open_gguf
@@ -89,13 +91,22 @@ class GGUFSource(TensorSource):
         rows = tensor.view(-1, shape[-1])
         step = max(1, _CHUNK_ELEMENTS // shape[-1])
         first = (place.expert or 0) * len(rows)
+        factor = self._factor(place)
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
             values = self._file.read_values(
                 place.target, start=first + start, count=len(part)
             )
-            part.copy_(torch.from_numpy(values))
+            part.copy_(torch.from_numpy(values * factor))
         return from_gguf_rows(tensor, place.heads)
+
+    def _factor(self, place: _Place) -> np.float32:
+        """Return what the runtime multiplies products by, as in ``nvfp4`` files."""
+        name = scale_name(place.target)
+        if name not in self._file.tensors:
+            return np.float32(1)
+        factors = self._file.read_values(name).reshape(-1)
+        return np.float32(factors[place.expert or 0])
 
     def _shape(self, place: _Place) -> tuple[int, ...]:
         shape = self._file.tensors[place.target].shape
@@ -132,7 +143,8 @@ def _places(file: GGUFFile) -> dict[str, _Place]:
                 f"{file.path}: tensor {target} ({name}) is missing from this "
                 f"{file.architecture} file; fetch or convert it again"
             )
-    strange = set(file.tensors) - {place.target for place in places.values()}
+    targets = {place.target for place in places.values()}
+    strange = set(file.tensors) - targets - {scale_name(name) for name in targets}
     strange.discard(ROPE_TENSOR)
     if strange:
         raise CheckpointError(

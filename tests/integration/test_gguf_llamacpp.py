@@ -95,11 +95,13 @@ def test_dense_file_computes_what_transformers_computes(
     assert mean_kl(torch_logits(artifact, windows), logits) < 1e-6
 
 
-@pytest.mark.parametrize("scheme", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"])
+@pytest.mark.parametrize(
+    "scheme", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4", "nvfp4"]
+)
 def test_coded_file_computes_what_transformers_computes(
     scheme: str, assets: Path, windows: torch.Tensor, tmp_path: Path
 ) -> None:
-    artifact = compressed("llama", assets=assets, scheme=scheme)
+    artifact = compressed("llama", assets=assets, scheme=scheme, intermediate_size=128)
     plugin = GGUFExporter(GGUFOptions(embedding="f16"))
     plugin.write(artifact, tmp_path)
     logits = torch.stack(list(plugin.replay(tmp_path, windows)))
@@ -107,10 +109,11 @@ def test_coded_file_computes_what_transformers_computes(
     assert [path.suffix for path in tmp_path.iterdir()] == [".gguf"]
 
 
+@pytest.mark.parametrize("scheme", ["q4_0", "mxfp4", "nvfp4"])
 def test_file_runs_without_decoding(
-    assets: Path, windows: torch.Tensor, tmp_path: Path
+    scheme: str, assets: Path, windows: torch.Tensor, tmp_path: Path
 ) -> None:
-    artifact = compressed("llama", assets=assets)
+    artifact = compressed("llama", assets=assets, scheme=scheme, intermediate_size=128)
     path = GGUFExporter(GGUFOptions()).write(artifact, tmp_path).files[0]
     first = list(llamacpp_logits(path, windows))
     again = list(llamacpp_logits(path, windows))

@@ -12,8 +12,8 @@ from compress.core.errors import ExportError
 from compress.core.scheme import Scheme
 from compress.core.scheme_names import GGUF_SCHEMES
 from compress.export.gguf_blocks import (
-    CODED_TYPES,
     DENSE_BYTES,
+    ENCODED_TYPES,
     StoredType,
     coded_type,
     encode_dense,
@@ -86,4 +86,4 @@ def test_nan_is_refused() -> None:
 
 
 def test_an_option_may_name_every_type_that_is_written() -> None:
-    assert {*get_args(StoredType)} == {*CODED_TYPES, *DENSE_BYTES}
+    assert {*get_args(StoredType)} == {*ENCODED_TYPES, *DENSE_BYTES}
