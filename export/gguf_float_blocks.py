@@ -10,7 +10,9 @@ NVFP4  64 columns  four E4M3 scales; for each of these 8 bytes: byte j =
 
 An NVFP4 matrix has one more number, by which the runtime multiplies its product: a
 float32 tensor of its own, ``NAME.scale`` beside ``NAME.weight``, with an entry for each
-expert where several are stacked. It is the inverse of our outer scale.
+expert where several are stacked. It is the inverse of our outer scale. llama.cpp loads
+it for every architecture, but not every graph applies it: in an MLP only llama's and
+qwen3's do, and these multiply a bias as well.
 
 Source: ggml's ``ggml-common.h`` and llama.cpp's ``llama-model.cpp``; checked against
 ``gguf.quants`` and llama.cpp in the tests.
@@ -31,6 +33,9 @@ from compress.core.tensors import QuantizedTensor
 Bytes = npt.NDArray[np.uint8]
 
 _COLUMNS = {"mxfp4": 32, "nvfp4": 64}
+# Architectures whose graphs apply factors, tried with llama-cpp-python 0.3.36.
+_WITH_ATTENTION = frozenset({"llama", "deci", "qwen2", "qwen3", "qwen3moe"})
+_WITH_MLP = frozenset({"llama", "qwen3", "qwen3moe"})
 
 
 def block_columns(kind: str) -> int:
@@ -78,6 +83,22 @@ def unpack(data: Bytes, kind: str, outer: Tensor | None = None) -> QuantizedTens
 def scale_name(target: str) -> str:
     """Return the name of the tensor that multiplies the product of ``target``."""
     return f"{target.removesuffix('.weight')}.scale"
+
+
+def applies_factor(architecture: str, target: str, *, biased: bool) -> bool:
+    """Whether llama.cpp multiplies a product by the factor of its matrix.
+
+    Args:
+        architecture: GGUF's name.
+        target: GGUF name of the matrix.
+        biased: Whether a bias is added to the product.
+    """
+    block, _, rest = target.partition(".")
+    if block != "blk":  # embedding and head
+        return False
+    if ".attn_" in rest:
+        return architecture in _WITH_ATTENTION
+    return architecture in _WITH_MLP and not biased
 
 
 def scale_bytes(matrices: Sequence[QuantizedTensor]) -> Bytes:

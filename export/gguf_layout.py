@@ -17,7 +17,7 @@ from compress.export.gguf_blocks import (
     row_bytes,
 )
 from compress.export.gguf_experts import Stack, expert_stacks, members_of
-from compress.export.gguf_float_blocks import scale_name
+from compress.export.gguf_float_blocks import applies_factor, scale_name
 from compress.export.gguf_metadata import (
     ROPE_TENSOR,
     config_notes,
@@ -83,14 +83,19 @@ class Layout:
 
 
 def layer_type(
-    layer: LayerPlan, reencode: str | None, target: str
+    layer: LayerPlan, reencode: str | None, *, factor: bool
 ) -> tuple[str | None, bool]:
     """Return the GGUF type for a layer of the plan and whether it holds the codes.
 
     The type is ``None`` when neither the codes nor ``reencode`` fit.
+
+    Args:
+        layer: Of the plan.
+        reencode: Type for codes that GGUF cannot hold, or ``None``.
+        factor: Whether the runtime would apply that of an ``nvfp4`` matrix.
     """
     exact = coded_type(layer.scheme)
-    if exact == "nvfp4" and target in _ENDS:  # which have no factor in llama.cpp
+    if exact == "nvfp4" and not factor:
         exact = None
     columns = layer.shape[1]
     if exact is not None and holds_columns(exact, columns):
@@ -105,7 +110,10 @@ def unheld(layer: LayerPlan, reencode: str | None) -> Problem:
     scheme = layer.scheme
     what = f"GGUF has no type for {scheme.name} with {scheme.scale_dtype} scales"
     if coded_type(scheme) == "nvfp4":
-        what = "GGUF has nvfp4 for linears in blocks only, in runs of 64 columns"
+        what = (
+            "GGUF has nvfp4 in runs of 64 columns, and llama.cpp applies its outer "
+            "scale in attention, and in MLPs without bias of llama, mistral and qwen3"
+        )
     near = f"{', '.join(CODED_TYPES)} (with float16 scales)"
     if reencode is not None:
         return Problem(
@@ -148,7 +156,9 @@ def own_layout(
         module = name.removesuffix(".weight")
         layer = plan.layers.get(module)
         if layer is not None:
-            kind, exact = layer_type(layer, reencode, target)
+            biased = f"{module}.bias" in model.tensors
+            factor = applies_factor(architecture, target, biased=biased)
+            kind, exact = layer_type(layer, reencode, factor=factor)
             if kind is None:
                 problems.append(unheld(layer, reencode))
                 continue
@@ -197,7 +207,9 @@ def _stacked(
     layers = members_of(stack, plan)
     if isinstance(layers, Problem):
         return layers
-    types = [layer_type(layer, reencode, stack.target) for layer in layers]
+    architecture = str(model.gguf_architecture)
+    factor = applies_factor(architecture, stack.target, biased=False)
+    types = [layer_type(layer, reencode, factor=factor) for layer in layers]
     for layer, (kind, _) in zip(layers, types, strict=True):
         if kind is None:
             return unheld(layer, reencode)

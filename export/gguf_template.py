@@ -21,6 +21,7 @@ from compress.core.contracts import Problem
 from compress.core.errors import CheckpointError, ExportError
 from compress.core.plan import Plan
 from compress.export.gguf_blocks import holds_columns, row_bytes
+from compress.export.gguf_float_blocks import applies_factor
 from compress.export.gguf_layout import (
     Layout,
     Placement,
@@ -77,7 +78,9 @@ def template_layout(
         layer = plan.layers.get((source or "").removesuffix(".weight"))
         copied = Placement(source, target, stored.type, stored.shape, stored.size_bytes)
         if layer is not None:
-            kind, exact = layer_type(layer, reencode, target)
+            biased = f"{layer.name}.bias" in model.tensors
+            factor = applies_factor(template.architecture, target, biased=biased)
+            kind, exact = layer_type(layer, reencode, factor=factor)
             problem = _layer_problem(template, target, layer.shape)
             if kind is None or problem:
                 where = Problem(layer.name, problem or "")

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_fixtures import compressed, random_codes, same_codes, save_tokenizer
+from gguf_fixtures import (
+    ROWS,
+    compressed,
+    mean_kl,
+    random_codes,
+    same_codes,
+    save_tokenizer,
+    torch_logits,
+)
 from moe_fixtures import KINDS, opened, plan_of, save_mixture
 from pipeline_fixtures import windows
+from shapes_fixtures import uneven_artifact
 
 from compress import exporting
 from compress.core.artifact import CompressedModel
@@ -47,9 +57,9 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_gguf_decodes_packed_blocks_to_the_same_values(kind: str) -> None:
     tensor = random_codes(6, 192, Scheme.parse(kind), seed=1)
     values = gguf.quants.dequantize(pack_blocks(tensor), ggml_type(kind))
-    if tensor.outer is not None:
-        values = values / tensor.outer.numpy()
-    assert np.allclose(values, tensor.dequantize().numpy(), rtol=1e-6, atol=0)
+    if tensor.outer is not None:  # which is no part of the blocks
+        tensor = replace(tensor, outer=torch.ones(1))
+    assert np.array_equal(values, tensor.dequantize().numpy())
 
 
 @pytest.mark.parametrize("kind", FLOAT_SCHEMES)
@@ -116,17 +126,74 @@ def test_other_types_have_no_factor(assets: Path, tmp_path: Path) -> None:
     assert same_codes(exporter.read_codes(tmp_path, LAYER), artifact.quantized(LAYER))
 
 
+DOWN = "model.layers.0.mlp.down_proj"
+
+
 @pytest.mark.parametrize(
-    ("where", "scheme"),
-    [("lm_head", "nvfp4"), ("model.layers.0.mlp.down_proj", "nvfp4")],
+    ("family", "where", "changes"),
+    [
+        ("llama", "lm_head", {}),
+        ("llama", DOWN, {"intermediate_size": 96}),
+        ("llama", DOWN, {"mlp_bias": True}),
+        ("qwen2", DOWN, {}),
+    ],
 )
-def test_nvfp4_is_for_blocks_and_runs_of_64(
-    where: str, scheme: str, assets: Path
+def test_nvfp4_is_refused_where_llamacpp_would_not_multiply(
+    family: str, where: str, changes: dict[str, Any], assets: Path
 ) -> None:
-    artifact = compressed("llama", assets=assets, also={where: scheme})
+    changes = {"intermediate_size": 128, **changes}
+    also = {where: "nvfp4"}
+    artifact = compressed(family, assets=assets, scheme=None, also=also, **changes)
     problems = GGUFExporter().check(artifact.plan, artifact.description)
     assert [problem.where for problem in problems] == [where]
-    assert "linears in blocks only, in runs of 64 columns" in problems[0].message
+    assert "applies its outer scale in attention" in problems[0].message
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "changes"),
+    [
+        ("llama", "self_attn", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen2", "self_attn", {}),
+        ("qwen3", "", {}),
+    ],
+)
+def test_llamacpp_multiplies_elsewhere(
+    family: str, part: str, changes: dict[str, Any], assets: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("llama_cpp")
+    changes = {"intermediate_size": 128, **changes}
+    dense = compressed(family, assets=assets, scheme=None, **changes)
+    also = {n: "nvfp4" for n in dense.description.linears() if part in n}
+    artifact = compressed(family, assets=assets, scheme=None, also=also, **changes)
+    exporter = GGUFExporter(GGUFOptions(embedding="f16"))
+    exporter.write(artifact, tmp_path)
+    tokens = torch.arange(48)[None]
+    logits = torch.stack(list(exporter.replay(tmp_path, tokens)))
+    assert mean_kl(torch_logits(artifact, tokens), logits) < 1e-6
+
+
+def test_blocks_of_several_widths_have_it_in_attention(
+    assets: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("llama_cpp")
+    sizes: dict[str, Any] = {"widths": (128, 64, 192), "vocab_size": ROWS}
+    model, whole = uneven_artifact(
+        assets=assets, scheme="nvfp4", bos_token_id=0, eos_token_id=0, **sizes
+    )
+    exporter = GGUFExporter(GGUFOptions(embedding="f32"))
+    refused = {p.where for p in exporter.check(whole.plan, whole.description)}
+    assert refused == {name for name in whole.plan.layers if ".mlp." in name}
+    layers = {n: x for n, x in whole.plan.layers.items() if n not in refused}
+    artifact = replace(whole, plan=Plan("tiny", layers))
+    exporter.write(artifact, tmp_path)
+    tokens = torch.arange(48)[None]
+    with torch.no_grad():
+        for name in refused:
+            weight = whole.source.read(f"{name}.weight")
+            model.get_submodule(name).weight.copy_(weight)
+        expected = model(tokens).logits
+    logits = torch.stack(list(exporter.replay(tmp_path, tokens)))
+    assert mean_kl(expected, logits) < 1e-6
 
 
 @pytest.mark.parametrize("mixture", KINDS)
