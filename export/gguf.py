@@ -36,7 +36,7 @@ from compress.export.gguf_blocks import (
 from compress.export.gguf_data import tensor_data, with_rows
 from compress.export.gguf_experts import expert_stacks, mixture_problems
 from compress.export.gguf_files import file_stem, only_file, write_beside
-from compress.export.gguf_float_blocks import outer_of, scale_name
+from compress.export.gguf_float_blocks import outer_of
 from compress.export.gguf_layout import (
     Layout,
     Placement,
@@ -195,10 +195,7 @@ class GGUFExporter(Exporter):
                 raise ExportError(f"{file.path}: {layer} is {kind}, which has no codes")
             rows = file.tensors[target].shape[-2]
             first = max(expert, 0) * rows
-            outer = None
-            if kind == "nvfp4":
-                factors = file.read_values(scale_name(target))
-                outer = outer_of(float(factors.reshape(-1)[max(expert, 0)]))
+            outer = outer_of(file.factor(target, max(expert, 0)))
             data = file.read(target, start=first, count=rows)
             packed = unpack_blocks(data, kind, outer)
         except (CheckpointError, ValueError, KeyError) as error:

@@ -66,7 +66,7 @@ def unpack(data: Bytes, kind: str, outer: Tensor | None = None) -> QuantizedTens
     Args:
         data: uint8 ``[R, row_bytes]``.
         kind: ``mxfp4`` or ``nvfp4``.
-        outer: Outer scale float32 ``[1]`` of an ``nvfp4`` matrix; one if left out.
+        outer: Outer scale float32 ``[1]``, of ``nvfp4`` only; one if left out.
     """
     scheme, group = FLOAT_SCHEMES[kind], _group(kind)
     rows, scales = data.shape[0], _COLUMNS[kind] // group
@@ -74,9 +74,10 @@ def unpack(data: Bytes, kind: str, outer: Tensor | None = None) -> QuantizedTens
     nibbles = blocks[:, scales:].reshape(len(blocks), scales, group // 2)
     codes = torch.cat([nibbles & 0x0F, nibbles >> 4], dim=-1).view(rows, -1)
     scale = blocks[:, :scales].reshape(rows, -1)
-    if kind == "nvfp4":
-        scale = scale.view(torch.float8_e4m3fn)
-        outer = torch.ones(1) if outer is None else outer
+    if kind == "mxfp4":
+        return QuantizedTensor(codes, scale, None, scheme)
+    scale = scale.view(torch.float8_e4m3fn)
+    outer = torch.ones(1) if outer is None else outer
     return QuantizedTensor(codes, scale, None, scheme, outer=outer)
 
 
@@ -109,9 +110,9 @@ def scale_bytes(matrices: Sequence[QuantizedTensor]) -> Bytes:
     return factors.view(torch.uint8).view(1, -1).numpy()
 
 
-def outer_of(factor: float) -> Tensor:
+def outer_of(factor: np.float32) -> Tensor:
     """Return the outer scale float32 ``[1]`` of a factor in a file."""
-    return 1 / torch.tensor([factor], dtype=torch.float32)
+    return 1 / torch.tensor([float(factor)], dtype=torch.float32)
 
 
 def _group(kind: str) -> int:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from compress.core.errors import CheckpointError
 from compress.export.gguf_blocks import Bytes
+from compress.export.gguf_float_blocks import scale_name
 
 Floats = npt.NDArray[np.float32]
 
@@ -122,6 +123,17 @@ class GGUFFile:
         """Return the bytes of rows of a tensor as uint8 ``[count, row_bytes]``."""
         rows = math.prod(self.tensors[name].shape[:-1])
         return self._bytes(name, start, rows - start if count is None else count)
+
+    def factor(self, name: str, expert: int = 0) -> np.float32:
+        """Return what the runtime multiplies products of a matrix by; 1 but for NVFP4.
+
+        Args:
+            name: GGUF name of the matrix.
+            expert: Place in a stack.
+        """
+        if self.tensors[name].type != "nvfp4" or scale_name(name) not in self.tensors:
+            return np.float32(1)
+        return np.float32(self.read_values(scale_name(name)).reshape(-1)[expert])
 
     def read_values(
         self, name: str, *, start: int = 0, count: int | None = None

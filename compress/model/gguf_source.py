@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,22 +90,16 @@ class GGUFSource(TensorSource):
         rows = tensor.view(-1, shape[-1])
         step = max(1, _CHUNK_ELEMENTS // shape[-1])
         first = (place.expert or 0) * len(rows)
-        factor = self._factor(place)
+        factor = self._file.factor(place.target, place.expert or 0)
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
             values = self._file.read_values(
                 place.target, start=first + start, count=len(part)
             )
-            part.copy_(torch.from_numpy(values * factor))
+            if factor != 1:
+                values = values * factor
+            part.copy_(torch.from_numpy(values))
         return from_gguf_rows(tensor, place.heads)
-
-    def _factor(self, place: _Place) -> np.float32:
-        """Return what the runtime multiplies products by, as in ``nvfp4`` files."""
-        name = scale_name(place.target)
-        if name not in self._file.tensors:
-            return np.float32(1)
-        factors = self._file.read_values(name).reshape(-1)
-        return np.float32(factors[place.expert or 0])
 
     def _shape(self, place: _Place) -> tuple[int, ...]:
         shape = self._file.tensors[place.target].shape
@@ -144,7 +137,8 @@ def _places(file: GGUFFile) -> dict[str, _Place]:
                 f"{file.architecture} file; fetch or convert it again"
             )
     targets = {place.target for place in places.values()}
-    strange = set(file.tensors) - targets - {scale_name(name) for name in targets}
+    factors = {scale_name(n) for n in targets if file.tensors[n].type == "nvfp4"}
+    strange = set(file.tensors) - targets - factors
     strange.discard(ROPE_TENSOR)
     if strange:
         raise CheckpointError(

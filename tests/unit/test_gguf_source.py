@@ -174,6 +174,16 @@ def test_a_strange_tensor_is_named(assets: Path, tmp_path: Path) -> None:
         GGUFSource(other)
 
 
+def test_a_factor_of_another_type_is_strange(assets: Path, tmp_path: Path) -> None:
+    path, _ = dense_file("llama", assets, tmp_path)
+    tensors = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
+    other = tmp_path / "other.gguf"
+    factor = {"blk.0.attn_q.scale": np.ones(1, np.float32)}
+    write_raw(other, "llama", tensors | factor)
+    with pytest.raises(CheckpointError, match=r"such as blk\.0\.attn_q\.scale"):
+        GGUFSource(other)
+
+
 def test_truncated_file_is_refused(assets: Path, tmp_path: Path) -> None:
     path, _ = dense_file("llama", assets, tmp_path)
     data = path.read_bytes()
