@@ -125,8 +125,8 @@ def test_one_pass_gives_what_many_give(
         # Sums in another order tip a weight between two codes now and then, and what
         # follows in its row with it.
         assert float((found.codes != other.codes).float().mean()) < 0.02, name
-        like = torch.isclose(found.scale, other.scale, rtol=0.06)
-        assert float(like.float().mean()) > 0.98, name
+        # A group whose ends are alike may have either sign, with its codes mirrored.
+        assert torch.allclose(found.scale.abs(), other.scale.abs(), rtol=0.06), name
 
 
 def test_the_dense_model_runs_beside_only_where_drift_is_corrected(
