@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -205,6 +207,7 @@ def describe(model: nn.Module, tokenizer: Any) -> ModelDescription:
     assets = None
     if tokenizer is not None:
         assets = Path(tempfile.mkdtemp(prefix="compress-tokenizer-"))
+        atexit.register(shutil.rmtree, assets, ignore_errors=True)
         tokenizer.save_pretrained(assets)
     return ModelDescription(
         label=_label(str(data.get("_name_or_path") or data["model_type"])),

@@ -32,6 +32,11 @@ class RecoverOptions(TrainingOptions):
                 "generated: text is written by one process, which needs the whole "
                 "model; with shard, give 0, and more samples instead"
             )
+        if self.shard and self.teacher == "cache":
+            raise ValueError(
+                "teacher: cache keeps what one process has computed, and with shard "
+                "all compute together; give recompute"
+            )
         return self
 
 

@@ -106,6 +106,12 @@ class TrainingOptions(Section):
         description="Compile the blocks of both models (torch.compile): takes a C "
         "compiler and some seconds for each width; then steps on a GPU are faster.",
     )
+    teacher: Literal["recompute", "cache"] = Field(
+        default="recompute",
+        description="cache keeps the original model's last hidden states of every "
+        "window once they were computed, for runs that see windows often: on the GPU "
+        "if they take at most a quarter of its memory, else in host memory.",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="Arithmetic, as in calibration; what is trained is float32 always.",

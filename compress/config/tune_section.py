@@ -20,12 +20,6 @@ class TuneOptions(TrainingOptions):
     stage = "tuning"
     section = "tune"
 
-    teacher: Literal["recompute", "cache"] = Field(
-        default="recompute",
-        description="cache keeps the original model's last hidden states of every "
-        "window in host memory, once they were computed: for runs that see windows "
-        "often.",
-    )
     norms: bool = Field(default=True, description="Train the weights of norms as well.")
     embeddings: bool = Field(
         default=False,

@@ -4,8 +4,8 @@ A student that sees a small text many times learns it by heart. The teacher's ow
 samples are free, never repeat, and lie where its predictions have their mass; a text's
 truth is not needed, since the loss is the distance to the teacher.
 
-Windows begin with 1, 2, 4 ... 32 tokens from somewhere in the given text, and go on by
-sampling at temperature 1.
+Windows begin with 1, 2, 4 ... tokens from somewhere in the given text, at most half a
+window of them, and go on by sampling at temperature 1.
 
 Source: Liu et al. (2023), LLM-QAT, arXiv 2305.17888, who begin with a random word;
 prompts of several lengths are ours.
@@ -30,7 +30,6 @@ from compress.recovery.models import WholeModel
 from compress.recovery.text import RecoveryText
 from compress.workdir import write_atomically
 
-_PROMPTS = (1, 2, 4, 8, 16, 32)
 # Keys and values of one batch bound how many windows are written at once: a share of
 # what the weights leave of a GPU, where a step takes as long for many windows as for
 # few. The logits of a token of each need room as well.
@@ -61,17 +60,20 @@ def generate_windows(
     """
     ends = math.inf if seconds is None else time.monotonic() + seconds
     generator = torch.Generator(model.device).manual_seed(seed)
-    prompts, lengths = _prompts(text, count, torch.Generator().manual_seed(seed))
-    size = _batch(model, text.shape[1])
+    # Batches of one size, since kernels are planned for each; what is over is dropped.
+    batches = math.ceil(count / _batch(model, text.shape[1]))
+    size = math.ceil(count / batches)
+    draw = torch.Generator().manual_seed(seed)
+    prompts, lengths = _prompts(text, batches * size, draw)
     parts = zip(torch.split(prompts, size), torch.split(lengths, size), strict=True)
     made = []
     for given, own in progress_bar(
-        parts, total=-(-count // size), desc="teacher's text", leave=False
+        parts, total=batches, desc="teacher's text", leave=False
     ):
         made.append(_continue(model, given, own, text.shape[1], generator).cpu())
         if time.monotonic() >= ends:
             break
-    return torch.cat(made)
+    return torch.cat(made)[:count]
 
 
 def stored_windows(
@@ -157,12 +159,13 @@ def _prompts(
     first = text[:, 0]
     begins = len(text) > 1 and bool((first == first[0]).all())
     low = int(begins)
-    longest = min(_PROMPTS[-1], text.shape[1] - 1 - low)
+    choices = [1 << power for power in range((text.shape[1] // 2).bit_length())]
+    longest = min(choices[-1], text.shape[1] - 1 - low)
     rows = torch.randint(len(text), (count, 1), generator=generator)
     last = text.shape[1] - longest
     offsets = torch.randint(low, last + 1, (count, 1), generator=generator)
     prompts = text[rows, offsets + torch.arange(longest)]
-    lengths = torch.tensor(_PROMPTS).repeat(-(-count // len(_PROMPTS)))[:count]
+    lengths = torch.tensor(choices).repeat(-(-count // len(choices)))[:count]
     if begins:
         prompts = torch.cat([first[:1].expand(count, 1), prompts], dim=1)
     return prompts, lengths.clamp(max=longest) + low

@@ -18,6 +18,7 @@ from compress.model.skeleton import build_skeleton
 from compress.model.sources import check_finite
 from compress.recovery.compiled import compile_blocks_
 from compress.recovery.losses import Head
+from compress.recovery.masks import attend_without_masks_
 from compress.recovery.sharding import Shards
 
 
@@ -48,6 +49,7 @@ class WholeModel:
         self.device = torch.device(device)
         self.dtype = dtype
         self.module: nn.Module = build_skeleton(self.description.config)
+        attend_without_masks_(self.module)
         family = self.description.family
         self.blocks: Any = self.module.get_submodule(family.blocks)
         self.body: Any = self.module.get_submodule(family.blocks.rpartition(".")[0])

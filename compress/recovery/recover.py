@@ -39,6 +39,7 @@ from compress.recovery.trained import FullWeights, Trained
 from compress.workdir import WorkDir
 
 _CHECKPOINT = "training.safetensors"
+_NO_RESULT = {"checkpoint_minutes", "teacher"}  # options that do not decide it
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,10 @@ def _train(
     if options.compile:
         teacher.compile_blocks()
         trained.model.compile_blocks()
+    keep = (len(train), train.shape[1]) if options.teacher == "cache" else None
     training = Training(
         AdamLearner(trained, options),
-        Teacher(teacher),
+        Teacher(teacher, keep=keep, section=options.section),
         train=train,
         held_out=job.text.held_out,
         options=options,
@@ -234,7 +236,9 @@ def _write(job: _Job, trained: Trained, source: Path | None, folder: Path) -> No
 
 def _fingerprint(job: _Job, members: Team) -> Mapping[str, str]:
     """Return a digest of each thing that decides the result, by name."""
-    options = job.options.model_dump(mode="json", exclude={"checkpoint_minutes"})
+    options = job.options.model_dump(
+        mode="json", exclude={"checkpoint_minutes", "teacher"}
+    )
     importances = None if job.importances is None else list(job.importances)
     return {
         "options": digest_of([type(job.options).__name__, options]),

@@ -1,7 +1,8 @@
 """What the original model makes of windows: computed each time, or kept.
 
 Kept are the states that its head reads, which are exact and small: ``T C`` numbers a
-window, against ``T V`` logits. They are computed when a window is first trained on.
+window, against ``T V`` logits. They are computed when a window is first trained on, and
+stay on the device where it has room for them, else in host memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from compress.core.errors import ConfigError
 from compress.recovery.losses import Head
 from compress.recovery.models import WholeModel
 
-_SHARE = 0.5  # of the machine's memory that kept states may take
+# Of the memory there is, what kept states may take: training needs the rest of a GPU.
+_DEVICE_SHARE = 0.25
+_HOST_SHARE = 0.5
 
 
 class Teacher:
@@ -23,15 +26,16 @@ class Teacher:
 
     Args:
         model: The original.
-        keep: Shape ``[N, T]`` of the training windows whose states are kept in host
-            memory; ``None`` computes them each time.
+        keep: Shape ``[N, T]`` of the training windows whose states are kept; ``None``
+            computes them each time.
+        section: Of the config, for messages.
 
     Raises:
-        ConfigError: They would take more than half of the memory.
+        ConfigError: They would take more than half of the host's memory.
     """
 
     def __init__(
-        self, model: WholeModel, *, keep: tuple[int, int] | None = None
+        self, model: WholeModel, *, keep: tuple[int, int] | None, section: str
     ) -> None:
         self._model = model
         self._kept: Tensor | None = None
@@ -39,15 +43,14 @@ class Teacher:
             return
         width = int(model.description.config["hidden_size"])
         needed = keep[0] * keep[1] * width * model.dtype.itemsize
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > _SHARE * there:
-            raise ConfigError(
-                f"tune.options.teacher: cache: states of {keep[0]} windows take "
-                f"{needed / 1e9:.1f} GB of {there / 1e9:.0f} GB; set teacher: "
-                "recompute, or lower samples and generated"
+        on_gpu = model.device.type == "cuda"
+        if on_gpu and needed <= _DEVICE_SHARE * _memory_of(model.device):
+            self._kept = torch.empty(
+                *keep, width, dtype=model.dtype, device=model.device
             )
-        pins = model.device.type == "cuda"
-        self._kept = torch.empty(*keep, width, dtype=model.dtype, pin_memory=pins)
+        else:
+            _check_host(needed, keep[0], section)
+            self._kept = torch.empty(*keep, width, dtype=model.dtype, pin_memory=on_gpu)
         self._known = torch.zeros(keep[0], dtype=torch.bool)
 
     @property
@@ -67,7 +70,13 @@ class Teacher:
         kept = self._kept
         if kept is None or rows is None:
             return self._model.states(ids)
-        if bool(self._known[rows].all()):
+        if kept.device == ids.device:
+            places = rows.to(ids.device, non_blocking=True)
+            if self._knows(rows):
+                return kept[places]
+            states = kept[places] = self._model.states(ids)
+            return states
+        if self._knows(rows):
             # Row by row: copies of pinned memory that wait for earlier ones only.
             found = torch.empty(
                 len(rows), *kept.shape[1:], dtype=kept.dtype, device=ids.device
@@ -78,5 +87,24 @@ class Teacher:
         states = self._model.states(ids)
         for place, row in enumerate(rows.tolist()):
             kept[row].copy_(states[place], non_blocking=True)
-        self._known[rows] = True
         return states
+
+    def _knows(self, rows: Tensor) -> bool:
+        """Whether all of them are kept; from now on they are."""
+        known = bool(self._known[rows].all())
+        self._known[rows] = True
+        return known
+
+
+def _memory_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def _check_host(needed: int, windows: int, section: str) -> None:
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > _HOST_SHARE * there:
+        raise ConfigError(
+            f"{section}.options.teacher: cache: states of {windows} windows take "
+            f"{needed / 1e9:.1f} GB of {there / 1e9:.0f} GB; set teacher: recompute, "
+            "or lower samples and generated"
+        )

@@ -148,7 +148,7 @@ class _Job:
             state=self.state,
         )
         keep = (len(train), train.shape[1]) if options.teacher == "cache" else None
-        teacher = Teacher(original, keep=keep)
+        teacher = Teacher(original, keep=keep, section=options.section)
         model = WholeModel(self.student, device=self.device, dtype=dtype, team=split)
         if options.gradient_checkpointing:
             model.checkpoint_blocks()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from pipeline_fixtures import (
@@ -12,6 +14,7 @@ from pipeline_fixtures import (
 )
 
 import compress
+from compress.api import describe
 
 
 @pytest.mark.parametrize(
@@ -91,3 +94,23 @@ def test_gptq_in_memory_needs_tokens(ground: Ground) -> None:
     model.config._name_or_path = ""  # its tokenizer would be taken from there
     with pytest.raises(CalibrationError, match="pass calibration="):
         compress.quantize(model, "int4-g32")
+
+
+def test_a_process_leaves_no_tokenizer_behind(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(ground.model)
+    tokenizer = AutoTokenizer.from_pretrained(ground.model)
+    (ground.folder / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(ground.folder / "temporary"))
+    at_exit: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        "atexit.register", lambda do, *given, **more: at_exit.append((do, given, more))
+    )
+    description = describe(model, tokenizer)
+    assert description.assets is not None and any(description.assets.iterdir())
+    for do, given, more in at_exit:
+        do(*given, **more)
+    assert not any((ground.folder / "temporary").iterdir())

@@ -202,6 +202,16 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, other, rtol=1e-5, atol=1e-6)
 
 
+def test_kept_states_of_the_teacher_change_nothing(tmp_path: Path) -> None:
+    # 200 windows, 40 a step: the last three of eight steps see known ones.
+    given: dict[str, Any] = {"batch": 40, "steps": 8, "train": "full"}
+    trained(tmp_path, "plain", **given)
+    trained(tmp_path, "kept", teacher="cache", **given)
+    for name, tensor in weights(tmp_path / "plain").items():
+        other = weights(tmp_path / "kept")[name]
+        torch.testing.assert_close(tensor, other, rtol=1e-5, atol=1e-6)
+
+
 def test_compiled_passes_train_the_same(tmp_path: Path) -> None:
     given: dict[str, Any] = {"train": "full", "steps": 4, "embeddings": True}
     plain = trained(tmp_path, "plain", **given)

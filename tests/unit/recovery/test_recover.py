@@ -187,6 +187,10 @@ def test_a_config_names_method_and_options() -> None:
             {"options": {"compile": True, "shard": True}},
             "compile does not go with shard",
         ),
+        (
+            {"options": {"teacher": "cache", "shard": True}},
+            "with shard all compute together",
+        ),
         ({"method": "soft_prompt", "options": {"rank": 8}}, "recover.options.rank"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,24 @@ def test_a_seed_decides_what_is_written_and_a_file_keeps_it(tmp_path: Path) -> N
     kept = stored_windows(model, text, count=8, seed=0, file=file)
     again = stored_windows(model, text, count=8, seed=9, file=file)
     assert torch.equal(kept, first) and torch.equal(again, first)
+
+
+def test_prompts_are_half_a_window_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    go_on = generate._continue
+
+    def watched(*given: Any) -> torch.Tensor:
+        found.append(given[2])
+        return go_on(*given)
+
+    monkeypatch.setattr(generate, "_continue", watched)
+    # Batches are of one size; what is over is dropped.
+    monkeypatch.setattr(generate, "_batch", lambda *_: 3)
+    made = generate_windows(teacher(tmp_path), text_of().train, count=7, seed=0)
+    assert (len(made), [len(lengths) for lengths in found]) == (7, [3, 3, 3])
+    assert torch.cat(found).tolist() == [1, 2, 4, 8, 1, 2, 4, 8, 1]
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "qwen3"])
