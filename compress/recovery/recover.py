@@ -236,9 +236,7 @@ def _write(job: _Job, trained: Trained, source: Path | None, folder: Path) -> No
 
 def _fingerprint(job: _Job, members: Team) -> Mapping[str, str]:
     """Return a digest of each thing that decides the result, by name."""
-    options = job.options.model_dump(
-        mode="json", exclude={"checkpoint_minutes", "teacher"}
-    )
+    options = job.options.model_dump(mode="json", exclude=_NO_RESULT)
     importances = None if job.importances is None else list(job.importances)
     return {
         "options": digest_of([type(job.options).__name__, options]),
