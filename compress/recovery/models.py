@@ -18,7 +18,7 @@ from compress.model.skeleton import build_skeleton
 from compress.model.sources import check_finite
 from compress.recovery.compiled import compile_blocks_
 from compress.recovery.losses import Head
-from compress.recovery.masks import attend_without_masks_
+from compress.recovery.masks import without_masks
 from compress.recovery.sharding import Shards
 
 
@@ -49,7 +49,6 @@ class WholeModel:
         self.device = torch.device(device)
         self.dtype = dtype
         self.module: nn.Module = build_skeleton(self.description.config)
-        attend_without_masks_(self.module)
         family = self.description.family
         self.blocks: Any = self.module.get_submodule(family.blocks)
         self.body: Any = self.module.get_submodule(family.blocks.rpartition(".")[0])
@@ -137,7 +136,7 @@ class WholeModel:
 
     def states(self, ids: Tensor) -> Tensor:
         """Return the head's input ``[B, T, C]`` for ids int64 ``[B, T]``."""
-        with self.arithmetic():
+        with self.arithmetic(), without_masks(self.module):
             output = self.body(input_ids=ids, use_cache=False)
         states: Tensor = output.last_hidden_state
         return states
@@ -149,7 +148,7 @@ class WholeModel:
             prompt: ``[n, C]``, in the place of what the embedding layer yields.
             ids: int64 ``[B, T]``.
         """
-        with self.arithmetic():
+        with self.arithmetic(), without_masks(self.module):
             texts = self.embedding(ids)
             first = prompt.to(texts.dtype).expand(len(ids), -1, -1)
             inputs = torch.cat([first, texts], dim=1)

@@ -40,6 +40,9 @@ def test_masks_are_made_where_they_say_something(
         return look(*given, **more)
 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", counted)
-    found = WholeModel(opened(folder), device="cpu", dtype=torch.float32).states(ids)
+    model = WholeModel(opened(folder), device="cpu", dtype=torch.float32)
+    found = model.states(ids)
     assert (looks[0] == 0) is freely
+    # Whatever else runs the model, with a cache of its own, gets the masks it needs.
+    assert model.module.config._attn_implementation == "sdpa"
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
