@@ -13,27 +13,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
-_NAME = "compress_causal"
 _USUAL = "sdpa"
 
 
 @contextmanager
 def without_masks(model: Any) -> Iterator[None]:
     """Let a model of transformers make no masks for a while, if it needs none."""
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     if model.config._attn_implementation != _USUAL or not _sees_all(model.config):
         yield
         return
-    AttentionInterface.register(_NAME, sdpa_attention_forward)
-    model.set_attn_implementation(_NAME)
+    model.set_attn_implementation(_registered())
     try:
         yield
     finally:
         model.set_attn_implementation(_USUAL)
+
+
+@cache
+def _registered() -> str:
+    """Return the name of an implementation that transformers has no masks of."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    name = "compress_causal"
+    AttentionInterface.register(name, sdpa_attention_forward)
+    return name
 
 
 def _sees_all(config: Any) -> bool:

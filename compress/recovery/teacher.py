@@ -70,14 +70,8 @@ class Teacher:
         kept = self._kept
         if kept is None or rows is None:
             return self._model.states(ids)
-        if kept.device == ids.device:
-            places = rows.to(ids.device, non_blocking=True)
-            if self._knows(rows):
-                return kept[places]
-            states = kept[places] = self._model.states(ids)
-            return states
-        if self._knows(rows):
-            # Row by row: copies of pinned memory that wait for earlier ones only.
+        # Row by row: copies of pinned memory that wait for earlier ones only.
+        if bool(self._known[rows].all()):
             found = torch.empty(
                 len(rows), *kept.shape[1:], dtype=kept.dtype, device=ids.device
             )
@@ -87,13 +81,8 @@ class Teacher:
         states = self._model.states(ids)
         for place, row in enumerate(rows.tolist()):
             kept[row].copy_(states[place], non_blocking=True)
-        return states
-
-    def _knows(self, rows: Tensor) -> bool:
-        """Whether all of them are kept; from now on they are."""
-        known = bool(self._known[rows].all())
         self._known[rows] = True
-        return known
+        return states
 
 
 def _memory_of(device: torch.device) -> int:
