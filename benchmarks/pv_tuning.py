@@ -72,17 +72,20 @@ class Row:
         regime: Of tuning, or ``calibrated`` for none.
         seed: Of calibration text, tuning text and order.
         minutes: Of tuning; 0 for none.
+        settings: Further options of tuning, ``key=value,...``.
     """
 
     scheme: str
     regime: str
     seed: int
     minutes: float
+    settings: str = ""
 
     @property
     def name(self) -> str:
         """What ``--only`` searches."""
-        return f"{self.scheme} {self.regime} {self.minutes:g}min seed{self.seed}"
+        known = f"{self.scheme} {self.regime} {self.minutes:g}min seed{self.seed}"
+        return f"{known} {self.settings}".rstrip()
 
 
 def main() -> None:
@@ -131,8 +134,10 @@ def parsed() -> argparse.Namespace:
 def rows_of(scheme: str, seed: int, options: Any) -> Iterator[Row]:
     """Yield the rows that start from one set of codes."""
     yield Row(scheme, CALIBRATED, seed, 0.0)
+    given = json.loads(options.set)
+    settings = ",".join(f"{key}={json.dumps(given[key])}" for key in sorted(given))
     for regime in (*REGIMES, *([EDKM] if SCHEMES[scheme] == "kmeans" else [])):
-        yield Row(scheme, regime, seed, options.minutes)
+        yield Row(scheme, regime, seed, options.minutes, settings)
 
 
 def _wanted(row: Row, options: Any) -> bool:
@@ -190,7 +195,9 @@ class Job:
         torch.manual_seed(self.seed)
         run = Run(config)
         report = run.execute(overwrite=False).report
-        codes = {name: run.codes(name) for name in layers_of(run.plan, run.model)}
+        settings = tuning_options("p", self.seed, self.options)
+        names = layers_of(run.plan, run.model, settings)
+        codes = {name: run.codes(name) for name in names}
         for row in rows:
             if place_of(row, self.options).exists():
                 continue
@@ -297,6 +304,14 @@ def stored_bits(report: Mapping[str, Any]) -> float:
     return sum(b * n for b, n in zip(bits, weights, strict=True)) / sum(weights)
 
 
+def tokens_of(record: Mapping[str, Any]) -> float | None:
+    """Return how many tokens, in millions, the text of a tuning has."""
+    if "windows" not in record:
+        return None
+    windows = sum(record["windows"].values())
+    return round(windows * record["options"]["sequence_length"] / 1e6, 1)
+
+
 def device_name(device: str) -> str:
     """Return what a row was measured on, in words."""
     return torch.cuda.get_device_name() if device.startswith("cuda") else hardware()
@@ -309,7 +324,8 @@ def write_table(options: Any) -> Path:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in sorted(kept, key=lambda row: row["seed"]):
         key = list(SCHEMES).index(row["scheme"]), order.index(row["regime"])
-        groups.setdefault((*key, row["minutes"]), []).append(row)
+        key += row["minutes"], row.setdefault("settings", "")
+        groups.setdefault(key, []).append(row)
     lines = [line_of(groups[key]) for key in sorted(groups)]
     first = kept[0]["texts"]
     figures: dict[str, Any] = {
@@ -343,6 +359,8 @@ def line_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "tuning": first["regime"],
         "minutes": first["minutes"] or None,
         "steps": "/".join(str(row["record"].get("steps", "")) for row in rows),
+        "M tokens": tokens_of(first["record"]),
+        "options": first["settings"] or None,
     }
     for text in TEXTS:
         line[f"KL {text}"] = mean(row["texts"][text]["kl"] for row in rows)

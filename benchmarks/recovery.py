@@ -65,7 +65,11 @@ def main() -> None:
         print(json.dumps(records[variant], indent=1), flush=True)
         if method == "distill":
             figures[variant] = target
-    rows = measured(arguments, teacher, figures)
+    rows = [
+        row
+        for count in arguments.windows
+        for row in measured(arguments, teacher, figures, count)
+    ]
     for row in rows:
         print(row)
     facts = ("steps", "seconds", "tokens", "kl_before", "kl_after", "best_step")
@@ -91,7 +95,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--variant", action="append", required=True)
     parser.add_argument("--data", default="mix", help="or a list of sources, JSON")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--work", type=Path, default=Path("runs/benchmarks/recovery"))
     parser.add_argument("--name", default="recovery")
@@ -123,14 +127,19 @@ def without_a_fifth(model: Path, target: Path) -> Path:
 
 
 def measured(
-    arguments: argparse.Namespace, teacher: ModelHandle, folders: Mapping[str, Path]
+    arguments: argparse.Namespace,
+    teacher: ModelHandle,
+    folders: Mapping[str, Path],
+    count: int,
 ) -> list[dict[str, Any]]:
-    """Return a row for each model: perplexity, its rise, and KL, on each text."""
+    """Return a row for each model: perplexity, its rise, and KL, on windows of each
+    text.
+    """
     texts = prepare_texts(
         TEXTS,
         teacher.tokenizer(),
         protocol="windows",
-        count=arguments.windows,
+        count=count,
         length=arguments.length,
     )
 
@@ -145,7 +154,7 @@ def measured(
     )
     rows: list[dict[str, Any]] = []
     for name, figures in {"original": base, **others}.items():
-        row: dict[str, Any] = {"model": name}
+        row: dict[str, Any] = {"model": name, "windows": count}
         for text in TEXTS:
             own = figures[text]
             row[f"{text} perplexity"] = round(own["perplexity"], 3)

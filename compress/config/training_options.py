@@ -110,7 +110,7 @@ class TrainingOptions(Section):
         default="recompute",
         description="cache keeps the original model's last hidden states of every "
         "window once they were computed, for runs that see windows often: on the GPU "
-        "if they take at most a quarter of its memory, else in host memory.",
+        "if they take at most two fifths of its memory, else in host memory.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",

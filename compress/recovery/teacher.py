@@ -17,7 +17,7 @@ from compress.recovery.losses import Head
 from compress.recovery.models import WholeModel
 
 # Of the memory there is, what kept states may take: training needs the rest of a GPU.
-_DEVICE_SHARE = 0.25
+_DEVICE_SHARE = 0.4
 _HOST_SHARE = 0.5
 
 

@@ -76,12 +76,12 @@ def _length(values: Tensor) -> Tensor:
 
 
 def selected(wishes: Tensor, share: float, *, ordered: bool) -> Tensor | None:
-    """Return the units that want to move most, the first of them most.
+    """Return the units that want to move most.
 
     Args:
         wishes: float32 ``[B, U]``, how far each unit wants to move.
         share: Of the units of a matrix, rounded up.
-        ordered: Whether an order is needed even if all are selected.
+        ordered: The first is to be the one that wants most, even if all are selected.
 
     Returns:
         int64 ``[B, n]``; ``None`` for all, in their own order.
@@ -89,7 +89,7 @@ def selected(wishes: Tensor, share: float, *, ordered: bool) -> Tensor | None:
     count = math.ceil(share * wishes.shape[1])
     if count == wishes.shape[1] and not ordered:
         return None
-    return wishes.topk(count, dim=1).indices
+    return wishes.topk(count, dim=1, sorted=ordered).indices
 
 
 def trusted(change: Tensor, limit: Tensor) -> Tensor:
