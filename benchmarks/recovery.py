@@ -132,9 +132,7 @@ def measured(
     folders: Mapping[str, Path],
     count: int,
 ) -> list[dict[str, Any]]:
-    """Return a row for each model: perplexity, its rise, and KL, on windows of each
-    text.
-    """
+    """Return a row for each model, on so many windows of each text."""
     texts = prepare_texts(
         TEXTS,
         teacher.tokenizer(),

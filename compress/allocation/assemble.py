@@ -27,7 +27,9 @@ from compress.model.states import BlockCall
 from compress.model.streaming import StreamedModel
 
 _TOKENS_A_CALL = 4096
-_POSITIONS_AT_ONCE = 512
+# Of a distribution: as many as a processor's cache holds, or as keep a GPU busy.
+_NUMBERS_AT_ONCE = {"cpu": 1 << 20}
+_NUMBERS_AT_ONCE_ELSEWHERE = 1 << 25
 # Log-probabilities beyond this are kept as float16, which moves KL by less than 1e-4.
 _EXACT_BYTES = 1 << 30
 _SHARE_OF_MEMORY = 0.4  # that weights may take, and that levels may take of the rest
@@ -211,10 +213,10 @@ class Assembly:
         predicted = self._predict(len(range(count)[self._own(count)]))
         for dense, logp in zip(self._dense, predicted, strict=False):
             kl = logp.new_zeros((), dtype=torch.float64)
+            room = _NUMBERS_AT_ONCE.get(logp.device.type, _NUMBERS_AT_ONCE_ELSEWHERE)
+            most = max(1, room // logp.shape[1])
             for p, q in zip(
-                torch.split(dense, _POSITIONS_AT_ONCE),
-                torch.split(logp, _POSITIONS_AT_ONCE),
-                strict=True,
+                torch.split(dense, most), torch.split(logp, most), strict=True
             ):
                 p = p.float()
                 kl += (p.exp() * (p - q)).sum(dtype=torch.float64)

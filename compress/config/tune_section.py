@@ -12,6 +12,7 @@ from compress.config.training_options import TrainingOptions
 
 _SHORT_MINUTES = 60.0
 _SHORT_STEPS = 2000
+_BITS = 2.0  # of a weight's codes, that rates are given for
 
 
 class TuneOptions(TrainingOptions):
@@ -62,8 +63,9 @@ class PVOptions(TuneOptions):
         default=None,
         ge=0,
         description="Relative change that codes are asked for in a step, at its "
-        "highest; null takes 1e-2 in a short run and 3e-3 in a longer one, and ten "
-        "times as much where wishes do not add up (linearized, subspace).",
+        "highest; null takes 1e-2 in a short run and 3e-3 in a longer one for codes of "
+        "two bits a weight, half as much for each bit more, and ten times as much "
+        "where wishes do not add up (linearized, subspace).",
     )
     max_code_change: float | None = Field(
         default=None,
@@ -128,12 +130,17 @@ class PVOptions(TuneOptions):
         """Whether what units want is added up from step to step."""
         return self.regime in ("pv", "ste")
 
-    @property
-    def code_rate(self) -> float:
-        """Learning rate of codes."""
+    def code_rate(self, bits: float) -> float:
+        """Return the learning rate of codes.
+
+        Levels lie half as far from each other with each bit, and so far do steps go.
+
+        Args:
+            bits: Of the codes of a weight.
+        """
         if self.code_learning_rate is not None:
             return self.code_learning_rate
-        rate = 1e-2 if self.is_short else 3e-3
+        rate = (1e-2 if self.is_short else 3e-3) * 2 ** (_BITS - bits)
         return rate if self.keeps_wishes else 10 * rate
 
     @property

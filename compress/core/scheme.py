@@ -210,6 +210,13 @@ class Scheme:
         """Largest code."""
         return self.lowest + (1 << self.bits) - 1
 
+    @property
+    def code_bits(self) -> float:
+        """Bits of the codes of a weight, without scales and tables."""
+        if self.codebook is None:
+            return self.bits
+        return self.bits * self.codebook.count / self.codebook.vector
+
     def with_scales(self, dtype: str) -> Scheme:
         """Return the same scheme with float scales stored as ``dtype``.
 
@@ -327,7 +334,7 @@ class Scheme:
     def _table_bits(
         self, codebook: Codebook, columns: int, rows: int | None, free: int
     ) -> float:
-        total = self.bits * codebook.count / codebook.vector
+        total = self.code_bits
         total += free / columns if codebook.scaled else 0.0
         if rows is None:
             return total

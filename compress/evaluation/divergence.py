@@ -27,8 +27,9 @@ from compress.evaluation.perplexity import TokenWindows
 
 _QUANTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p999": 0.999}
 _HISTOGRAM_EDGES = tuple(10.0 ** (e / 2) for e in range(-14, 5))
-# Positions whose two distributions are held at once: bounds memory to a few [n, V].
-_POSITIONS_AT_ONCE = 256
+# Numbers of a distribution that are held at once: what a processor's cache holds of a
+# few [n, V], since memory that is taken anew for each costs more than the arithmetic.
+_NUMBERS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def compare_many(
 
 
 def _finite(logits: Tensor, who: str) -> None:
-    if not bool(torch.isfinite(logits).all()):
+    ends = torch.stack(torch.aminmax(logits))  # NaN passes through
+    if not bool(torch.isfinite(ends).all()):
         raise CompressError(f"the {who} model yields NaN or infinite logits")
 
 
@@ -124,8 +126,9 @@ def _window(
     nll: list[Tensor] = []
     parts: list[list[tuple[Tensor, ...]]] = [[] for _ in qs]
     targets = ids[first + 1 :]
-    for start in range(first, len(ids) - 1, _POSITIONS_AT_ONCE):
-        stop = min(start + _POSITIONS_AT_ONCE, len(ids) - 1)
+    most = max(1, _NUMBERS_AT_ONCE // p.shape[1])
+    for start in range(first, len(ids) - 1, most):
+        stop = min(start + most, len(ids) - 1)
         true = targets[start - first : stop - first, None]
         logp = torch.log_softmax(p[start:stop].float(), -1)
         lp = logp.gather(1, true)[:, 0].double()
@@ -134,7 +137,8 @@ def _window(
             mass, top_p = logp.exp(), logp.argmax(-1)
         for part, q in zip(parts, qs, strict=True):
             logq = torch.log_softmax(q[start:stop].float(), -1)
-            kl = (mass * (logp - logq)).sum(-1, dtype=torch.float64).clamp(min=0)
+            terms = torch.sub(logp, logq).mul_(mass)
+            kl = terms.sum(-1, dtype=torch.float64).clamp(min=0)
             top_q = logq.argmax(-1)
             hit_p, hit_q = top_p == true[:, 0], top_q == true[:, 0]
             lq = logq.gather(1, true)[:, 0].double()

@@ -87,7 +87,8 @@ class PVTuner(TunedModel):
         for index, stack in enumerate(self.stacks):
             before = self.train_numbers(index, rate, finite, team=team)
             if self._options.changes_codes:
-                asked = finite * (rate * self._options.code_rate)
+                own = self._options.code_rate(stack.codes.scheme.code_bits)
+                asked = finite * (rate * own)
                 gradient = usable(stack.gradient, finite)
                 self._choose_codes(
                     index,

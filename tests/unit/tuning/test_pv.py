@@ -12,12 +12,15 @@ from streaming_fixtures import model_of
 from torch import Tensor
 from tuning_fixtures import coded_student, options_of
 
+from compress.config.tune_section import PVOptions
+from compress.core.scheme import Scheme
 from compress.distributed.team import Team
 from compress.model.loading import ModelHandle
 from compress.recovery.models import WholeModel
 from compress.tuning.pv import PVTuner
 
 SCHEMES = ("int2-g32", "int3-g32-asym", "palette2", "aqlm-2x4g4", "pq-4x4")
+BITS = {"int2-g64": 2, "aqlm-2x8g8": 2, "int3-g64": 3, "palette3": 3, "q6_k": 6}
 
 
 @cache
@@ -253,3 +256,30 @@ def test_matrices_of_one_shape_are_a_stack() -> None:
     shapes = [stack.codes.shape for stack in tuned.stacks]
     assert len({shape[1:] for shape in shapes}) == len(shapes)
     assert sum(shape[0] for shape in shapes) == 7 * 3
+
+
+def test_codes_go_half_as_far_with_each_bit_unless_told() -> None:
+    short, long = PVOptions(minutes=10), PVOptions(minutes=100)
+    bits = [Scheme.parse(name).code_bits for name in BITS]
+    assert bits == list(BITS.values())
+    rates = [short.code_rate(each) for each in bits]
+    assert rates == pytest.approx([1e-2, 1e-2, 5e-3, 5e-3, 1e-2 / 16])
+    assert long.code_rate(2) == pytest.approx(3e-3)
+    linear = PVOptions(minutes=10, regime="linearized")
+    assert linear.code_rate(3) == pytest.approx(5e-2)
+    assert PVOptions(code_learning_rate=0.02).code_rate(6) == 0.02
+
+
+def test_a_step_takes_the_rate_of_its_scheme() -> None:
+    lengths = []
+    for scheme in ("int2-g32", "int3-g32"):
+        tuned = tuner(scheme, learning_rate=1e-9)
+        before = [wish.clone() for wish in tuned._wanted]
+        steps(tuned, 1)
+        lengths.append(
+            [
+                float((now - old).norm() / old.norm())
+                for now, old in zip(tuned._wanted, before, strict=True)
+            ]
+        )
+    assert lengths[0] == pytest.approx([2 * each for each in lengths[1]], rel=0.05)
