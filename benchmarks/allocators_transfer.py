@@ -91,11 +91,12 @@ def train_here(key: Key, evaluations: int) -> Key:
     bits, features, seed = key
     ramp = registry.get_allocator("ramp")
     settings = case.settings
-    options = ramp.Options(
-        **allocators.options_of("ramp", evaluations),
-        features=features,
-        save_policy=folder_of(settings.work, settings.model.name, key, evaluations),
+    given = dict(allocators.options_of("ramp", evaluations))
+    given["features"] = features
+    given["save_policy"] = folder_of(
+        settings.work, settings.model.name, key, evaluations
     )
+    options = ramp.Options.model_validate(given)
     ramp(options).allocate(case.problem(bits, seed))
     return key
 

@@ -3,6 +3,8 @@
     python benchmarks/pv_peers.py --tokens mix.npy
     python benchmarks/peers/autoround_quantize.py MODEL mix.npy \
         PEERS/autoround-int3 --bits 3
+    python benchmarks/peers/gptqmodel_quantize.py MODEL mix.npy \
+        PEERS/gptqmodel-int3 --bits 3
     python benchmarks/peers/hqq_reference.py MODEL PEERS/hqq-int3 --bits 3
     python benchmarks/pv_peers.py PEERS [--device cuda]
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +78,7 @@ def measure(base: ModelHandle, options: Any) -> None:
     for folder in folders:
         about = json.loads((folder / "peer.json").read_text("utf-8"))
         row = {"model": folder.name, "tool": about["tool"]}
+        row["tokens"] = math.prod(about.get("tokens", [0]))
         for kind, key in (("KL", "kl"), ("perplexity", "perplexity")):
             row |= {f"{kind} {t}": figures[folder.name][t][key] for t in TEXTS}
         row |= {"seconds": about["seconds"], "on": device_name(options.device)}
