@@ -39,7 +39,7 @@ _PASSES_OF_BATCHES = 2.4  # of a block like that of Llama 2, run again to each i
 _PASSES_TO_RUN = 6  # a model's weights read and decoded for one sweep
 # Passes over the states of a block beside its products: norms, rotation, attention.
 _PASSES_OF_BLOCK = 25
-_PASSES_OF_LOGITS = 12
+_PASSES_OF_LOGITS = 9
 # Products of a layer [R, C] in units of R C^2: lazy updates 1, losses of each row
 # before and after 4, the relative error for the report 4; the correction for drift 6.
 _LAYER_PRODUCTS, _DRIFT_PRODUCTS = 9, 6
