@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from reference_kl import TEXTS
@@ -30,7 +30,7 @@ from transformers.initialization import no_init_weights
 from compress.evaluation.texts import evaluation_text
 
 Scores = dict[str, dict[str, dict[str, float]]]
-Source = Path | torch.nn.Module | Mapping[str, Tensor]
+Source: TypeAlias = Path | torch.nn.Module | Mapping[str, Tensor]
 
 # Tokens of one forward pass, and positions whose logits are held at once.
 _TOKENS = {"cpu": 4096, "cuda": 32768}
