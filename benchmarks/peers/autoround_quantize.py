@@ -13,28 +13,19 @@ has torch and transformers.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from importlib.metadata import version
-from pathlib import Path
 
 import numpy
 import torch
 from auto_round import AutoRound
+from calibrated import command_line, write_about
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
     """Quantize, and save the dense result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("tokens", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--bits", type=int, required=True)
-    parser.add_argument("--group-size", type=int, default=64)
+    parser = command_line(__doc__)
     parser.add_argument("--iters", type=int, default=200)
-    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     tokens = torch.from_numpy(numpy.load(arguments.tokens))
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -62,15 +53,13 @@ def main() -> None:
     seconds = time.monotonic() - began
     quantized.float().save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
-    about = {
-        "tool": f"auto-round {version('auto-round')}",
-        "bits": arguments.bits,
-        "group_size": arguments.group_size,
-        "iters": arguments.iters,
-        "tokens": list(tokens.shape),
-        "seconds": round(seconds, 1),
-    }
-    (arguments.out / "peer.json").write_text(json.dumps(about, indent=2), "utf-8")
+    write_about(
+        arguments,
+        "auto-round",
+        tokens=tokens.shape,
+        seconds=seconds,
+        iters=arguments.iters,
+    )
 
 
 if __name__ == "__main__":

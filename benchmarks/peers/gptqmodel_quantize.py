@@ -14,15 +14,12 @@ protobuf pillow`` on top of an environment that has torch and transformers.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
-from importlib.metadata import version
-from pathlib import Path
 
 import numpy
 import torch
+from calibrated import command_line, write_about
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,14 +28,7 @@ BATCH = 4
 
 def main() -> None:
     """Quantize, read what was packed, and save it dense."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("tokens", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--bits", type=int, required=True)
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__).parse_args()
     tokens = numpy.load(arguments.tokens)
     rows = [{"input_ids": r.tolist(), "attention_mask": [1] * len(r)} for r in tokens]
     config = QuantizeConfig(
@@ -60,15 +50,13 @@ def main() -> None:
             dense.get_submodule(name).weight.copy_(weight)
     dense.save_pretrained(arguments.out)
     AutoTokenizer.from_pretrained(arguments.model).save_pretrained(arguments.out)
-    about = {
-        "tool": f"gptqmodel {version('gptqmodel')}",
-        "bits": arguments.bits,
-        "group_size": arguments.group_size,
-        "layers": len(weights),
-        "tokens": list(tokens.shape),
-        "seconds": round(seconds, 1),
-    }
-    (arguments.out / "peer.json").write_text(json.dumps(about, indent=2), "utf-8")
+    write_about(
+        arguments,
+        "gptqmodel",
+        tokens=tokens.shape,
+        seconds=seconds,
+        layers=len(weights),
+    )
 
 
 def dense_weights(packed: str, device: str) -> dict[str, torch.Tensor]:
