@@ -21,15 +21,13 @@ from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.plan import LayerPlan
 from compress.core.tensors import QuantizedTensor
 from compress.distributed.team import Team
+from compress.model.devices import numbers_at_once
 from compress.model.resident import ResidentModel
 from compress.model.sources import check_finite
 from compress.model.states import BlockCall
 from compress.model.streaming import StreamedModel
 
 _TOKENS_A_CALL = 4096
-# Of a distribution: as many as a processor's cache holds, or as keep a GPU busy.
-_NUMBERS_AT_ONCE = {"cpu": 1 << 20}
-_NUMBERS_AT_ONCE_ELSEWHERE = 1 << 25
 # Log-probabilities beyond this are kept as float16, which moves KL by less than 1e-4.
 _EXACT_BYTES = 1 << 30
 _SHARE_OF_MEMORY = 0.4  # that weights may take, and that levels may take of the rest
@@ -213,8 +211,7 @@ class Assembly:
         predicted = self._predict(len(range(count)[self._own(count)]))
         for dense, logp in zip(self._dense, predicted, strict=False):
             kl = logp.new_zeros((), dtype=torch.float64)
-            room = _NUMBERS_AT_ONCE.get(logp.device.type, _NUMBERS_AT_ONCE_ELSEWHERE)
-            most = max(1, room // logp.shape[1])
+            most = max(1, numbers_at_once(logp.device.type) // logp.shape[1])
             for p, q in zip(
                 torch.split(dense, most), torch.split(logp, most), strict=True
             ):

@@ -24,12 +24,10 @@ from torch import Tensor
 
 from compress.core.errors import CompressError
 from compress.evaluation.perplexity import TokenWindows
+from compress.model.devices import numbers_at_once
 
 _QUANTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p999": 0.999}
 _HISTOGRAM_EDGES = tuple(10.0 ** (e / 2) for e in range(-14, 5))
-# Numbers of a distribution that are held at once: what a processor's cache holds of a
-# few [n, V], since memory that is taken anew for each costs more than the arithmetic.
-_NUMBERS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,8 @@ def compare_many(
 
     Args:
         windows: The text.
-        base: float32 logits ``[T, V]`` for each window.
-        candidates: The same of each candidate, by name.
+        base: float32 logits ``[T, V]`` for each window; scored where they are.
+        candidates: The same of each candidate, by name; a window of each is held.
 
     Returns:
         Scores of the base, and of each candidate.
@@ -113,7 +111,8 @@ def _window(
 ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
     """Return the base's NLL on one window, and the columns of each candidate.
 
-    What is the base's own is computed once, however many candidates there are.
+    What is the base's own is computed once, however many candidates there are. All of
+    it happens where the base's logits are; scores come to the CPU.
     """
     _finite(p, "base")
     for q in qs:
@@ -125,8 +124,8 @@ def _window(
         _finite(q, "compressed")
     nll: list[Tensor] = []
     parts: list[list[tuple[Tensor, ...]]] = [[] for _ in qs]
-    targets = ids[first + 1 :]
-    most = max(1, _NUMBERS_AT_ONCE // p.shape[1])
+    targets = ids[first + 1 :].to(p.device)
+    most = max(1, numbers_at_once(p.device.type) // p.shape[1])
     for start in range(first, len(ids) - 1, most):
         stop = min(start + most, len(ids) - 1)
         true = targets[start - first : stop - first, None]
@@ -136,7 +135,7 @@ def _window(
         if qs:
             mass, top_p = logp.exp(), logp.argmax(-1)
         for part, q in zip(parts, qs, strict=True):
-            logq = torch.log_softmax(q[start:stop].float(), -1)
+            logq = torch.log_softmax(q[start:stop].to(p.device).float(), -1)
             terms = torch.sub(logp, logq).mul_(mass)
             kl = terms.sum(-1, dtype=torch.float64).clamp(min=0)
             top_q = logq.argmax(-1)
@@ -144,8 +143,9 @@ def _window(
             lq = logq.gather(1, true)[:, 0].double()
             columns = (-lq, kl, top_p == top_q, hit_p != hit_q, lq.exp() - lp.exp())
             part.append(tuple(column.double() for column in columns))
-    return torch.cat(nll), [
-        tuple(torch.cat(column) for column in zip(*part, strict=True)) for part in parts
+    return torch.cat(nll).cpu(), [
+        tuple(torch.cat(column).cpu() for column in zip(*part, strict=True))
+        for part in parts
     ]
 
 

@@ -36,6 +36,19 @@ def choose_dtype(wanted: str, stored: str, device: str) -> torch.dtype:
     return torch.bfloat16 if halves else torch.float32
 
 
+def numbers_at_once(device: str) -> int:
+    """Return how many numbers of distributions ``[n, V]`` one pass should go over.
+
+    On a CPU as many as its cache holds of a few such tensors, since memory that is
+    taken anew for each costs more than the arithmetic; elsewhere as many as keep it
+    busy.
+
+    Args:
+        device: Its type.
+    """
+    return 1 << 20 if device == "cpu" else 1 << 25
+
+
 def _multiplies_bfloat16(device: str) -> bool:
     """Whether a device has fast bfloat16 products; on a CPU, whether it has AMX.
 

@@ -349,14 +349,15 @@ class StreamedModel:
     def logits(self, windows: Tensor, *, name: str = "model") -> Iterator[Tensor]:
         """Yield float32 logits ``[T, V]`` of each token window of int64 ``[N, T]``.
 
-        Blocks are read once for all windows; ``name`` labels the progress bar.
+        Blocks are read once for all windows; ``name`` labels the progress bar. Logits
+        stay on the device.
         """
         activations = self.embed(windows)
         indices = range(self.description.block_count)
         for index in progress_bar(indices, desc=name, unit="block", leave=False):
             with self.block(index):
                 activations.hidden = self.run_block(index, activations)
-        with self.head() as head:
+        with self.head(on_device=True) as head:
             for hidden in activations.hidden:
                 yield head(hidden[self._first :])
 

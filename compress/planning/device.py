@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from compress.core.plan import LayerPlan
+from compress.model.devices import numbers_at_once
 from compress.model.states import HELD_BYTES, batch_tokens
 from compress.planning import memory
 from compress.planning.shapes import (
@@ -124,10 +125,11 @@ def _calibrated(shapes: Shapes, work: Work, width: int) -> int:
 
 
 def _evaluated(shapes: Shapes, length: int) -> int:
-    """A block in float32 with one layer decoded, or two heads and logits."""
+    """A block in float32 with one layer decoded, or two heads, logits and scores."""
     layers = [layer for stack in shapes.inside for layer in stack]
     largest = max(map(weights_of, layers), default=0)
     inside = 4096 * (3 * shapes.hidden + 3 * shapes.inner)
     heads = 2 * shapes.vocabulary * shapes.hidden
     logits = 2 * length * shapes.vocabulary
+    logits += memory.COMPARED * min(numbers_at_once("cuda"), logits // 2)
     return _FLOAT * max(shapes.block + largest + inside, heads + logits)

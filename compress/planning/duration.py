@@ -171,14 +171,14 @@ def sweep(shapes: Shapes, tokens: int, speeds: Speeds) -> float:
 
 
 def _scored(shapes: Shapes, tokens: int, speeds: Speeds) -> float:
-    """All blocks and the head on some tokens, and what the host does with the logits.
+    """All blocks and the head on some tokens, and passes over the logits.
 
-    Weights are read and decoded on the host, too.
+    Weights are read and decoded on the host.
     """
     head = 2 * tokens * shapes.vocabulary * shapes.hidden / speeds.blocks
-    passes = _PASSES_OF_LOGITS * tokens * shapes.vocabulary
-    passes += _PASSES_TO_RUN * shapes.parameters
-    return sweep(shapes, tokens, speeds) + head + passes * speeds.host_pass
+    scoring = _PASSES_OF_LOGITS * tokens * shapes.vocabulary * speeds.device_pass
+    reading = _PASSES_TO_RUN * shapes.parameters * speeds.host_pass
+    return sweep(shapes, tokens, speeds) + head + scoring + reading
 
 
 def _solvers(shapes: Shapes, *, drift: bool) -> float:

@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 
 from compress.core.plan import LayerPlan
+from compress.model.devices import numbers_at_once
 from compress.planning.shapes import (
     Shapes,
     Work,
@@ -34,8 +35,8 @@ _FLOAT = 4
 _EVALUATION_STATES_BYTES = 1 << 29
 # Verification compares on 4 windows of 256 tokens (exporting.py).
 _VERIFY = (4, 256)
-# Distributions are compared 256 positions at a time, with five such tensors.
-_COMPARED_AT_ONCE = 5 * 256
+# Tensors [n, V] that comparing distributions holds (evaluation/divergence.py).
+COMPARED = 5
 # Matrices [C, C] and [R, C] while GPTQ factors: H, drift, H shrunk, its factor, that
 # turned, a unit matrix and the inverse; the layers stacked, and the target.
 _FACTORING = (7, 2)
@@ -182,7 +183,8 @@ def compared(shapes: Shapes, windows: tuple[int, int]) -> int:
     block = _FLOAT * (shapes.block + 2 * largest)  # a layer is decoded
     head = shapes.vocabulary * shapes.hidden
     heads = (2 * _FLOAT + shapes.stored_bytes) * head  # the second is being read
-    logits = _FLOAT * shapes.vocabulary * (2 * length + _COMPARED_AT_ONCE)
+    logits = 2 * _FLOAT * length * shapes.vocabulary
+    logits += COMPARED * _FLOAT * numbers_at_once("cpu")
     return states + max(block, heads, 2 * _FLOAT * head + logits)
 
 

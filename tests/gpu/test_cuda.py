@@ -6,7 +6,11 @@ from pipeline_fixtures import config_of, save_checkpoint, write_text
 from safetensors.torch import load_file
 
 import compress
+from compress.evaluation.divergence import compare
+from compress.evaluation.perplexity import TokenWindows
 from compress.model import states
+from compress.model.loading import open_model
+from compress.model.streaming import StreamedModel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,3 +75,30 @@ def test_states_in_host_memory_and_small_batches_change_nothing(folder, monkeypa
     assert all(torch.equal(first[name], again[name]) for name in first)
     errors = [sum(row["error"] for row in r["layers"]) for r in (held, streamed)]
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+def test_scores_are_made_on_the_device_and_are_those_of_the_cpu(folder):
+    handle = open_model(str(folder / "model"), cache=folder / "cache")
+    text = TokenWindows("test", torch.arange(96).reshape(3, 32) % 50, 4)
+    found = []
+    for device in ("cpu", "cuda"):
+        base = StreamedModel(handle.description, handle.source, device=device)
+        other = base.with_source(handle.source, rounding=coarse(handle))
+        assert next(iter(base.logits(text.ids))).device.type == device
+        streams = base.logits(text.ids), other.logits(text.ids)
+        found.append(compare(text, *streams))
+    for name in ("nll", "kl", "same_top", "flipped", "dp"):
+        cpu, cuda = (getattr(scores[1], name) for scores in found)
+        assert cuda.device.type == "cpu"
+        assert torch.allclose(cpu, cuda, atol=1e-4), name
+    assert float(found[0][1].kl.mean()) > 1e-4
+    mixed, _ = compare(
+        text, base.logits(text.ids), map(torch.Tensor.cpu, base.logits(text.ids))
+    )
+    assert torch.equal(mixed.nll, found[1][0].nll)
+
+
+def coarse(handle):
+    """Rounding of the inputs of all linears, that changes what a model says."""
+    names = [n.removesuffix(".weight") for n in handle.source.tensors() if "_proj" in n]
+    return {name: lambda x: (x * 4).round() / 4 for name in names}
