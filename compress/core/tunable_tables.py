@@ -68,6 +68,14 @@ class TableCodes(TunableCodes):
             return self._all_or(units) % (self.shape[2] // self.vector)
         return self._rows(units) // self.scheme.rows_of_scale(self.shape[1])
 
+    def _is_in_runs(self, units: Tensor | None) -> bool:
+        """Whether units lie run by run, equally many of each."""
+        runs = self._parameters["tables"].shape[1]
+        book = self.scheme.codebook
+        is_positional = book is not None and book.positional
+        is_even = units is None and self.shape[1] % runs == 0
+        return runs == 1 or (is_even and not is_positional)
+
     def _all_or(self, units: Tensor | None) -> Tensor:
         if units is None:
             return torch.arange(self.units, device=self.device).unsqueeze(0)
@@ -105,6 +113,9 @@ class TableCodes(TunableCodes):
         if scale is not None:
             wanted = wanted / torch.where(scale == 0, torch.ones_like(scale), scale)
         tables = self._stored("tables").detach()
+        if self._count == self.vector == 1 and self._is_in_runs(units):
+            found = _nearest_numbers(tables, wanted.squeeze(-1))
+            return to_stored(found.unsqueeze(-1), self.scheme.bits)
         runs = self._runs(units).expand(wanted.shape[:2])
         search = _Search(tables, beam, tuple(order)[: self._count])
         codes = from_stored(self.chosen(units))
@@ -197,6 +208,23 @@ class _Search:
         number = torch.arange(len(own), device=own.device).unsqueeze(1)
         products = rest @ own[number, runs].transpose(2, 3)
         return products - norms[number, runs].unsqueeze(2)
+
+
+def _nearest_numbers(tables: Tensor, wanted: Tensor) -> Tensor:
+    """Return the places of the numbers nearest to units that lie run by run.
+
+    Args:
+        tables: float32 ``[B, T, 1, K, 1]``.
+        wanted: float32 ``[B, n]``, ``n / T`` neighbouring ones for each run.
+
+    Returns:
+        int64 ``[B, n]``.
+    """
+    numbers, order = tables[:, :, 0, :, 0].sort(2)  # [B, T, K]
+    between = (numbers[..., 1:] + numbers[..., :-1]) / 2
+    parts = wanted.reshape(*between.shape[:2], -1)
+    places = torch.searchsorted(between.contiguous(), parts.contiguous())
+    return order.gather(2, places).view(wanted.shape)
 
 
 def _first(tables: Tensor, runs: Tensor) -> Tensor:

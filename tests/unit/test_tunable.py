@@ -88,7 +88,17 @@ def test_codes_of_a_grid_are_the_nearest(name: str) -> None:
     torch.testing.assert_close((found - target).abs(), least, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["palette3", "palette-2x6", "aqlm-1x9g8", "pq-4x5"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "palette3",
+        "palette3-r8",
+        "palette2-tensor",
+        "palette-2x6",
+        "aqlm-1x9g8",
+        "pq-4x5",
+    ],
+)
 def test_a_code_of_one_table_is_the_nearest(name: str) -> None:
     codes = tunable(matrices(name))
     target = wanted(codes)
@@ -127,7 +137,9 @@ def test_a_full_beam_finds_the_best_sum_of_two() -> None:
     torch.testing.assert_close(error(16, (0, 1)), best, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["int3-g32-asym", "q4_k", "palette3", "aqlm-2x4g8"])
+@pytest.mark.parametrize(
+    "name", ["int3-g32-asym", "q4_k", "palette3", "palette3-r8", "aqlm-2x4g8"]
+)
 def test_some_units_are_treated_as_among_all(name: str) -> None:
     codes = tunable(matrices(name))
     target, tables = wanted(codes), range(codes.codes.shape[2])
