@@ -72,7 +72,8 @@ def compare_many(
     Args:
         windows: The text.
         base: float32 logits ``[T, V]`` for each window; scored where they are.
-        candidates: The same of each candidate, by name; a window of each is held.
+        candidates: The same of each candidate, by name; a window of each is held, on
+            the host if there are several.
 
     Returns:
         Scores of the base, and of each candidate.
@@ -84,7 +85,9 @@ def compare_many(
     rows: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in candidates}
     streams: Iterable[tuple[Tensor, ...]] = [()] * len(windows.ids)
     if candidates:
-        streams = zip(*candidates.values(), strict=True)
+        given = candidates.values()
+        waiting = given if len(given) == 1 else [map(Tensor.cpu, q) for q in given]
+        streams = zip(*waiting, strict=True)
     for ids, p, qs in zip(windows.ids, base, streams, strict=True):
         nll, columns = _window(p, qs, ids, windows.first)
         base_nll.append(nll)
