@@ -192,8 +192,7 @@ class _Search:
 
     def _nearest_number(self, wanted: Tensor, runs: Tensor) -> Tensor:
         """Return the places ``[B, n]`` of the numbers nearest to ``[B, n]``."""
-        numbers, order = self._tables[:, :, 0, :, 0].sort(2)  # [B, T, K]
-        between = (numbers[..., 1:] + numbers[..., :-1]) / 2
+        between, order = _midpoints(self._tables)
         number = torch.arange(len(order), device=order.device).unsqueeze(1)
         place = (wanted.unsqueeze(-1) > between[number, runs]).sum(-1)
         return order[number, runs, place]
@@ -210,6 +209,19 @@ class _Search:
         return products - norms[number, runs].unsqueeze(2)
 
 
+def _midpoints(tables: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where the nearest number changes, and the places of numbers in order.
+
+    Args:
+        tables: float32 ``[B, T, 1, K, 1]``.
+
+    Returns:
+        float32 ``[B, T, K - 1]``, rising, and int64 ``[B, T, K]``.
+    """
+    numbers, order = tables[:, :, 0, :, 0].sort(2)
+    return (numbers[..., 1:] + numbers[..., :-1]) / 2, order
+
+
 def _nearest_numbers(tables: Tensor, wanted: Tensor) -> Tensor:
     """Return the places of the numbers nearest to units that lie run by run.
 
@@ -220,10 +232,9 @@ def _nearest_numbers(tables: Tensor, wanted: Tensor) -> Tensor:
     Returns:
         int64 ``[B, n]``.
     """
-    numbers, order = tables[:, :, 0, :, 0].sort(2)  # [B, T, K]
-    between = (numbers[..., 1:] + numbers[..., :-1]) / 2
-    parts = wanted.reshape(*between.shape[:2], -1)
-    places = torch.searchsorted(between.contiguous(), parts.contiguous())
+    between, order = _midpoints(tables)
+    parts = wanted.reshape(*between.shape[:2], -1).contiguous()
+    places = torch.searchsorted(between, parts)
     return order.gather(2, places).view(wanted.shape)
 
 
