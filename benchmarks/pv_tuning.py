@@ -358,6 +358,7 @@ def line_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "bits": round(first["bits"], 3),
         "tuning": first["regime"],
         "minutes": first["minutes"] or None,
+        "batch": first["record"].get("options", {}).get("batch"),
         "steps": "/".join(str(row["record"].get("steps", "")) for row in rows),
         "M tokens": tokens_of(first["record"]),
         "options": first["settings"] or None,
