@@ -139,26 +139,30 @@ def layer(rows: int) -> tuple[Tensor, Tensor]:
     return weights, torch.randn(1, rows * rows, generator=generator)
 
 
-def learner(rows: int, reference: Path) -> None:
+def learner(source: str, references: Path) -> None:
     """Be one of the learners; the first prints what it kept."""
     dist.init_process_group("gloo")
-    weights, wanted = layer(rows)
-    kept, seconds, gradient = measure(weights, wanted, "shared", dist.group.WORLD)
-    expected = torch.load(reference, mmap=True, weights_only=True)
-    off = float((gradient - expected).norm() / expected.norm())
+    kept, seconds, off, size = 0, 0.0, 0.0, 0.0
+    for number, (weights, wanted) in enumerate(cases(source)):
+        own, took, gradient = measure(weights, wanted, "shared", dist.group.WORLD)
+        file = references / f"{number}.pt"
+        expected = torch.load(file, mmap=True, weights_only=True)
+        kept, seconds = kept + own, seconds + took
+        off += float((gradient - expected).square().sum())
+        size += float(expected.square().sum())
     if dist.get_rank() == 0:
-        print(json.dumps([kept, seconds, off]))
+        print(json.dumps([kept, seconds, off, size]))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def learners(rows: int, reference: Path) -> tuple[int, float, float]:
-    """Return bytes, seconds and gradient difference of the first of the learners."""
+def learners(source: str, references: Path) -> list[float]:
+    """Return what the first of the learners kept, its seconds and gradient error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     team = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, __file__, "-", f"--rows={rows}", f"--learn={reference}"]
+    command = [sys.executable, __file__, source, f"--learn={references}"]
     processes = [
         subprocess.Popen(
             command,
@@ -171,65 +175,58 @@ def learners(rows: int, reference: Path) -> tuple[int, float, float]:
     outputs = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
         raise SystemExit("a learner failed; its error is above")
-    kept, seconds, off = json.loads(outputs[0].splitlines()[-1])
-    return kept, seconds, off
-
-
-def ladder(rows: int, folder: Path) -> list[dict[str, object]]:
-    """Return a row for each way, for one square layer."""
-    weights, wanted = layer(rows)
-    exact = measure(weights.double(), wanted.double(), "distinct")[2]
-    reference = folder / "gradient.pt"
-    found, least = [], 0
-    for way, name in WAYS.items():
-        if way == "shared":
-            kept, seconds, off = learners(rows, reference)
-        else:
-            kept, seconds, gradient = measure(weights, wanted, way)
-            if way == "plain":
-                torch.save(gradient, reference)
-                least = kept
-            expected = torch.load(reference, mmap=True, weights_only=True)
-            off = float((gradient - expected).norm() / expected.norm())
-            to_exact = float((gradient - exact).norm() / exact.norm())
-            del gradient
-        # The learners' gradient is that of the row before, which `off` shows.
-        found.append(_row(name, kept, least, seconds, off, to_exact))
-        print(found[-1], file=sys.stderr, flush=True)
+    found: list[float] = json.loads(outputs[0].splitlines()[-1])
     return found
 
 
-def model(path: Path) -> list[dict[str, object]]:
-    """All linears under a table for each 16 rows."""
-    ways = [way for way in WAYS if way != "shared"]
-    sums = {way: [0, 0.0, 0.0, 0.0, 0.0] for way in ways}
-    for weight in _linears(path):
-        generator = torch.Generator().manual_seed(0)
-        weights = weight.float().reshape(len(weight) // BLOCK, -1)
-        wanted = torch.randn(weights.shape, generator=generator)
+def ladder(source: str, references: Path) -> list[dict[str, object]]:
+    """Return a row for each way: sums over the layers of a source.
+
+    Args:
+        source: Of :func:`cases`.
+        references: An empty folder, for the gradients of plain DKM.
+    """
+    sums = {way: [0.0] * 5 for way in WAYS}
+    for number, (weights, wanted) in enumerate(cases(source)):
         exact = measure(weights.double(), wanted.double(), "distinct")[2]
         expected = None
-        for way in ways:
+        for way in WAYS:
+            if way == "shared":
+                continue
             kept, seconds, gradient = measure(weights, wanted, way)
-            expected = gradient if expected is None else expected
-            total = sums[way]
-            total[0] += kept
-            total[1] += seconds
-            total[2] += float((gradient - expected).square().sum())
-            total[3] += float(expected.square().sum())
-            total[4] += float((gradient - exact).square().sum())
-    least = int(sums["plain"][0])
+            if expected is None:
+                torch.save(gradient, references / f"{number}.pt")
+                expected = gradient
+            off = float((gradient - expected).square().sum())
+            size = float(expected.square().sum())
+            to_exact = float((gradient - exact).square().sum())
+            seen = (kept, seconds, off, size, to_exact)
+            sums[way] = [a + b for a, b in zip(sums[way], seen, strict=True)]
+    # The learners' gradient is that of the row before, which `off` shows.
+    sums["shared"] = [*learners(source, references), sums["unique"][-1]]
+    least = sums["plain"][0]
     return [
-        _row(
-            WAYS[way],
-            int(kept),
-            least,
-            seconds,
-            (off / size) ** 0.5,
-            (to_exact / size) ** 0.5,
+        _row(name, kept, least, seconds, (off / size) ** 0.5, (exact_off / size) ** 0.5)
+        for name, (kept, seconds, off, size, exact_off) in (
+            (WAYS[way], sums[way]) for way in WAYS
         )
-        for way, (kept, seconds, off, size, to_exact) in sums.items()
     ]
+
+
+def cases(source: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield weights ``[G, n]`` and the gradient that comes from the loss.
+
+    Args:
+        source: A number of rows, of one random square layer with one table; or the
+            folder of a model, for all its linears with a table for each 16 rows.
+    """
+    if source.isdigit():
+        yield layer(int(source))
+        return
+    for weight in _linears(Path(source)):
+        generator = torch.Generator().manual_seed(0)
+        weights = weight.float().reshape(len(weight) // BLOCK, -1)
+        yield weights, torch.randn(weights.shape, generator=generator)
 
 
 def _linears(path: Path) -> Iterator[Tensor]:
@@ -242,8 +239,8 @@ def _linears(path: Path) -> Iterator[Tensor]:
 
 def _row(
     name: str,
-    kept: int,
-    plain_bytes: int,
+    kept: float,
+    plain_bytes: float,
     seconds: float,
     off: float,
     to_exact: float,
@@ -259,29 +256,33 @@ def _row(
 
 
 def main() -> None:
-    """Measure both and write the result; or be a learner of the first."""
+    """Measure both and write the result; or be a learner."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model")
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--learn", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.learn:
-        learner(given.rows, given.learn)
+        learner(given.model, given.learn)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        one = ladder(given.rows, Path(folder))
+    name = Path(given.model).name
+    titles = {
+        f"one layer, {given.rows} x {given.rows}, one table": str(given.rows),
+        f"all linears of {name}, a table for each 16 rows": given.model,
+    }
+    figures = {}
+    for title, source in titles.items():
+        with tempfile.TemporaryDirectory() as folder:
+            figures[title] = ladder(source, Path(folder))
+        for row in figures[title]:
+            print(row, file=sys.stderr, flush=True)
     write_result(
         "edkm_memory",
         claim="Bytes that differentiable k-means keeps for backward (8 entries, 5 "
         "rounds, float32 arithmetic on bf16 values) with each means of eDKM on top of "
-        "the one before, and on distinct values.",
-        figures={
-            f"one layer, {given.rows} x {given.rows}, one table": one,
-            f"all linears of {given.model.name}, a table for each 16 rows": model(
-                given.model
-            ),
-        },
-        command=f"python benchmarks/edkm_memory.py {given.model.name}",
+        "the one before, and on distinct values; of learners, what one keeps.",
+        figures=figures,
+        command=f"python benchmarks/edkm_memory.py {name}",
     )
 
 

@@ -20,7 +20,7 @@ import argparse
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -312,6 +312,11 @@ def tokens_of(record: Mapping[str, Any]) -> float | None:
     return round(windows * record["options"]["sequence_length"] / 1e6, 1)
 
 
+def joined(values: Iterable[Any]) -> str | None:
+    """Return what is known of some values, or ``None`` if nothing is."""
+    return "/".join(str(value) for value in values if value is not None) or None
+
+
 def device_name(device: str) -> str:
     """Return what a row was measured on, in words."""
     return torch.cuda.get_device_name() if device.startswith("cuda") else hardware()
@@ -359,8 +364,8 @@ def line_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "tuning": first["regime"],
         "minutes": first["minutes"] or None,
         "batch": first["record"].get("options", {}).get("batch"),
-        "steps": "/".join(str(row["record"].get("steps", "")) for row in rows),
-        "M tokens": tokens_of(first["record"]),
+        "steps": joined(row["record"].get("steps") for row in rows),
+        "M tokens": joined(dict.fromkeys(tokens_of(row["record"]) for row in rows)),
         "options": first["settings"] or None,
     }
     for text in TEXTS:
