@@ -13,7 +13,7 @@ from compress.config.plugins import create_pruner
 from compress.config.prune_section import PruneSection
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.neurons import GatedMLP, NeuronStatistics
-from compress.pruning.dealing import check_budgets
+from compress.pruning.checks import check_budgets
 from compress.pruning.stage import Pruning
 from compress.pruning.target import target_of
 

@@ -83,6 +83,19 @@ class PruneSection(Section):
         description="How neurons are dealt to blocks; auto asks the method. Shape "
         "uniform has one width for all; learned holds the whole model on the device.",
     )
+    exchanges: int = Field(
+        default=0,
+        ge=0,
+        description="Rounds in which neurons that stay are exchanged for ones that "
+        "went, by the KL of the repaired model; some 20, on a GPU, with much text. "
+        "Holds the whole model on the device.",
+    )
+    generated: int = Field(
+        default=0,
+        ge=0,
+        description="Windows that the original writes, beside those of calibration, "
+        "for all that pruning measures. Holds the whole model on the device.",
+    )
     shape: Literal["uniform", "per-layer", "padded"] = Field(
         default="uniform",
         description="uniform loads anywhere; per-layer needs trust_remote_code in "

@@ -25,7 +25,7 @@ import torch
 from compress.core.contracts import Pruner
 from compress.core.neurons import GatedMLP, NeuronStatistics, loudest
 from compress.model.states import HELD_BYTES
-from compress.planning import duration, memory
+from compress.planning import duration, exchanges, memory
 from compress.planning.duration import Speeds
 from compress.planning.shapes import Shapes
 from compress.pruning import depth, gates, gradients
@@ -71,6 +71,8 @@ class PruneWork:
         share: Of all tokens that one of them sees.
         ranks: Whether the method only ranks neurons; others hold matrices.
         choice: Seconds of its choice in one MLP.
+        exchanges: Rounds.
+        generated: Windows that the original writes, which ``windows`` counts.
     """
 
     windows: tuple[int, int] | None
@@ -88,6 +90,8 @@ class PruneWork:
     share: float
     ranks: bool
     choice: float
+    exchanges: int = 0
+    generated: int = 0
 
     @classmethod
     def of(cls, pruning: Pruning, windows: tuple[int, int]) -> PruneWork:
@@ -104,6 +108,8 @@ class PruneWork:
         mlps = max(1, model.experts(0))
         inner = max(target.widths)
         keep = 1 - target.removed / sum(target.widths)
+        generated = pruning.section.generated
+        windows = windows[0] + generated, windows[1]
         return cls(
             windows=windows if pruning.needs_windows else None,
             removals=target.dropped + target.attentions,
@@ -123,6 +129,8 @@ class PruneWork:
             choice=choice_seconds(pruner, inner, int(config["hidden_size"]), keep)
             if cuts
             else 0.0,
+            exchanges=pruning.section.exchanges,
+            generated=generated,
         )
 
     @property
@@ -156,6 +164,10 @@ def prune_seconds(shapes: Shapes, work: PruneWork, speeds: Speeds) -> float:
     if work.gradients:
         total += _gradients(shapes, work, speeds)
     total += _budgets(shapes, work, speeds)
+    total += exchanges.seconds(shapes, work, speeds)
+    if work.exchanges:
+        total += _pass(shapes, work.tokens, speeds) + _moments(shapes, work, speeds)
+        total += shapes.blocks * work.choice
     if work.measures:
         passes = 1 + work.propagates * (work.neurons + (work.heads > 0))
         total += passes * _pass(shapes, work.tokens, speeds) + _moments(
@@ -193,6 +205,8 @@ def prune_bytes(
         stages.append(_gradient_bytes(shapes, work, width))
     if work.budgets == "learned":
         stages.append(_gate_bytes(shapes, work, width))
+    if work.exchanges:
+        stages.append(exchanges.held(shapes, work, width, _graph(shapes)))
     if work.measures or work.budgets in ("measured", "standardised"):
         stages.append((states, block + memory.total(_solving(shapes, work))))
     ahead = shapes.stored_bytes * shapes.block  # the next block is being read

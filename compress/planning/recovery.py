@@ -20,6 +20,7 @@ from compress.config.recover_section import (
 from compress.core.artifact import ModelDescription
 from compress.planning import duration
 from compress.planning.duration import Speeds
+from compress.planning.exchanges import GENERATED_AT_ONCE
 from compress.planning.pruning import GRAPH
 from compress.planning.shapes import Shapes
 from compress.recovery.distill import LOGITS_BYTES
@@ -34,7 +35,6 @@ _PASSES_TO_READ = 6  # a weight of either model, and of what is written
 _PASSES_TO_STEP = 12  # a trained value: gradient, clipping, AdamW
 _LOGITS_PASSES = 20  # two softmaxes, their KL and its gradient
 _LOGITS_COPIES = 6  # of a chunk's logits, at once
-_GENERATED_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _beside(work: RecoverWork, speeds: Speeds) -> float:
     if options.writing_seconds is not None:
         total += options.writing_seconds
     if written:
-        batches = -(-generated // _GENERATED_AT_ONCE)
+        batches = -(-generated // GENERATED_AT_ONCE)
         positions = batches * options.sequence_length
         total += duration.sweep(work.teacher, written, speeds)
         total += positions * work.teacher.parameters * speeds.device_pass

@@ -70,6 +70,7 @@ class Cutter:
         source: Tensors of the model without the dropped blocks.
         widths: Neurons that each block keeps.
         gradients: By path of the MLP, if they were taken.
+        chosen: The neurons that each block keeps, if that is decided.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class Cutter:
         *,
         widths: Sequence[int],
         gradients: Mapping[str, Gradients],
+        chosen: Sequence[Sequence[int]] = (),
     ) -> None:
         self._pruning, self._source = pruning, source
+        self._chosen = chosen
         self._widths, self._gradients = widths, gradients
 
     def cut(
@@ -140,7 +143,10 @@ class Cutter:
         """Return the tensors of one MLP, which neurons stay, and the error."""
         pruning, dtype = self._pruning, self._dtype(place.down)
         mlp = place.read(lambda name: self._source.read(name).to(pruning.device))
-        kept = choose(pruning.pruner, mlp, found, self._widths[place.block])
+        if self._chosen:
+            kept = torch.tensor(self._chosen[place.block], device=mlp.down.device)
+        else:
+            kept = choose(pruning.pruner, mlp, found, self._widths[place.block])
         repair = pruning.repair if found is not None else "none"
         result = repaired(mlp, found, kept, repair)
         tensors = cut_rows(place, self._source, kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,22 +16,23 @@ from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.errors import ConfigError
 from compress.core.foreign import MALFORMED
 from compress.core.neurons import GatedMLP, NeuronStatistics, loudest
-from compress.model.loading import ModelHandle
 from compress.progress import progress_bar
 from compress.pruning import budgets, gates
 from compress.pruning.budgets import narrowest
 from compress.pruning.cutting import choose
 from compress.pruning.depth import turns_of
+from compress.pruning.exchange import Exchange
 from compress.pruning.gradients import Gradients, gradients_of
 from compress.pruning.places import MLPPlace, mlp_places
 from compress.pruning.repair import repaired
 from compress.pruning.statistics import unseen, watched
-from compress.recovery.models import WholeModel
 from compress.workdir import WorkDir, write_atomically
 
 if TYPE_CHECKING:
     from compress.pruning.stage import Pruning
 
+EXCHANGED = ("neurons", "before", "after")
+"""What a report says of a round of exchanges."""
 LADDER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.25)
 GRADIENT_WINDOWS = 64
 _log = logging.getLogger(__name__)
@@ -112,6 +114,81 @@ class Dealer:
         units = budgets.least_loss([x.tolist() for x in ladders], round(total / unit))
         shares = [n * unit / width for n, width in zip(units, have, strict=True)]
         return self.dealt(shares)
+
+    def exchanged(
+        self,
+        work: WorkDir,
+        windows: Tensor,
+        gradients: Mapping[str, Gradients],
+        widths: Sequence[int],
+    ) -> list[list[int]]:
+        """Return the neurons that each block keeps after all rounds of exchanges.
+
+        Rounds that are there are not made again.
+
+        Args:
+            work: Where they are kept.
+            windows: int64 ``[N, T]`` tokens.
+            gradients: Effects, if the method asks for them.
+            widths: Neurons that each block keeps before.
+        """
+
+        def compute() -> list[list[int]]:
+            found = self._starts(windows, gradients, widths)
+            return self._exchange(work, windows, *map(list, zip(*found, strict=True)))
+
+        kept: list[list[int]] = work.stage("kept", compute)
+        return kept
+
+    def _starts(
+        self,
+        windows: Tensor,
+        gradients: Mapping[str, Gradients],
+        widths: Sequence[int],
+    ) -> list[tuple[list[int], Tensor, Tensor | None]]:
+        """Return each block's choice, protected neurons and second moments."""
+        pruning = self._pruning
+        found: list[tuple[list[int], Tensor, Tensor | None]] = []
+
+        def look(
+            place: MLPPlace, mlp: GatedMLP, statistics: NeuronStatistics, _: float
+        ) -> Tensor:
+            kept = choose(pruning.pruner, mlp, statistics, widths[place.block])
+            repairs = pruning.repair == "least_squares"
+            gram = statistics.gram.cpu() if repairs else None
+            found.append((kept.tolist(), loudest(statistics).cpu(), gram))
+            return torch.zeros(0)
+
+        self._measure(windows, gradients, look)
+        return found
+
+    def _exchange(
+        self,
+        work: WorkDir,
+        windows: Tensor,
+        kept: list[list[int]],
+        protected: list[Tensor],
+        grams: list[Tensor | None],
+    ) -> list[list[int]]:
+        pruning, rounds = self._pruning, self._pruning.section.exchanges
+        exchange = Exchange(
+            pruning.whole(self._model, self._source),
+            windows,
+            [block[0] for block in self._places],
+            grams,
+            protected=protected,
+            floors=[max(1, round(budgets.FLOOR * n)) for n in self._have],
+            rounds=rounds,
+            within=pruning.section.shape == "uniform",
+            seed=pruning.seed,
+        )
+        halvings = 0
+        for number in progress_bar(range(rounds), desc="exchanges"):
+            once = partial(exchange.round, number, kept, halvings)
+            made = work.stage(exchange_stage(number), once)
+            kept, halvings = made["kept"], made["halvings"]
+        shares = [len(own) / n for own, n in zip(kept, self._have, strict=True)]
+        return exchange.fitted(kept, self.dealt(shares))
 
     def provisional(self) -> list[int]:
         """Return widths of the size to come, before anything is measured."""
@@ -203,13 +280,8 @@ class Dealer:
 
     def _learned(self, windows: Tensor, ranks: Sequence[Tensor]) -> list[float]:
         pruning = self._pruning
-        model = WholeModel(
-            ModelHandle(self._model, self._source),
-            device=pruning.device,
-            dtype=pruning.dtype,
-        )
         return gates.learned_shares(
-            model,
+            pruning.whole(self._model, self._source),
             windows[:GRADIENT_WINDOWS],
             ranks,
             self._share,
@@ -244,36 +316,9 @@ class Dealer:
         return torch.tensor(pairs, dtype=torch.float64)
 
 
-def check_budgets(pruning: Pruning) -> None:
-    """Raise if the budgets do not go with the method or the shape.
-
-    Raises:
-        ConfigError: With what to do.
-    """
-    section = pruning.section
-    if section.shape == "uniform" and section.budgets not in ("auto", "uniform"):
-        raise ConfigError(
-            f"prune.budgets {section.budgets}: with shape: uniform all blocks have one "
-            "width; set shape: per-layer, or leave budgets out"
-        )
-    target = pruning.target
-    left = sum(target.widths) * (1 - target.dropped / len(target.widths))
-    if pruning.budgets == "learned" and target.removed >= (1 - budgets.FLOOR) * left:
-        raise ConfigError(
-            f"prune.budgets learned: {target.removed} of {left:.0f} neurons would go, "
-            "and each block keeps a quarter of its own; remove less, or take budgets: "
-            "uniform"
-        )
-    if pruning.budgets == "measured" and pruning.repair == "none":
-        raise ConfigError(
-            "prune.budgets measured: losses are measured after the repair, and there "
-            "is none; set repair: least_squares"
-        )
-    if pruning.repair == "bias" and "mlp_bias" not in pruning.model.config:
-        raise ConfigError(
-            f"prune.repair bias: {pruning.model.family.name} has no bias in its MLP; "
-            "use least_squares"
-        )
+def exchange_stage(number: int) -> str:
+    """Return the stage that holds a round of exchanges."""
+    return f"exchange-{number:04d}"
 
 
 def _save(path: Path, found: Mapping[str, Gradients]) -> None:

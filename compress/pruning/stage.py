@@ -22,12 +22,13 @@ from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.contracts import Pruner
 from compress.core.errors import CheckpointError
 from compress.core.foreign import MALFORMED
+from compress.model.loading import ModelHandle
 from compress.model.sources import in_model_order
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
 from compress.progress import progress_bar
 from compress.pruning.cutting import Cut, Cutter, Place
-from compress.pruning.dealing import Dealer
+from compress.pruning.dealing import EXCHANGED, Dealer, exchange_stage
 from compress.pruning.depth import UNITS, choose_units
 from compress.pruning.heads import (
     AttentionPlace,
@@ -40,9 +41,12 @@ from compress.pruning.shards import ShardFolder
 from compress.pruning.statistics import run_through, watched
 from compress.pruning.surgery import with_mlp_widths, without_attention, without_blocks
 from compress.pruning.target import Target
+from compress.recovery.generate import stored_windows
+from compress.recovery.models import WholeModel
 from compress.workdir import WorkDir
 
 FOLDER, WORK = "pruned", "pruning"
+_GENERATED = "generated.safetensors"
 _OF_A_BLOCK = ("error", "attention_error", "unseen")
 
 
@@ -80,6 +84,7 @@ class Pruning:
             or self.target.attentions > 0
             or (self.target.cuts_neurons and self.budgets != "uniform")
             or self.measures_blocks
+            or self.section.exchanges > 0
         )
 
     @property
@@ -137,21 +142,48 @@ class Pruning:
         """
         folder, work = ShardFolder(self.root / FOLDER), WorkDir(self.root / WORK)
         work.begin(fingerprint, overwrite=False)
+        if windows is not None and self.section.generated:
+            windows = self._with_own(windows, work)
         gone = work.stage("blocks", lambda: self._units(windows))
         model, source = without_blocks(self.model, self.source, gone["dropped"])
         model, source = without_attention(model, source, gone["attention"])
         dealer = Dealer(self, model, source)
         gradients = dealer.gradients(work, windows)
         widths = work.stage("widths", lambda: dealer.widths(windows, gradients))
+        kept: list[list[int]] = []
+        if self.section.exchanges:
+            assert windows is not None
+            kept = dealer.exchanged(work, windows, gradients, widths)
+            widths = [len(block) for block in kept]
         described = self._described(model, widths)
         if not folder.complete:
-            cutter = Cutter(self, source, widths=widths, gradients=gradients)
+            cutter = Cutter(
+                self, source, widths=widths, gradients=gradients, chosen=kept
+            )
             _Walk(self, model, source, cutter, (folder, work)).run(windows)
         record = self._record(gone, widths, work)
         if not folder.complete:
             about = {key: record[key] for key in ("method", "dropped", "checksum")}
             folder.finish(described, source, {"compress_pruning": about})
         return record
+
+    def whole(self, model: ModelDescription, source: TensorSource) -> WholeModel:
+        """Return a model in memory, where this pruning runs."""
+        handle = ModelHandle(model, source)
+        return WholeModel(handle, device=self.device, dtype=self.dtype)
+
+    def _with_own(self, windows: Tensor, work: WorkDir) -> Tensor:
+        """Return the windows and those that the original writes, shuffled."""
+        written = stored_windows(
+            lambda: self.whole(self.model, self.source),
+            windows,
+            count=self.section.generated,
+            seed=self.seed,
+            file=work.root / _GENERATED,
+        )
+        both = torch.cat([windows, written])
+        order = torch.Generator().manual_seed(self.seed)
+        return both[torch.randperm(len(both), generator=order)]
 
     def streamed(self, model: ModelDescription, source: TensorSource) -> StreamedModel:
         """Return a model that runs where this pruning does."""
@@ -210,6 +242,8 @@ class Pruning:
             "shape": self.section.shape,
             "round_to": self.target.unit,
             "propagate": self.section.propagate,
+            "exchanges": self._rounds(work),
+            "generated": self.section.generated,
             "depth_by": self.depth_by,
             "dropped": sorted(dropped),
             "attention_removed": sorted(gone["attention"]),
@@ -223,6 +257,13 @@ class Pruning:
                 for old, width, block in zip(left, widths, blocks, strict=True)
             ],
         }
+
+    def _rounds(self, work: WorkDir) -> list[dict[str, Any]]:
+        """Return what each round of exchanges did."""
+        rounds = [
+            work.finished(exchange_stage(i)) for i in range(self.section.exchanges)
+        ]
+        return [{key: made[key] for key in EXCHANGED} for made in rounds]
 
 
 class _Walk:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def generate_windows(
 
 
 def stored_windows(
-    model: WholeModel,
+    model: Callable[[], WholeModel],
     text: Tensor,
     *,
     count: int,
@@ -87,13 +88,14 @@ def stored_windows(
 ) -> Tensor:
     """Return :func:`generate_windows`, from a file if it was made before.
 
+    ``model`` returns the one that writes, and is not called for nothing.
     The file is named by whoever knows that model and text are the same.
     """
     from safetensors.torch import load, save
 
     if file.is_file():
         return load(file.read_bytes())["windows"]
-    windows = generate_windows(model, text, count=count, seed=seed, seconds=seconds)
+    windows = generate_windows(model(), text, count=count, seed=seed, seconds=seconds)
     write_atomically(file, save({"windows": windows}))
     return windows
 
@@ -126,11 +128,12 @@ def training_windows(
     file = state / f"generated-{digest_of(made_from)[:12]}.safetensors"
     wanted: dict[str, Any] = {"count": count, "seed": seed, "seconds": seconds}
     if team.rank == 0:
-        stored_windows(teacher, given, **wanted, file=file)
+        stored_windows(lambda: teacher, given, **wanted, file=file)
         if teacher.device.type == "cuda":  # keys and values took much; others may run
             torch.cuda.empty_cache()
     team.wait()
-    return torch.cat([given, stored_windows(teacher, given, **wanted, file=file)])
+    written = stored_windows(lambda: teacher, given, **wanted, file=file)
+    return torch.cat([given, written])
 
 
 def _batch(model: WholeModel, length: int) -> int:

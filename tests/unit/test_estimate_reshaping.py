@@ -57,6 +57,20 @@ def peak(work: PruneWork, *, on_gpu: bool = False) -> tuple[int, int]:
     return prune_bytes(LLAMA_7B, work, dtype=torch.float32, on_gpu=on_gpu)
 
 
+def test_rounds_of_exchanges_and_own_text_are_counted(tmp_path: Path) -> None:
+    none, some, more, written = (
+        work_of(tmp_path, method="cfsp", **WIDE, **extra)
+        for extra in ({}, {"exchanges": 2}, {"exchanges": 4}, {"generated": 64})
+    )
+    each = (seconds(more) - seconds(some)) / 2
+    passes = 9 * duration.sweep(LLAMA_7B, 64 * 512, SPEEDS)
+    assert each > passes and seconds(some) > seconds(none) + 2 * each
+    assert seconds(written) > seconds(none) and written.tokens == 2 * none.tokens
+    whole = 4 * LLAMA_7B.parameters
+    assert peak(some, on_gpu=True)[1] > whole > peak(none, on_gpu=True)[1]
+    assert peak(some)[0] > whole > peak(none)[0]
+
+
 @pytest.mark.parametrize(
     "section",
     [

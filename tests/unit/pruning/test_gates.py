@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from export_fixtures import StateDictSource
+from grammar_fixtures import WIDTH, grammar, trained_on_grammar
 from moe_fixtures import opened, save_mixture
 from pruning_fixtures import pruning_of
 from streaming_fixtures import WINDOWS, model_of
@@ -23,46 +24,12 @@ from compress.pruning.stage import Pruning
 from compress.recovery.losses import linear_kl
 from compress.recovery.models import WholeModel
 
-SYMBOLS, WIDTH = 48, 96
 NEURONS = 256
-
-
-def grammar(windows: int, seed: int) -> Tensor:
-    """Return int64 ``[windows, 24]``: the next symbol is a function of the last two."""
-    rules = torch.Generator().manual_seed(9)
-    table = torch.randint(SYMBOLS, (SYMBOLS, 4), generator=rules)
-    generator = torch.Generator().manual_seed(seed)
-    text = torch.randint(SYMBOLS, (windows, 24), generator=generator)
-    free = torch.rand(text.shape, generator=generator) < 0.1
-    for t in range(2, text.shape[1]):
-        ruled = table[text[:, t - 1], text[:, t - 2] % 4]
-        text[:, t] = torch.where(free[:, t], text[:, t], ruled)
-    return text
 
 
 @pytest.fixture(scope="module")
 def trained() -> ModelHandle:
-    """A Llama of three blocks that knows most of the grammar."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # conftest's fixture comes after this one
-    model, description, _ = model_of(
-        "llama",
-        vocab_size=SYMBOLS,
-        intermediate_size=WIDTH,
-        initializer_range=0.05,
-    )
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    text = grammar(2048, seed=1)
-    for rows in torch.arange(120 * 32).reshape(120, 32) % len(text):
-        loss = model(input_ids=text[rows], labels=text[rows]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    torch.set_num_threads(threads)
-    assert float(loss.detach()) < 2.0  # of log 48 = 3.9
-    state = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return ModelHandle(description, StateDictSource(state))
+    return trained_on_grammar()
 
 
 def whole(handle: ModelHandle, dtype: torch.dtype = torch.float32) -> WholeModel:

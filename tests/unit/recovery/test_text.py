@@ -85,8 +85,8 @@ def test_a_seed_decides_what_is_written_and_a_file_keeps_it(tmp_path: Path) -> N
     assert torch.equal(generate_windows(model, text, count=8, seed=0), first)
     assert not torch.equal(generate_windows(model, text, count=8, seed=1), first)
     file = tmp_path / "kept.safetensors"
-    kept = stored_windows(model, text, count=8, seed=0, file=file)
-    again = stored_windows(model, text, count=8, seed=9, file=file)
+    kept = stored_windows(lambda: model, text, count=8, seed=0, file=file)
+    again = stored_windows(lambda: model, text, count=8, seed=9, file=file)
     assert torch.equal(kept, first) and torch.equal(again, first)
 
 
