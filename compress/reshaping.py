@@ -28,7 +28,7 @@ from compress.model.loading import ModelHandle, locate, open_model
 from compress.model.padding import padded
 from compress.planning.budget import parameter_count
 from compress.pruning.budgets import cfsp_weights
-from compress.pruning.checks import check_budgets
+from compress.pruning.checks import check_pruning
 from compress.pruning.depth import turns_of
 from compress.pruning.stage import FOLDER as PRUNED
 from compress.pruning.stage import WORK, Pruning
@@ -76,7 +76,7 @@ def pruning_of(
         dtype=choose_dtype(config.calibration.dtype, model.dtype, device),
         seed=config.run.seed,
     )
-    check_budgets(pruning)
+    check_pruning(pruning)
     return pruning
 
 

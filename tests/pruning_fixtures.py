@@ -13,7 +13,7 @@ from compress.config.plugins import create_pruner
 from compress.config.prune_section import PruneSection
 from compress.core.artifact import ModelDescription, TensorSource
 from compress.core.neurons import GatedMLP, NeuronStatistics
-from compress.pruning.checks import check_budgets
+from compress.pruning.checks import check_pruning
 from compress.pruning.stage import Pruning
 from compress.pruning.target import target_of
 
@@ -62,7 +62,7 @@ def pruning_of(
     pruner = create_pruner(parsed.method, parsed.options)
     target = target_of(parsed, pruner, model, unit)
     pruning = Pruning(model, source, parsed, pruner, target, root)
-    check_budgets(pruning)
+    check_pruning(pruning)
     return pruning
 
 

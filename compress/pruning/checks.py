@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from compress.pruning.stage import Pruning
 
 
-def check_budgets(pruning: Pruning) -> None:
-    """Raise if the budgets do not go with the method or the shape.
+def check_pruning(pruning: Pruning) -> None:
+    """Raise if parts of the section do not go with each other or the model.
 
     Raises:
         ConfigError: With what to do.
@@ -26,8 +26,8 @@ def check_budgets(pruning: Pruning) -> None:
     target = pruning.target
     if section.generated and not pruning.needs_windows:
         raise ConfigError(
-            f"prune.generated {section.generated}: nothing here looks at text; leave it "
-            "out, or take a method, repair or budgets that do"
+            f"prune.generated {section.generated}: nothing here looks at text; leave "
+            "it out, or take a method, repair or budgets that do"
         )
     if section.exchanges:
         _check_exchanges(pruning)
