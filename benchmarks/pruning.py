@@ -88,6 +88,15 @@ METHODS: dict[str, dict[str, Any]] = {
         "propagate": "pruned",
     },
 }
+# With text that the original writes beside the mix, and with exchanges: for a GPU.
+OWN = {"method": "taylor", "generated": 2048}
+EXCHANGED = {**OWN, "exchanges": 20}
+WITH_OWN: dict[str, dict[str, Any]] = {
+    "taylor cfsp own": {**OWN, "shape": "per-layer", "budgets": "cfsp"},
+    "taylor uniform exchanged": {**EXCHANGED, **UNIFORM},
+    "taylor effect exchanged": {**EXCHANGED, "shape": "per-layer"},
+    "taylor cfsp exchanged": {**EXCHANGED, "shape": "per-layer", "budgets": "cfsp"},
+}
 SAMPLES_OF = {
     "mix": SAMPLES,
     "mix x4": 4 * SAMPLES,
@@ -134,6 +143,8 @@ def our_rows(calibrations: tuple[str, ...]) -> Iterator[Row]:
                     if method in ("random", "maw") and repair == "plain":
                         continue
                     yield Row("compress", method, sparsity, calibration, repair)
+        for method in WITH_OWN:
+            yield Row("compress", method, sparsity, "mix x4", "repaired")
         yield Row("compress", "random", sparsity, "none")
         yield Row("compress", "maw", sparsity, "none")
 
@@ -166,7 +177,7 @@ def config_of(row: Row, model: Path, options: Any) -> dict[str, Any]:
             "seed": SEED,
         },
         "prune": {
-            **METHODS[row.method],
+            **(METHODS | WITH_OWN)[row.method],
             "sparsity": row.sparsity,
             "repair": REPAIRS[row.repair],
         },
