@@ -8,9 +8,10 @@ brings back is linear in a number of its own:
     y(d) = W' x_S + W'' (d * r),    r_j = x_j - E[x_j | x_S without j]
 
 ``r`` is what the neurons that stay do not predict (for one that stays: the others),
-``W''`` has the repaired columns of S and the dense ones of P. ``d = 0`` is the pruned
-model, ``d_j = 1`` brings j of P back, ``d_j = -1`` takes j of S away, each with the
-repair that follows. The KL to the dense model changes, to second order, by
+``W''`` has the repaired columns of S; a column of P also does what the others of P
+have in common with its ``r``. ``d = 0`` is the pruned model, ``d_j = 1`` brings j of P
+back, ``d_j = -1`` takes j of S away, each with the repair that follows. The KL to the
+dense model changes, to second order, by
 
     take away: -g_j + h_j / 2        bring back: g_j + h_j / 2
 
@@ -24,8 +25,8 @@ Source: ours. The one-neuron losses are those of optimal brain surgeon (Hassibi 
 
 Limits: the dense model, and three matrices for each ``down``, ``[I, I]`` among them,
 are in memory on the device. Exchanges at one time are taken as independent, so that
-a round brings a third of what is predicted. Little text is learned by heart: several
-hundred thousand tokens should be there. No mixtures of experts.
+together they bring less than is predicted of each. Little text is learned by heart:
+several hundred thousand tokens should be there. No mixtures of experts.
 """
 
 from __future__ import annotations
@@ -87,10 +88,10 @@ class StandIn:
         wide = self._weight.double()
         own = torch.zeros_like(wide)
         own[:, kept] = wide[:, kept]
-        unpredicted = None
-        if self._gram is not None and len(gone):
+        both, unpredicted = wide.clone(), None
+        if self._gram is not None:
             gram = self._gram.to(device)
-            _, lower = factor(gram[kept][:, kept])
+            damped, lower = factor(gram[kept][:, kept])
             inverse = torch.cholesky_inverse(lower)
             predicted = gram[gone][:, kept].double() @ inverse
             own[:, kept] += wide[:, gone] @ predicted
@@ -99,8 +100,11 @@ class StandIn:
             unpredicted[kept[:, None], kept] = inverse / scale
             unpredicted[gone[:, None], kept] = -predicted
             unpredicted = unpredicted.to(dtype)
-        both = own.clone()
-        both[:, gone] = wide[:, gone]
+            # One that comes back stands for what it tells of the others that went, too.
+            left = gram[gone][:, gone] - predicted @ gram[kept][:, gone].double()
+            left.diagonal().add_((damped - gram[kept][:, kept]).diagonal().mean())
+            both[:, gone] = wide[:, gone] @ (left / left.diagonal())
+        both[:, kept] = own[:, kept]
         self._own, self._both = own.to(dtype), both.to(dtype)
         self._unpredicted = unpredicted
 

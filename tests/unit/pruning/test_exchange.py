@@ -64,9 +64,12 @@ def moved(found: StandIn, x: Tensor, neuron: int) -> Tensor:
     return torch.stack(columns, 1).double()
 
 
-@pytest.mark.parametrize("neuron", [1, 5, 20])
-def test_one_neuron_more_or_less_is_the_repair_with_it_or_without(neuron: int) -> None:
-    kept = [n for n in range(24) if n % 3]
+@pytest.mark.parametrize("most", [2, 3])
+@pytest.mark.parametrize("neuron", [1, 5, 18, 20])
+def test_one_neuron_more_or_less_is_the_repair_with_it_or_without(
+    neuron: int, most: int
+) -> None:
+    kept = [n for n in range(24) if n % 3 < most or n % 2]
     found, weight, x, gram = stand_in(kept)
     there = neuron in kept
     other = [n for n in kept if n != neuron] if there else [*kept, neuron]
@@ -77,6 +80,14 @@ def test_one_neuron_more_or_less_is_the_repair_with_it_or_without(neuron: int) -
     torch.testing.assert_close(reached, wanted, rtol=0.02, atol=0.02)
     before = (found.output(x[:4]) - wanted).norm()
     assert (reached - wanted).norm() < 0.02 * before
+
+
+def test_where_all_stay_one_less_is_repaired_by_the_others() -> None:
+    every = list(range(24))
+    found, weight, x, gram = stand_in(every)
+    wanted = x[:4] @ repaired(weight, gram, every[:-1]).T
+    reached = found.output(x[:4]) - moved(found, x, 23)
+    torch.testing.assert_close(reached, wanted, rtol=0.02, atol=0.02)
 
 
 def test_what_stays_is_repaired() -> None:
