@@ -13,7 +13,9 @@ has seen, over windows of 512 and 2048 tokens.
 ``--tokens FILE`` only writes the calibration tokens of the mix for the peers
 (safetensors). ``--peers FOLDER`` measures what ``peers/optipfair_prune.py`` and
 ``peers/torchpruning_prune.py`` made of them, ``FOLDER/TOOL/METHOD-PERCENT`` each.
-FLAP and Wanda-sp have no package; our rows without repair are their formulas.
+Rows ``own`` and ``exchanged`` also look at text that the original writes; the latter
+exchange neurons for twenty rounds, which takes a GPU. FLAP and Wanda-sp have no
+package; our rows without repair are their formulas.
 
 Rows that are in ``--work`` already are not made again, so that options select a part;
 the result holds all that are there. A row's name is what ``--only`` searches.

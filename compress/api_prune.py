@@ -105,7 +105,7 @@ def prune(
         if pruning.needs_windows:
             known = tokenizer if in_memory else handle.tokenizer()
             windows = given_windows(calibration, known)
-        for caution in cautions(pruning, 0 if windows is None else windows.numel()):
+        for caution in cautions(pruning, pruning.tokens(windows)):
             _log.warning(caution)
         record = pruning.run(windows, {"compress": provenance.versions()["compress"]})
         os.replace(root / FOLDER, target)

@@ -258,7 +258,9 @@ def _warnings(
             "Bits per weight are per weight of the original."
         )
     if run.pruning is not None:
-        found += reshaping.cautions(run.pruning, tokens)
+        length = run.config.calibration.sequence_length
+        own = run.pruning.section.generated * length if tokens else 0
+        found += reshaping.cautions(run.pruning, tokens + own)
     if run.base.source_gguf is not None:
         found.append(
             f"The source is a GGUF file ({run.base.source_gguf.name}). If it was "

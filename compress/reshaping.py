@@ -30,6 +30,7 @@ from compress.planning.budget import parameter_count
 from compress.pruning.budgets import cfsp_weights
 from compress.pruning.checks import check_pruning
 from compress.pruning.depth import turns_of
+from compress.pruning.exchange import TOKENS
 from compress.pruning.stage import FOLDER as PRUNED
 from compress.pruning.stage import WORK, Pruning
 from compress.pruning.target import target_of
@@ -128,7 +129,7 @@ def carry_out(run: Run) -> tuple[ModelHandle, dict[str, Any]]:
     if run.redo:
         run.team.alone(lambda: _forget_changed(run, fingerprint))
     run.team.alone(lambda: run.workdir.compare(chosen, only=True))
-    for caution in cautions(pruning, 0 if windows is None else windows.numel()):
+    for caution in cautions(pruning, pruning.tokens(windows)):
         _log.warning(caution)
     with run.timed("prune"):
         record = run.team.alone(lambda: pruning.run(windows, fingerprint))
@@ -156,7 +157,7 @@ def cautions(pruning: Pruning, tokens: int) -> list[str]:
 
     Args:
         pruning: As the config says.
-        tokens: Of calibration text; 0 without any.
+        tokens: Of text that is looked at; 0 without any.
     """
     found = []
     widest = max(pruning.target.widths)
@@ -166,6 +167,11 @@ def cautions(pruning: Pruning, tokens: int) -> list[str]:
             f"prune.repair least_squares solves for up to {widest:,} neurons on "
             f"{tokens:,} tokens of calibration text, and fits their noise: give more "
             "calibration.samples, or set prune.repair to mask or none."
+        )
+    if pruning.section.exchanges and tokens < TOKENS:
+        found.append(
+            f"prune.exchanges go by {tokens:,} tokens, which they learn by heart below "
+            f"some {TOKENS:,}: set prune.generated, or give more calibration.samples."
         )
     if pruning.pruner.needs_activations:
         return found

@@ -8,6 +8,7 @@ from compress.planning import duration
 from compress.planning.duration import Speeds
 from compress.planning.shapes import Shapes
 from compress.pruning.exchange import AT_ONCE, TOKENS
+from compress.recovery.generate import CACHE_BYTES
 
 if TYPE_CHECKING:
     from compress.planning.pruning import PruneWork
@@ -35,7 +36,7 @@ def seconds(shapes: Shapes, work: PruneWork, speeds: Speeds) -> float:
 
 
 def held(shapes: Shapes, work: PruneWork, width: int, graph: int) -> tuple[int, int]:
-    """Return bytes that exchanges hold on the host, and where the model runs.
+    """Return bytes that both hold on the host, and where the model runs.
 
     Args:
         shapes: Of the dense model.
@@ -43,6 +44,8 @@ def held(shapes: Shapes, work: PruneWork, width: int, graph: int) -> tuple[int, 
         width: Bytes of a number.
         graph: Numbers that a token leaves for the backward pass of a block.
     """
+    if not work.exchanges:
+        return 0, width * shapes.parameters + CACHE_BYTES
     tokens = max(AT_ONCE, work.length)
     square = shapes.inner**2
     stands = shapes.blocks * (square + 2 * shapes.inner * shapes.hidden)

@@ -205,7 +205,7 @@ def prune_bytes(
         stages.append(_gradient_bytes(shapes, work, width))
     if work.budgets == "learned":
         stages.append(_gate_bytes(shapes, work, width))
-    if work.exchanges:
+    if work.exchanges or work.generated:
         stages.append(exchanges.held(shapes, work, width, _graph(shapes)))
     if work.measures or work.budgets in ("measured", "standardised"):
         stages.append((states, block + memory.total(_solving(shapes, work))))

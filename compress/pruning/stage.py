@@ -167,6 +167,12 @@ class Pruning:
             folder.finish(described, source, {"compress_pruning": about})
         return record
 
+    def tokens(self, windows: Tensor | None) -> int:
+        """Return how much text is looked at, the original's own included."""
+        if windows is None:
+            return 0
+        return (len(windows) + self.section.generated) * windows.shape[1]
+
     def whole(self, model: ModelDescription, source: TensorSource) -> WholeModel:
         """Return a model in memory, where this pruning runs."""
         handle = ModelHandle(model, source)

@@ -35,7 +35,7 @@ from compress.workdir import write_atomically
 # what the weights leave of a GPU, where a step takes as long for many windows as for
 # few. The logits of a token of each need room as well.
 _CACHE_SHARE = 0.6
-_CACHE_BYTES = 1 << 28
+CACHE_BYTES = 1 << 28
 _MOST_AT_ONCE = 1 << 14
 _MOST_IN_TIME = 1 << 16  # windows, where time ends writing
 
@@ -143,7 +143,7 @@ def _batch(model: WholeModel, length: int) -> int:
         int(config["hidden_size"]) // int(config["num_attention_heads"])
     )
     window = 2 * model.description.block_count * heads * width * length
-    room = _CACHE_BYTES
+    room = CACHE_BYTES
     if model.device.type == "cuda":
         memory = torch.cuda.get_device_properties(model.device).total_memory
         weights = sum(weight.nbytes for weight in model.module.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from model_fixtures import random_model
 from pruning_fixtures import pruning_of
 
@@ -29,6 +30,19 @@ def test_least_squares_on_little_text_is_warned_of(
     found = [text for text in cautions(pruning, tokens) if "fits their noise" in text]
     assert bool(found) == warns
     assert all(f"{tokens:,} tokens" in text for text in found)
+
+
+@pytest.mark.parametrize("windows, warns", [(255, True), (256, False)])
+def test_exchanges_on_little_text_are_warned_of(
+    tmp_path: Path, windows: int, warns: bool
+) -> None:
+    _, model, source = random_model()
+    options = {"exchanges": 2, "generated": windows - 8, "sparsity": 0.25}
+    pruning = pruning_of(model, source, tmp_path, **options)
+    tokens = pruning.tokens(torch.zeros(8, 512, dtype=torch.int64))
+    assert tokens == 512 * windows
+    found = [text for text in cautions(pruning, tokens) if "by heart" in text]
+    assert bool(found) == warns
 
 
 def test_a_method_without_data_is_warned_of(tmp_path: Path) -> None:
