@@ -240,12 +240,12 @@ class Exchange:
             return [list(block) for block in kept]
         found = self.measured(self._rounds, [list(block) for block in kept])
         result = []
-        for own, width, away, back in zip(
-            kept, widths, found.away, found.back, strict=True
-        ):
+        for block, (own, width) in enumerate(zip(kept, widths, strict=True)):
+            away, back = found.away[block], found.back[block]
             worth = -back  # of what went; all that stays comes before
             inside = torch.tensor(own)
             worth[inside] = away[inside] + worth.abs().max() + away.abs().max() + 1
+            worth[self._protected[block]] = torch.inf
             order = worth.sort(descending=True, stable=True).indices
             result.append(order[:width].sort().values.tolist())
         return result

@@ -202,10 +202,15 @@ def test_a_round_alone_is_as_one_of_many(trained: ModelHandle) -> None:
 
 def test_widths_are_fitted_by_worth(trained: ModelHandle) -> None:
     given, kept = exchange(trained)
-    found = given.fitted(kept, [70, 72, 74])
-    assert [len(block) for block in found] == [70, 72, 74]
-    assert set(found[0]) < set(kept[0]) < set(range(WIDTH))
-    assert set(kept[2]) < set(found[2])
+    found = given.measured(ROUNDS, kept)
+    least = int(found.away[0][kept[0]].argmin())
+    alone = exchange(trained, protected=[torch.tensor([kept[0][least]])] * 3)[0]
+    assert kept[0][least] not in given.fitted(kept, [71, 72, 72])[0]
+    assert kept[0][least] in alone.fitted(kept, [71, 72, 72])[0]
+    fitted = given.fitted(kept, [70, 72, 74])
+    assert [len(block) for block in fitted] == [70, 72, 74]
+    assert set(fitted[0]) < set(kept[0]) < set(range(WIDTH))
+    assert set(kept[2]) < set(fitted[2])
 
 
 def test_the_dense_model_is_itself_again(trained: ModelHandle) -> None:
