@@ -61,7 +61,7 @@ def _rounds(shapes: Shapes, work: PruneWork, speeds: Speeds) -> float:
     products = 2 * each * shapes.vocabulary * shapes.hidden / speeds.blocks
     logits = _LOGITS_PASSES * each * shapes.vocabulary * speeds.device_pass
     seen = 2 * 2 * each * shapes.blocks * shapes.inner**2 / speeds.blocks
-    solving = 2 * shapes.blocks * 3 * shapes.inner**3 / speeds.double
+    solving = shapes.blocks * 3 * shapes.inner**3 / speeds.double
     once = _PASSES * duration.sweep(shapes, each, speeds) + _HEADS * products
     return work.exchanges * (once + 3 * logits + seen + solving)
 

@@ -73,6 +73,7 @@ class StandIn:
         self._weight: Tensor = layer.weight.detach()
         self._bias: Tensor | None = layer.bias
         self._gram = gram
+        self._now: list[int] = []
         self.forget()
 
     def forget(self) -> None:
@@ -80,10 +81,13 @@ class StandIn:
         zeros = self._weight.new_zeros(self._weight.shape[1], dtype=torch.float32)
         self.slope, self.curvature = zeros, zeros.clone()
 
-    def keep_(self, kept: Tensor) -> None:
-        """Let these neurons stay, int64 ascending, and repair them."""
+    def keep_(self, neurons: Sequence[int]) -> None:
+        """Let these stay, ascending, and repair them; for the same ones nothing."""
+        if self._now == list(neurons):
+            return
+        self._now = list(neurons)
         device, dtype = self._weight.device, self._weight.dtype
-        kept = kept.to(device)
+        kept = torch.tensor(self._now, device=device)
         gone = complement(kept, self._weight.shape[1])
         wide = self._weight.double()
         own = torch.zeros_like(wide)
@@ -216,14 +220,8 @@ class Exchange:
         better = after.loss < before
         if not better:
             self._known = None
-        _log.info(
-            "exchange %d: %d neurons, KL %.4f -> %.4f%s",
-            number + 1,
-            count,
-            before,
-            after.loss,
-            "" if better else ", undone",
-        )
+        fell = f"KL {before:.4f} -> {after.loss:.4f}{'' if better else ', undone'}"
+        _log.info("exchange %d: %d neurons, %s", number + 1, count, fell)
         return {
             "kept": trial if better else now,
             "halvings": halvings + (not better),
@@ -317,7 +315,7 @@ class Exchange:
         """Let the stand-ins compute for a while."""
         for stand, own in zip(self._stands, kept, strict=True):
             stand.forget()
-            stand.keep_(torch.tensor(own))
+            stand.keep_(own)
         self._stand_in()
         try:
             yield

@@ -37,7 +37,7 @@ def stand_in(kept: Sequence[int]) -> tuple[StandIn, Tensor, Tensor, Tensor]:
     layer.weight.data = mlp.down.double()
     gram = statistics_of(x).gram
     found = StandIn(layer, gram)
-    found.keep_(torch.tensor(kept))
+    found.keep_(kept)
     return found, layer.weight.data, x.double(), gram
 
 
