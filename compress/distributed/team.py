@@ -309,7 +309,7 @@ def team(device: str) -> Iterator[tuple[Team, str]]:
     store, rank, size = _met()
     # A process may take part in several runs, one after another; each has its own keys.
     name = f"compress-{(store.add('compress', 1) - 1) // size}"
-    with Watch(name, rank, size) as watch, watch.explained():
+    with Watch(name, rank, size) as watch, _group_left(), watch.explained():
         device = own_device(device)
         backend = "gloo"
         if device.startswith("cuda"):
@@ -325,7 +325,20 @@ def team(device: str) -> Iterator[tuple[Team, str]]:
         members = Team(rank, size)
         yield members, device
         members.wait()
-        dist.destroy_process_group()
+
+
+@contextmanager
+def _group_left() -> Iterator[None]:
+    """Leave the process group at the end, also at an error.
+
+    One that is still there when the interpreter ends may abort it (gloo's threads then
+    have nobody who waits for them), and an exit code is lost.
+    """
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @cache
