@@ -14,7 +14,7 @@ has seen, over windows of 512 and 2048 tokens.
 (safetensors). ``--peers FOLDER`` measures what ``peers/optipfair_prune.py`` and
 ``peers/torchpruning_prune.py`` made of them, ``FOLDER/TOOL/METHOD-PERCENT`` each.
 Rows ``own`` and ``exchanged`` also look at text that the original writes; the latter
-exchange neurons for twenty rounds, which takes a GPU. FLAP and Wanda-sp have no
+exchange neurons for twelve rounds, which takes a GPU. FLAP and Wanda-sp have no
 package; our rows without repair are their formulas.
 
 Rows that are in ``--work`` already are not made again, so that options select a part;
@@ -60,6 +60,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "taylor uniform": {"method": "taylor", **UNIFORM},
     "taylor effect": {"method": "taylor", "shape": "per-layer"},
     "taylor cfsp": {"method": "taylor", "shape": "per-layer", "budgets": "cfsp"},
+    "taylor cfsp corrected": {
+        "method": "taylor",
+        "shape": "per-layer",
+        "budgets": "cfsp",
+        "propagate": "corrected",
+    },
+    "taylor uniform corrected": {
+        "method": "taylor",
+        **UNIFORM,
+        "propagate": "corrected",
+    },
     "taylor learned": {"method": "taylor", "shape": "per-layer", "budgets": "learned"},
     "taylor measured": {
         "method": "taylor",
@@ -92,16 +103,29 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # With text that the original writes beside the mix, and with exchanges: for a GPU.
 OWN = {"method": "taylor", "generated": 2048}
-EXCHANGED = {**OWN, "exchanges": 20}
+EXCHANGED = {**OWN, "exchanges": 12}
+BY_CFSP = {"shape": "per-layer", "budgets": "cfsp"}
 WITH_OWN: dict[str, dict[str, Any]] = {
-    "taylor cfsp own": {**OWN, "shape": "per-layer", "budgets": "cfsp"},
+    "taylor cfsp own": {**OWN, **BY_CFSP},
+    "taylor cfsp own corrected": {**OWN, **BY_CFSP, "propagate": "corrected"},
     "taylor uniform exchanged": {**EXCHANGED, **UNIFORM},
+    "taylor uniform exchanged corrected": {
+        **EXCHANGED,
+        **UNIFORM,
+        "propagate": "corrected",
+    },
     "taylor effect exchanged": {**EXCHANGED, "shape": "per-layer"},
-    "taylor cfsp exchanged": {**EXCHANGED, "shape": "per-layer", "budgets": "cfsp"},
+    "taylor cfsp exchanged": {**EXCHANGED, **BY_CFSP},
+    "taylor cfsp exchanged corrected": {
+        **EXCHANGED,
+        **BY_CFSP,
+        "propagate": "corrected",
+    },
 }
 SAMPLES_OF = {
     "mix": SAMPLES,
     "mix x4": 4 * SAMPLES,
+    "mix x9": 9 * SAMPLES,
     "wikitext": SAMPLES,
     "none": SAMPLES,
 }
@@ -142,11 +166,12 @@ def our_rows(calibrations: tuple[str, ...]) -> Iterator[Row]:
         for method in METHODS:
             for calibration in calibrations:
                 for repair in REPAIRS:
-                    if method in ("random", "maw") and repair == "plain":
+                    needs = method in ("random", "maw") or "corrected" in method
+                    if needs and repair == "plain":
                         continue
                     yield Row("compress", method, sparsity, calibration, repair)
         for method in WITH_OWN:
-            yield Row("compress", method, sparsity, "mix x4", "repaired")
+            yield Row("compress", method, sparsity, "mix x9", "repaired")
         yield Row("compress", "random", sparsity, "none")
         yield Row("compress", "maw", sparsity, "none")
 

@@ -112,10 +112,12 @@ class PruneSection(Section):
         description="What the neurons and heads that stay take over: auto is "
         "least_squares with calibration text, else none.",
     )
-    propagate: Literal["dense", "pruned"] = Field(
+    propagate: Literal["dense", "pruned", "corrected"] = Field(
         default="dense",
-        description="What later blocks are repaired on: inputs as the original model "
-        "has them, or as the pruned blocks before give them.",
+        description="What blocks are repaired on: inputs as the original model has "
+        "them, or as the pruned blocks before give them. corrected takes these, and "
+        "fits o and down to the original's stream, so that they make good what went "
+        "wrong before.",
     )
     options: dict[str, Any] = Field(default={}, description="Options of the method.")
 

@@ -5,7 +5,7 @@ columns that stay, the best ``W'`` minimises ``E|W x - W' x_S|^2``. All in float
 ``G`` has a condition number beyond float32 as soon as activations are massive.
 
 * :func:`least_squares`: ``W' = W_S + W_P G_PS (G_SS + ridge)^-1``, ridge towards
-  ``W_S``.
+  ``W_S``; :func:`fitted` the same for an output that is not ``W x``.
 * :func:`scaled_columns`: the best diagonal, ``W' = W_S diag(m)``, ridge towards one;
   Kwon et al. (arXiv 2204.09656), section 4.3, with the Gram matrix in closed form.
 * :class:`Downdate`: the inverse of ``G_SS`` and the compensated ``W`` while columns go
@@ -67,9 +67,35 @@ def least_squares(
         ridge: Share of the mean diagonal of what stays.
     """
     wide, gone = weight.double(), complement(kept, weight.shape[1])
-    _, lower = factor(gram[kept][:, kept], ridge)
     missing = wide[:, gone] @ gram[gone][:, kept].double()
-    found: Tensor = wide[:, kept] + torch.cholesky_solve(missing.T, lower).T
+    return _moved(wide[:, kept], missing, gram[kept][:, kept], ridge)
+
+
+def fitted(
+    weight: Tensor,
+    gram: Tensor,
+    products: Tensor,
+    kept: Tensor,
+    ridge: float = RIDGE,
+) -> Tensor:
+    """Return float32 ``[R, len(kept)]``: what gives a wanted output ``t`` best.
+
+    Args:
+        weight: ``[R, I]``, towards which the ridge draws.
+        gram: ``[I, I]``, mean of ``x x^T``.
+        products: ``[R, I]``, mean of ``t x^T``.
+        kept: int64, ascending.
+        ridge: Share of the mean diagonal of what stays.
+    """
+    inside, wide = gram[kept][:, kept], weight[:, kept].double()
+    missing = products[:, kept].double() - wide @ inside.double()
+    return _moved(wide, missing, inside, ridge)
+
+
+def _moved(weight: Tensor, missing: Tensor, gram: Tensor, ridge: float) -> Tensor:
+    """Return float32 ``W + M (G + ridge)^-1``."""
+    _, lower = factor(gram, ridge)
+    found: Tensor = weight + torch.cholesky_solve(missing.T, lower).T
     return found.float()
 
 

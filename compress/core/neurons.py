@@ -38,6 +38,20 @@ class GatedMLP:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """An output that a matrix is to give, as far as fitting it takes.
+
+    Attributes:
+        products: float64 ``[H, I]``, the mean over tokens of ``t x^T`` for the output
+            ``t`` and the inputs ``x``.
+        power: Mean of ``|t|^2``.
+    """
+
+    products: Tensor
+    power: float
+
+
+@dataclass(frozen=True)
 class NeuronStatistics:
     """Moments of the inputs of one ``down`` matrix.
 
@@ -49,6 +63,7 @@ class NeuronStatistics:
         effect: float32 ``[I]``, the mean of ``(x_j dL/dx_j)^2`` with ``L`` the log
             likelihood of tokens drawn from the model: twice the KL in nats that zeroing
             a neuron costs, to second order. ``None`` if no gradients were taken.
+        wanted: What ``down`` is to give, where that is not its own output.
     """
 
     gram: Tensor
@@ -56,6 +71,7 @@ class NeuronStatistics:
     peak: Tensor
     tokens: int
     effect: Tensor | None = None
+    wanted: Wanted | None = None
 
     @property
     def energy(self) -> Tensor:

@@ -192,12 +192,22 @@ class StreamedModel:
         self._mover.store(activations.hidden, rows, values)
         give_back(activations.pages)
 
-    def advance(self, index: int, activations: Activations) -> None:
-        """Replace the states of all windows by the outputs of a loaded block."""
+    def advance(
+        self,
+        index: int,
+        activations: Activations,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Replace the states of all windows by the outputs of a loaded block.
+
+        ``weights`` are as in :meth:`call_block`.
+        """
         rows = self.batches(activations)
         batches = self.feed(rows, activations)
         for part, (hidden,) in zip(rows, batches, strict=True):
-            output = self.call_block(index, hidden, activations.calls[index])
+            call = activations.calls[index]
+            output = self.call_block(index, hidden, call, weights=weights)
             self.store(activations, part, output)
 
     @torch.no_grad()

@@ -19,7 +19,8 @@ from compress.core.plan import LayerPlan, Plan
 from compress.planning.device import device_bytes, host_bytes
 from compress.planning.duration import seconds, speeds_of
 from compress.planning.memory import PROCESS_BYTES, peak_bytes
-from compress.planning.pruning import PruneWork, prune_bytes, prune_seconds
+from compress.planning.pruning import PruneWork, prune_seconds
+from compress.planning.pruning_memory import prune_bytes
 from compress.planning.recovery import (
     RecoverWork,
     recover_bytes,

@@ -1,13 +1,9 @@
-"""Time and memory of pruning, from the passes, moments and systems that it needs.
+"""Time of pruning, from the passes, moments and systems that it needs.
 
 A pass sends all calibration tokens through all blocks; what each stage of a pruning is
 in passes and products is in the functions here, one a stage. How long a method's own
 choice takes, which is cubic for some, is measured on small MLPs and carried to the
 model's width by the exponent that two sizes show.
-
-Memory: what is held at the busiest moment of each stage, as in ``planning/memory``. On
-a CPU all windows go through a block together; on a GPU a batch of them, while states
-wait in memory of the host if they are large. What CUDA itself takes is not counted.
 
 On a CPU of two cores (SmolLM2-135M, 16 x 512 tokens, a fifth of the neurons) stages of
 19, 60 and 36 seconds by wanda_sp, taylor and comp were predicted as 23, 74 and 40.
@@ -24,17 +20,15 @@ import torch
 
 from compress.core.contracts import Pruner
 from compress.core.neurons import GatedMLP, NeuronStatistics, loudest
-from compress.model.states import HELD_BYTES
-from compress.planning import duration, exchanges, memory
+from compress.planning import duration, exchanges
 from compress.planning.duration import Speeds
 from compress.planning.shapes import Shapes
-from compress.pruning import depth, gates, gradients
+from compress.pruning import depth, gates
 from compress.pruning.dealing import GRADIENT_WINDOWS, LADDER
 
 if TYPE_CHECKING:
     from compress.pruning.stage import Pruning
 
-_FLOAT, _DOUBLE = 4, 8
 _PASSES_TO_COPY = 6  # a weight read, cut and written, for the new checkpoint
 _PASSES_TO_LOAD = 4  # a weight read, checked and cast, for one pass
 _START_SECONDS = 0.5  # the module tree, built for each model that runs
@@ -42,12 +36,6 @@ _START_SECONDS = 0.5  # the module tree, built for each model that runs
 # which is run again before it.
 _BACKWARD = 2
 _LOGITS_PASSES = 12
-# Matrices [I, I] of doubles: the moments of what stays twice and a factor, in a repair;
-# beside them inverse and correlations, and a copy while columns go, in a choice.
-_REPAIR_SQUARES, _CHOICE_SQUARES = 3, 6
-# Kept by autograd in a block, per token: of the width of the states, and of the MLP.
-GRAPH = (14, 5)
-_BATCH_BYTES = 1 << 30  # of temporary tensors on a GPU (model/states.py)
 _PROBES = (256, 512)
 
 
@@ -64,9 +52,10 @@ class PruneWork:
         budgets: How neurons are dealt.
         measures: Whether inputs of what is cut are measured.
         propagates: Whether blocks run again after they are cut.
+        corrects: Whether o and ``down`` are fitted to the original's stream.
         repair: Resolved.
         neurons: Whether any goes.
-        heads: Width of all heads together if some go, else 0.
+        heads: Width of all heads together if o is measured, else 0.
         mlps: MLPs of a block; more than one in a mixture.
         share: Of all tokens that one of them sees.
         ranks: Whether the method only ranks neurons; others hold matrices.
@@ -83,6 +72,7 @@ class PruneWork:
     budgets: str
     measures: bool
     propagates: bool
+    corrects: bool
     repair: str
     neurons: bool
     heads: int
@@ -120,9 +110,10 @@ class PruneWork:
             budgets=pruning.budgets if cuts else "uniform",
             measures=pruning.measures_blocks,
             propagates=pruning.section.propagate == "pruned",
+            corrects=pruning.corrects,
             repair=pruning.repair,
             neurons=cuts,
-            heads=heads * width if pruning.section.kv_groups else 0,
+            heads=heads * width if pruning.section.kv_groups or pruning.corrects else 0,
             mlps=mlps,
             share=int(config["num_experts_per_tok"]) / mlps if mlps > 1 else 1.0,
             ranks=type(pruner).select is Pruner.select,
@@ -169,53 +160,14 @@ def prune_seconds(shapes: Shapes, work: PruneWork, speeds: Speeds) -> float:
         total += _pass(shapes, work.tokens, speeds) + _moments(shapes, work, speeds)
         total += shapes.blocks * work.choice
     if work.measures:
-        passes = 1 + work.propagates * (work.neurons + (work.heads > 0))
-        total += passes * _pass(shapes, work.tokens, speeds) + _moments(
-            shapes, work, speeds
-        )
+        total += _walks(work) * _pass(shapes, work.tokens, speeds)
+        total += _moments(shapes, work, speeds) + _wanted(shapes, work, speeds)
     mlps = shapes.blocks * work.mlps
     if work.neurons:
         total += mlps * (work.choice + _repair(shapes.inner, shapes, work, speeds))
     if work.heads:
         total += shapes.blocks * _repair(work.heads, shapes, work, speeds)
     return total
-
-
-def prune_bytes(
-    shapes: Shapes, work: PruneWork, *, dtype: torch.dtype, on_gpu: bool
-) -> tuple[int, int]:
-    """Return the peaks in memory of the host, beside the process, and of a GPU.
-
-    Args:
-        shapes: Of the dense model.
-        work: What is done.
-        dtype: Arithmetic of the blocks.
-        on_gpu: Whether blocks run on a GPU; if not, the second number is 0.
-    """
-    width = dtype.itemsize
-    copying = 2 * shapes.stored_bytes * max(shapes.largest, shapes.block)
-    if work.windows is None:
-        return copying, 0
-    states, block = width * work.tokens * shapes.hidden, width * shapes.block
-    pinned = on_gpu and states > HELD_BYTES
-    stages = [(states, block + _forward(shapes, work.tokens, width, on_gpu))]
-    if work.removals:
-        stages.append(_depth_bytes(shapes, work, width, on_gpu))
-    if work.gradients:
-        stages.append(_gradient_bytes(shapes, work, width))
-    if work.budgets == "learned":
-        stages.append(_gate_bytes(shapes, work, width))
-    if work.exchanges or work.generated:
-        stages.append(exchanges.held(shapes, work, width, _graph(shapes)))
-    if work.measures or work.budgets in ("measured", "standardised"):
-        stages.append((states, block + memory.total(_solving(shapes, work))))
-    ahead = shapes.stored_bytes * shapes.block  # the next block is being read
-    if not on_gpu:
-        kept = int(memory.KEPT * memory.small(_solving(shapes, work)))
-        return ahead + kept + max(copying, *(sum(stage) for stage in stages)), 0
-    host = max(kept for kept, _ in stages) if pinned else 0
-    device = max(used + (0 if pinned else kept) for kept, used in stages)
-    return ahead + max(copying, host), ahead + device
 
 
 def choice_seconds(pruner: Pruner, inner: int, hidden: int, keep: float) -> float:
@@ -270,7 +222,7 @@ def _depth(shapes: Shapes, work: PruneWork, speeds: Speeds) -> float:
         if work.by == "importance":
             total += left / shapes.blocks * _pass(shapes, work.tokens, speeds)
             continue
-        places = _candidates(left, gone, attention=work.attention)
+        places = candidates(left, gone, attention=work.attention)
         # Each candidate has states of its own from its block on.
         runs = left + sum(left - place - (not work.attention) for place in places)
         total += _pass(shapes, 0, speeds)
@@ -279,7 +231,7 @@ def _depth(shapes: Shapes, work: PruneWork, speeds: Speeds) -> float:
     return total
 
 
-def _candidates(left: int, gone: int, *, attention: bool) -> Sequence[int]:
+def candidates(left: int, gone: int, *, attention: bool) -> Sequence[int]:
     """Return places that are tried; which attentions went is not known yet."""
     if attention:
         return range(1 + gone, left)
@@ -314,6 +266,22 @@ def _budgets(shapes: Shapes, work: PruneWork, speeds: Speeds) -> float:
     return total
 
 
+def _walks(work: PruneWork) -> int:
+    """How often blocks run while they are cut."""
+    fitted = work.neurons + (work.heads > 0)
+    if work.corrects:
+        return 2 + 2 * fitted  # the original goes along
+    return 1 + work.propagates * fitted
+
+
+def _wanted(shapes: Shapes, work: PruneWork, speeds: Speeds) -> float:
+    """Products of inputs with what is to come of them, where that is another output."""
+    if not work.corrects:
+        return 0.0
+    inputs = work.neurons * shapes.inner + work.heads
+    return 2 * work.tokens * shapes.blocks * shapes.hidden * inputs / speeds.exact
+
+
 def _moments(shapes: Shapes, work: PruneWork, speeds: Speeds) -> float:
     """Second moments of what is cut, in float32 or on matrix units."""
     operations = 0.0
@@ -334,64 +302,3 @@ def _repair(columns: int, shapes: Shapes, work: PruneWork, speeds: Speeds) -> fl
         "mask": 4 * columns**3 / 3 + 2 * shapes.hidden * columns**2,
     }.get(work.repair, 0.0)
     return (error + solving) / speeds.double
-
-
-def _forward(shapes: Shapes, tokens: int, width: int, on_gpu: bool) -> int:
-    """Tensors inside a block: three as wide as the states, three as the MLP."""
-    size = width * tokens * 3 * (shapes.hidden + shapes.inner)
-    return min(size, _BATCH_BYTES) if on_gpu else size
-
-
-def _depth_bytes(
-    shapes: Shapes, work: PruneWork, width: int, on_gpu: bool
-) -> tuple[int, int]:
-    block = width * shapes.block
-    if work.by == "importance":
-        compared = 3 * _FLOAT * work.tokens * shapes.hidden
-        compared = min(compared, _BATCH_BYTES) if on_gpu else compared
-        forward = _forward(shapes, work.tokens, width, on_gpu)
-        return width * work.tokens * shapes.hidden, block + max(forward, compared)
-    tokens = work.some(depth.WINDOWS)
-    places = len(_candidates(shapes.blocks, 0, attention=work.attention))
-    states = width * tokens * shapes.hidden * (1 + places)
-    logits = 3 * _FLOAT * work.length * shapes.vocabulary
-    head = width * shapes.vocabulary * shapes.hidden + logits
-    return states, max(block + _forward(shapes, tokens, width, on_gpu), head)
-
-
-def _gradient_bytes(shapes: Shapes, work: PruneWork, width: int) -> tuple[int, int]:
-    each = work.length * shapes.hidden * (shapes.blocks + 2)
-    count = max(1, gradients.STORED_BYTES // (_FLOAT * each))
-    count = min(count, work.some(GRADIENT_WINDOWS) // work.length)
-    kept = count * (width * each + _FLOAT * work.length * shapes.hidden)
-    tokens = max(gradients.TOKENS_A_CALL, work.length)
-    graph = width * (shapes.block + tokens * _graph(shapes))
-    logits = 4 * _FLOAT * work.length * shapes.vocabulary
-    head = width * shapes.vocabulary * shapes.hidden + logits
-    return kept, max(graph, head)
-
-
-def _graph(shapes: Shapes) -> int:
-    return GRAPH[0] * shapes.hidden + GRAPH[1] * shapes.inner
-
-
-def _gate_bytes(shapes: Shapes, work: PruneWork, width: int) -> tuple[int, int]:
-    """The whole model, its states of all windows, and one block's graph."""
-    tokens = max(gates.TOKENS, work.length)
-    states = (work.some(GRADIENT_WINDOWS) + tokens * shapes.blocks) * shapes.hidden
-    logits = 6 * _FLOAT * 1024 * shapes.vocabulary
-    whole = shapes.parameters + states + tokens * _graph(shapes)
-    return 0, width * whole + logits
-
-
-def _solving(shapes: Shapes, work: PruneWork) -> list[tuple[int, int]]:
-    """Moments of all MLPs of a block, and one that is solved: counts and sizes."""
-    if not work.measures and work.budgets not in ("measured", "standardised"):
-        return []
-    columns = max(shapes.inner if work.neurons else 0, work.heads)
-    squares = _REPAIR_SQUARES if work.ranks else _CHOICE_SQUARES
-    return [
-        (work.mlps + 1, _FLOAT * columns**2),
-        (squares, _DOUBLE * columns**2),
-        (4, _DOUBLE * columns * shapes.hidden),
-    ]

@@ -21,7 +21,7 @@ from compress.core.artifact import ModelDescription
 from compress.planning import duration
 from compress.planning.duration import Speeds
 from compress.planning.exchanges import GENERATED_AT_ONCE
-from compress.planning.pruning import GRAPH
+from compress.planning.pruning_memory import GRAPH
 from compress.planning.shapes import Shapes
 from compress.recovery.distill import LOGITS_BYTES
 from compress.recovery.soft_prompt import prompt_tokens

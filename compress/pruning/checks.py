@@ -31,6 +31,8 @@ def check_pruning(pruning: Pruning) -> None:
         )
     if section.exchanges:
         _check_exchanges(pruning)
+    if section.propagate == "corrected":
+        _check_correction(pruning)
     left = sum(target.widths) * (1 - target.dropped / len(target.widths))
     if pruning.budgets == "learned" and target.removed >= (1 - budgets.FLOOR) * left:
         raise ConfigError(
@@ -65,4 +67,23 @@ def _check_exchanges(pruning: Pruning) -> None:
         raise ConfigError(
             f"prune.exchanges: {pruning.model.family.name} is a mixture of experts, "
             "which each see a part of the text; leave it out"
+        )
+
+
+def _check_correction(pruning: Pruning) -> None:
+    where, family = "prune.propagate corrected", pruning.model.family
+    if not pruning.measures_blocks or pruning.repair != "least_squares":
+        raise ConfigError(
+            f"{where}: only repair least_squares of neurons or heads that go fits "
+            "another output; set that, or leave propagate out"
+        )
+    if pruning.model.experts(0):
+        raise ConfigError(
+            f"{where}: {family.name} is a mixture of experts, of which none gives the "
+            "stream alone; set propagate: pruned"
+        )
+    if family.output_norms:
+        raise ConfigError(
+            f"{where}: {family.name} has norms between o or down and "
+            "the stream, so that no output of theirs is wanted; set propagate: pruned"
         )

@@ -53,13 +53,17 @@ class Cut:
         """Let a loaded block compute what is left, in the shapes that it has."""
         layer = block.get_submodule(self.place.down_path)
         weight = layer.get_parameter("weight")
-        left = torch.zeros_like(weight)
-        columns = self.place.columns(self.kept.to(weight.device))
-        left[:, columns] = self.tensors[f"{self.place.down}.weight"].to(weight)
-        weight.data = left
+        weight.data = self.filled(weight)
         bias = self.tensors.get(f"{self.place.down}.bias")
         if bias is not None:
             layer.bias = nn.Parameter(bias.to(weight), requires_grad=False)
+
+    def filled(self, weight: Tensor) -> Tensor:
+        """Return ``down`` or o in the shape of ``weight``, zeros for what is gone."""
+        left = torch.zeros_like(weight)
+        columns = self.place.columns(self.kept.to(weight.device))
+        left[:, columns] = self.tensors[f"{self.place.down}.weight"].to(weight)
+        return left
 
 
 class Cutter:

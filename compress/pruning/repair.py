@@ -1,7 +1,7 @@
 """What the rest of an MLP does about neurons that are gone, or attention about heads.
 
 * ``least_squares``: ``down`` of what stays takes over what goes, as well as it can on
-  the calibration text.
+  the calibration text; with ``propagate: corrected`` also what went wrong before it.
 * ``mask``: one factor for each neuron that stays; for little memory or text.
 * ``bias``: what the neurons added on average becomes a bias of ``down`` (FLAP). Only
   Llama's config has one.
@@ -17,8 +17,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from compress.core.compensation import complement, least_squares, scaled_columns
-from compress.core.neurons import GatedMLP, NeuronStatistics
+from compress.core.compensation import (
+    complement,
+    fitted,
+    least_squares,
+    scaled_columns,
+)
+from compress.core.neurons import GatedMLP, NeuronStatistics, Wanted
 
 Repair = Literal["auto", "least_squares", "mask", "bias", "none"]
 
@@ -30,8 +35,8 @@ class Repaired:
     Attributes:
         down: float32 ``[H, len(kept)]``.
         bias: float32 ``[H]`` to be added, if there is one.
-        error: ``E|y - y'|^2 / E|y|^2`` of its output on the calibration text; ``None``
-            without statistics.
+        error: ``E|y - y'|^2 / E|y|^2`` of its output on the calibration text, ``y`` the
+            wanted one; ``None`` without statistics.
     """
 
     down: Tensor
@@ -58,15 +63,20 @@ def repaired_columns(
         weight: float32 ``[H, I]``: ``down`` of an MLP, or o of attention.
         statistics: Of its inputs; needed by every repair but ``none``.
         kept: int64, ascending: the columns that stay. If all do, there is nothing to
-            repair.
+            repair, unless another output is wanted.
         repair: Resolved, that is, not ``auto``.
     """
-    if len(kept) == weight.shape[1]:
+    wanted = None if statistics is None else statistics.wanted
+    if len(kept) == weight.shape[1] and wanted is None:
         return Repaired(weight, None, None if statistics is None else 0.0)
     if statistics is None:
         assert repair == "none", f"{repair} needs statistics"
         return Repaired(weight[:, kept], None, None)
     bias = None
+    if wanted is not None:
+        assert repair == "least_squares", f"{repair} fits no other output"
+        down = fitted(weight, statistics.gram, wanted.products, kept)
+        return Repaired(down, None, _distance(down, statistics.gram, wanted, kept))
     if repair == "least_squares":
         down = least_squares(weight, statistics.gram, kept)
     elif repair == "mask":
@@ -96,3 +106,12 @@ def output_error(
         error = error - 2 * bias.double() @ moved + bias.double().square().sum()
     total = ((power @ gram) * power).sum().clamp(min=1e-30)
     return max(0.0, float(error / total))
+
+
+def _distance(down: Tensor, gram: Tensor, wanted: Wanted, kept: Tensor) -> float:
+    """Return the mean squared distance to a wanted output, relative to its power."""
+    wide = down.double()
+    own = ((wide @ gram[kept][:, kept].double()) * wide).sum()
+    both = (wide * wanted.products[:, kept].double()).sum()
+    error = wanted.power - 2 * float(both) + float(own)
+    return max(0.0, error / max(wanted.power, 1e-30))

@@ -15,39 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress.config.prune_section import PruneSection
 from compress.core.artifact import ModelDescription, TensorInfo, TensorSource
 from compress.core.contracts import Pruner
-from compress.core.errors import CheckpointError
-from compress.core.foreign import MALFORMED
 from compress.model.loading import ModelHandle
 from compress.model.sources import in_model_order
-from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
-from compress.progress import progress_bar
-from compress.pruning.cutting import Cut, Cutter, Place
+from compress.pruning.cutting import Cutter
 from compress.pruning.dealing import EXCHANGED, Dealer, exchange_stage
 from compress.pruning.depth import UNITS, choose_units
-from compress.pruning.heads import (
-    AttentionPlace,
-    attention_place,
-    kv_heads,
-    with_kv_groups,
-)
-from compress.pruning.places import MLPPlace, mlp_places
+from compress.pruning.heads import kv_heads, with_kv_groups
+from compress.pruning.places import mlp_places
 from compress.pruning.shards import ShardFolder
-from compress.pruning.statistics import run_through, watched
 from compress.pruning.surgery import with_mlp_widths, without_attention, without_blocks
 from compress.pruning.target import Target
+from compress.pruning.walk import OF_A_BLOCK, Walk, block_stage
 from compress.recovery.generate import stored_windows
 from compress.recovery.models import WholeModel
 from compress.workdir import WorkDir
 
 FOLDER, WORK = "pruned", "pruning"
 _GENERATED = "generated.safetensors"
-_OF_A_BLOCK = ("error", "attention_error", "unseen")
 
 
 @dataclass
@@ -92,6 +82,11 @@ class Pruning:
         """Whether inputs of what is cut are measured, block by block."""
         cuts = self.target.cuts_neurons or self.section.kv_groups > 0
         return cuts and (self.pruner.needs_activations or self.repair != "none")
+
+    @property
+    def corrects(self) -> bool:
+        """Whether o and ``down`` make good what went wrong before them."""
+        return self.measures_blocks and self.section.propagate == "corrected"
 
     @property
     def kv_groups(self) -> int:
@@ -160,7 +155,7 @@ class Pruning:
             cutter = Cutter(
                 self, source, widths=widths, gradients=gradients, chosen=kept
             )
-            _Walk(self, model, source, cutter, (folder, work)).run(windows)
+            Walk(self, model, source, cutter, (folder, work)).run(windows)
         record = self._record(gone, widths, work)
         if not folder.complete:
             about = {key: record[key] for key in ("method", "dropped", "checksum")}
@@ -235,7 +230,7 @@ class Pruning:
         self, gone: Mapping[str, list[int]], widths: Sequence[int], work: WorkDir
     ) -> dict[str, Any]:
         dropped = gone["dropped"]
-        blocks = [work.finished(_block(i)) for i in range(len(widths))]
+        blocks = [work.finished(block_stage(i)) for i in range(len(widths))]
         left = [i for i in range(self.model.block_count) if i not in dropped]
         kept = hashlib.sha256(json.dumps([b["kept"] for b in blocks]).encode())
         before = sum(self.target.widths)
@@ -259,7 +254,7 @@ class Pruning:
             "checksum": kept.hexdigest()[:16],
             "blocks": [
                 {"block": old, "before": self.target.widths[old], "after": width}
-                | {key: block[key] for key in _OF_A_BLOCK}
+                | {key: block[key] for key in OF_A_BLOCK}
                 for old, width, block in zip(left, widths, blocks, strict=True)
             ],
         }
@@ -270,115 +265,3 @@ class Pruning:
             work.finished(exchange_stage(i)) for i in range(self.section.exchanges)
         ]
         return [{key: made[key] for key in EXCHANGED} for made in rounds]
-
-
-class _Walk:
-    """The last pass: statistics, choice and repair of each block, saved as a shard."""
-
-    def __init__(
-        self,
-        pruning: Pruning,
-        model: ModelDescription,
-        source: TensorSource,
-        cutter: Cutter,
-        places: tuple[ShardFolder, WorkDir],
-    ) -> None:
-        self._pruning, self._model, self._source = pruning, model, source
-        self._cutter = cutter
-        self._folder, self._work = places
-
-    @torch.no_grad()
-    def run(self, windows: Tensor | None) -> None:
-        """Write the shards that are not there."""
-        count = self._model.block_count
-        blocks = progress_bar(range(count), desc="pruning", unit="block")
-        if not self._pruning.measures_blocks:
-            for index in blocks:
-                if not self._folder.has_block(index):
-                    heads, mlps = self._places(index)
-                    self._save(index, self._cutter.cut([*heads, *mlps], {}))
-            return
-        assert windows is not None
-        running = self._pruning.streamed(self._model, self._source)
-        states = running.embed(windows)
-        for index in blocks:
-            with running.block(index) as block:
-                self._block(running, index, block, states)
-
-    def _places(self, index: int) -> tuple[list[Place], list[Place]]:
-        """Return what is cut in a block, in order of execution."""
-        groups, neurons = self._pruning.section.kv_groups, self._pruning.target
-        cuts = groups > 0 and self._model.has_attention(index)
-        heads: list[Place] = [attention_place(self._model, index)] if cuts else []
-        return heads, [*mlp_places(self._model, index)] if neurons.cuts_neurons else []
-
-    def _block(
-        self, running: StreamedModel, index: int, block: nn.Module, states: Activations
-    ) -> None:
-        heads, mlps = parts = self._places(index)
-        if self._pruning.section.propagate == "dense":
-            if self._folder.has_block(index):
-                running.advance(index, states)
-                return
-            places = [*heads, *mlps]
-            with watched(block, places) as moments:
-                running.advance(index, states)
-            self._save(index, self._cutter.cut(places, moments))
-            return
-        if not self._folder.has_block(index):
-            cuts: list[Cut] = []
-            for part in parts:  # neurons see what is left of the heads
-                with watched(block, part) as moments:
-                    if part:
-                        run_through(running, index, states)
-                made = self._cutter.cut(part, moments)
-                for cut in made:
-                    cut.replace_(block)
-                cuts += made
-            self._save(index, cuts)
-        else:
-            for cut in self._saved(index, [*heads, *mlps]):
-                cut.replace_(block)
-        running.advance(index, states)
-
-    def _saved(self, index: int, places: Sequence[Place]) -> list[Cut]:
-        """Return what was cut in a block whose shard is there."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        path = self._folder.path(index)
-        try:
-            kept = self._work.finished(_block(index))["kept"]
-            stored = load_file(path)
-            return [Cut(p, torch.tensor(kept[p.path]), stored) for p in places]
-        except (OSError, SafetensorError, *MALFORMED) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({type(error).__name__}: {error}); delete it and "
-                "run again with --resume"
-            ) from error
-
-    def _save(self, index: int, cuts: Sequence[Cut]) -> None:
-        tensors: dict[str, Tensor] = {}
-        for cut in cuts:
-            tensors |= cut.tensors
-        prefix = f"{self._model.family.block(index)}."
-        for name in self._model.tensors:
-            if name.startswith(prefix) and name not in tensors:
-                tensors[name] = self._source.read(name)
-        errors: dict[str, float | None] = {}
-        for key, kind in (("error", MLPPlace), ("attention_error", AttentionPlace)):
-            of = [c.error for c in cuts if isinstance(c.place, kind)]
-            known = [error for error in of if error is not None]
-            errors[key] = sum(known) / len(known) if known else None
-        record = {
-            "kept": {cut.place.path: cut.kept.tolist() for cut in cuts},
-            **errors,
-            "unseen": sum(cut.unseen for cut in cuts),
-        }
-        self._work.write_json(f"results/{_block(index)}.json", record)
-        self._folder.save_block(index, tensors)  # last: it says that the block is done
-
-
-def _block(index: int) -> str:
-    """Return the stage that holds what became of a block."""
-    return f"block-{index:04d}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibration.collect import Moments
-from compress.core.neurons import GatedMLP, NeuronStatistics
+from compress.core.errors import CalibrationError
+from compress.core.neurons import GatedMLP, NeuronStatistics, Wanted
 from compress.model.states import Activations
 from compress.model.streaming import StreamedModel
 from compress.pruning.heads import AttentionPlace
 from compress.pruning.places import MLPPlace
+
+_AT_ONCE = 4096  # tokens of one product in float32
 
 
 class NeuronMoments:
@@ -25,21 +29,40 @@ class NeuronMoments:
         self._products = Moments()
         self._sum: Tensor | None = None
         self._peak: Tensor | None = None
+        self._wanted: Tensor | None = None
+        self._power = 0.0
 
     @property
     def tokens(self) -> int:
         """How many tokens were counted."""
         return self._products.tokens
 
-    def add(self, inputs: Tensor) -> None:
-        """Count some tokens, ``[..., I]``."""
+    def add(self, inputs: Tensor, wanted: Tensor | None = None) -> None:
+        """Count some tokens.
+
+        Args:
+            inputs: ``[..., I]``.
+            wanted: float32 ``[..., H]``, what the matrix is to give; always or never.
+        """
         flat = inputs.detach().reshape(-1, inputs.shape[-1])
         if not len(flat):
             return
         self._products.add(flat.unsqueeze(0))
+        if wanted is not None:
+            self._add_wanted(flat, wanted.detach().reshape(len(flat), -1))
         total, peak = flat.sum(0, dtype=torch.float32), flat.abs().amax(0).float()
         self._sum = total if self._sum is None else self._sum + total
         self._peak = peak if self._peak is None else torch.maximum(self._peak, peak)
+
+    def _add_wanted(self, flat: Tensor, wanted: Tensor) -> None:
+        parts = torch.split(flat, _AT_ONCE), torch.split(wanted, _AT_ONCE)
+        for x, t in zip(*parts, strict=True):
+            product = t.float().T @ x.float()
+            # Few sums of many tokens: double, where the device has it.
+            kind = torch.float32 if x.device.type == "mps" else torch.float64
+            total = product.to(kind)
+            self._wanted = total if self._wanted is None else self._wanted + total
+            self._power += float(t.float().square().sum())
 
     def result(self, name: str, effect: Tensor | None) -> NeuronStatistics:
         """Return the statistics, once.
@@ -49,8 +72,13 @@ class NeuronMoments:
             effect: See :class:`NeuronStatistics`.
 
         Raises:
-            CalibrationError: The inputs are not finite.
+            CalibrationError: The inputs are not finite, or what is wanted is not.
         """
+        if not math.isfinite(self._power):
+            raise CalibrationError(
+                f"{name}: what it is to give is NaN or infinite; set "
+                "calibration.dtype: float32"
+            )
         assert self._sum is not None and self._peak is not None
         found = self._products.statistics(name)
         return NeuronStatistics(
@@ -59,6 +87,9 @@ class NeuronMoments:
             peak=self._peak,
             tokens=found.tokens,
             effect=None if effect is None else effect.to(self._sum.device),
+            wanted=None
+            if self._wanted is None
+            else Wanted(self._wanted / found.tokens, self._power / found.tokens),
         )
 
 

@@ -22,9 +22,9 @@ from compress.planning.duration import Speeds
 from compress.planning.pruning import (
     PruneWork,
     choice_seconds,
-    prune_bytes,
     prune_seconds,
 )
+from compress.planning.pruning_memory import prune_bytes
 from compress.planning.recovery import (
     RecoverWork,
     recover_bytes,
@@ -93,6 +93,17 @@ def test_more_text_takes_more_time_and_no_less_memory(
     assert peak(more)[1] == 0
 
 
+def test_a_correction_takes_six_passes_and_a_second_stream(tmp_path: Path) -> None:
+    """Products alone: o and down are fitted, each on both models, which then go on."""
+    section = {"method": "wanda_sp", "sparsity": 0.3}
+    plain, corrected = (
+        work_of(tmp_path, **section, propagate=how) for how in ("dense", "corrected")
+    )
+    more = seconds(corrected) - seconds(plain)
+    assert more > 5 * duration.sweep(LLAMA_7B, 64 * 512, SPEEDS)
+    assert peak(corrected)[0] > peak(plain)[0] + 4 * 64 * 512 * LLAMA_7B.hidden
+
+
 def test_a_method_without_text_only_copies(tmp_path: Path) -> None:
     works = [work_of(tmp_path, n, method="maw", sparsity=0.3) for n in (16, 64)]
     assert works[0].windows is None
@@ -109,6 +120,7 @@ def test_each_stage_adds_its_time(tmp_path: Path) -> None:
         {"shape": "per-layer", "budgets": "cfsp"},
         {"kv_groups": 1},
         {"propagate": "pruned"},
+        {"propagate": "corrected", "repair": "least_squares"},
     ):
         assert seconds(work_of(tmp_path, **plain | change)) > base, change
     learned = work_of(tmp_path, **plain | {"shape": "per-layer", "budgets": "learned"})

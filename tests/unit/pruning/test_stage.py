@@ -42,6 +42,13 @@ EVERY_KIND = {
     "blocks": {"method": "cfsp", "sparsity": 0.4, "blocks": 1},
     "no data": {"method": "maw", "sparsity": 0.4},
     "on pruned inputs": {"method": "cfsp", "sparsity": 0.4, "propagate": "pruned"},
+    "corrected": {"method": "cfsp", "sparsity": 0.4, "propagate": "corrected"},
+    "corrected heads": {
+        "method": "taylor",
+        "sparsity": 0.4,
+        "kv_groups": 1,
+        "propagate": "corrected",
+    },
     "heads": {
         "method": "cfsp",
         "sparsity": 0.4,
