@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -44,7 +45,7 @@ def write_result(
     result = {
         "name": name,
         "claim": claim,
-        "command": command or " ".join(["python", *sys.argv]),
+        "command": command or shlex.join(["python", *sys.argv]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "hardware": hardware(),
         "seed": seed,

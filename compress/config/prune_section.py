@@ -87,7 +87,7 @@ class PruneSection(Section):
         default=0,
         ge=0,
         description="Rounds in which neurons that stay are exchanged for ones that "
-        "went, by the KL of the repaired model; some 20, on a GPU, with much text. "
+        "went, by the KL of the repaired model; some 12, on a GPU, with much text. "
         "Holds the whole model on the device.",
     )
     generated: int = Field(

@@ -32,6 +32,7 @@ Rewrite = Callable[[Tensor], Tensor]
 
 # Tokens in one forward pass of a block: bounds the size of temporary tensors.
 _TOKENS_A_CALL = 4096
+_NONE: Mapping[str, Tensor] = {}
 
 
 class StreamedModel:
@@ -193,22 +194,13 @@ class StreamedModel:
         give_back(activations.pages)
 
     def advance(
-        self,
-        index: int,
-        activations: Activations,
-        *,
-        weights: Mapping[str, Tensor] | None = None,
+        self, index: int, states: Activations, weights: Mapping[str, Tensor] = _NONE
     ) -> None:
-        """Replace the states of all windows by the outputs of a loaded block.
-
-        ``weights`` are as in :meth:`call_block`.
-        """
-        rows = self.batches(activations)
-        batches = self.feed(rows, activations)
-        for part, (hidden,) in zip(rows, batches, strict=True):
-            call = activations.calls[index]
+        """Replace states by a loaded block's outputs; weights as in call_block."""
+        rows, call = self.batches(states), states.calls[index]
+        for part, (hidden,) in zip(rows, self.feed(rows, states), strict=True):
             output = self.call_block(index, hidden, call, weights=weights)
-            self.store(activations, part, output)
+            self.store(states, part, output)
 
     @torch.no_grad()
     def run_block(
@@ -260,7 +252,7 @@ class StreamedModel:
         hidden: Tensor,
         call: BlockCall,
         *,
-        weights: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] = _NONE,
     ) -> Tensor:
         """Return the outputs ``[B, T, C]`` of a loaded block, on its device.
 
@@ -277,7 +269,7 @@ class StreamedModel:
         states = hidden.to(self._device, self._dtype)
         others = {
             f"{path}.weight": weight.to(self._device, self._dtype)
-            for path, weight in (weights or {}).items()
+            for path, weight in weights.items()
         }
         output = torch.func.functional_call(
             block, others, (states,), moved(call, self._device)

@@ -160,7 +160,7 @@ class Walk:
             self._save(index, cuts)
         states, original = streams
         running.advance(index, original)
-        running.advance(index, states, weights=weights)
+        running.advance(index, states, weights)
 
     def _missing(
         self,
