@@ -157,3 +157,37 @@ def test_what_is_wanted_has_to_be_finite() -> None:
     moments.add(torch.ones(3, 4), torch.full((3, 2), torch.inf))
     with pytest.raises(CalibrationError, match=r"x: what it is to give is NaN"):
         moments.result("x", None)
+
+
+def test_a_correction_changes_no_choice_that_exchanges_made(tmp_path: Path) -> None:
+    model, description, source = model_of("llama")
+    wanted = streams_of(model, TEXT)[-1]
+    section = {"method": "taylor", "sparsity": 0.4, "exchanges": 1}
+    kept, left = [], []
+    for how in ("dense", "corrected"):
+        _, own = pruned(
+            description, source, tmp_path / how, windows=TEXT, propagate=how, **section
+        )
+        found = streams_of(loaded(tmp_path / how), TEXT)[-1]
+        kept.append({path: n for path, n in own.items() if path.endswith("mlp")})
+        left.append(float((found - wanted).square().mean()))
+    assert kept[0] == kept[1] and left[1] < 0.9 * left[0]
+
+
+def test_blocks_without_attention_are_corrected(tmp_path: Path) -> None:
+    """In such a block nothing but ``down`` adds to the stream."""
+    _, description, source = model_of("llama", num_hidden_layers=5)
+    section = SECTION | {"depth_unit": "attention", "depth_share": 0.3}
+    record, kept = pruned(
+        description,
+        source,
+        tmp_path,
+        windows=TEXT,
+        shape="per-layer",
+        propagate="corrected",
+        **section,
+    )
+    gone = record["attention_removed"]
+    assert gone and all(f"model.layers.{n}.self_attn" not in kept for n in gone)
+    errors = [block["attention_error"] for block in record["blocks"]]
+    assert [n for n, error in enumerate(errors) if error is None] == gone
