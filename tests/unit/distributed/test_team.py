@@ -111,6 +111,7 @@ def test_one_process_answers_itself() -> None:
 
 FAILING = """
 import os, signal, subprocess, sys, time
+import torch.distributed as dist
 from compress.core.errors import CompressError, ConfigError
 from compress.distributed.team import team
 from compress.log import set_up_logging
@@ -127,6 +128,7 @@ try:
             time.sleep(60)  # computes, and would not notice by itself
         members.wait()
 except CompressError as error:
+    assert not dist.is_initialized()  # or an exit may abort, and lose its code
     print(f"<{error}>", file=sys.stderr)
     sys.exit(error.exit_code)
 """
