@@ -49,6 +49,9 @@ _UNIT = 64
 _SUPER_BLOCK = 256
 # Below this, least squares made SmolLM2-135M worse than no repair.
 _TOKENS_A_NEURON = 4
+# A correction also fits what went wrong before, of which no matrix explains much: with
+# 21 tokens a neuron SmolLM2 was worse for it, with 880 better.
+_TOKENS_A_CORRECTION = 128
 _IMPORTANCE_WINDOWS = 32
 
 
@@ -167,6 +170,13 @@ def cautions(pruning: Pruning, tokens: int) -> list[str]:
             f"prune.repair least_squares solves for up to {widest:,} neurons on "
             f"{tokens:,} tokens of calibration text, and fits their noise: give more "
             "calibration.samples, or set prune.repair to mask or none."
+        )
+    if pruning.corrects and tokens < _TOKENS_A_CORRECTION * widest:
+        found.append(
+            f"prune.propagate corrected fits up to {widest:,} neurons to {tokens:,} "
+            f"tokens; on less than some {_TOKENS_A_CORRECTION} a neuron the model may "
+            "be worse for it: set prune.generated, give more calibration.samples, or "
+            "set prune.propagate: dense."
         )
     if pruning.section.exchanges and tokens < TOKENS:
         found.append(

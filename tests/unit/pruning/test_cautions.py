@@ -32,6 +32,19 @@ def test_least_squares_on_little_text_is_warned_of(
     assert all(f"{tokens:,} tokens" in text for text in found)
 
 
+@pytest.mark.parametrize("share, warns", [(127, True), (128, False)])
+def test_a_correction_by_little_text_is_warned_of(
+    tmp_path: Path, share: int, warns: bool
+) -> None:
+    _, model, source = random_model()
+    options = {"propagate": "corrected", "sparsity": 0.25}
+    pruning = pruning_of(model, source, tmp_path, **options)
+    tokens = share * model.config["intermediate_size"]
+    found = [text for text in cautions(pruning, tokens) if "worse for it" in text]
+    assert bool(found) == warns
+    assert all(f"{tokens:,} tokens" in text for text in found)
+
+
 @pytest.mark.parametrize("windows, warns", [(255, True), (256, False)])
 def test_exchanges_on_little_text_are_warned_of(
     tmp_path: Path, windows: int, warns: bool
