@@ -5,7 +5,8 @@
 
 The model is ``permuted`` of ``offgrid.py`` (SmolLM2-135M). Each row is a
 ``compress.run`` that prunes and does nothing else, with 10 to 40 % of the neurons
-removed, calibrated on 64 x 512 tokens of the bundled mix or of WikiText-2 validation.
+removed, calibrated on 64 x 512 tokens of the bundled mix (x4, x9: so many times that)
+or of WikiText-2 validation.
 ``window_scores.py`` measures what lies in ``WORKDIR/pruned``: the rise of perplexity,
 KL and top-1 agreement on WikiText-2 test and two kinds of text that neither calibration
 has seen, over windows of 512 and 2048 tokens.
@@ -140,7 +141,7 @@ class Row:
         tool: Who made it.
         method: Name of the method, of :data:`METHODS` if ours.
         sparsity: Share of the MLP neurons that went.
-        calibration: Text of 64 x 512 tokens, or none.
+        calibration: Key of :data:`SAMPLES_OF`; a peer's own words if not ours.
         repair: Key of :data:`REPAIRS`.
         folder: The checkpoint, if it was made before.
     """
