@@ -67,11 +67,6 @@ METHODS: dict[str, dict[str, Any]] = {
         "budgets": "cfsp",
         "propagate": "corrected",
     },
-    "taylor uniform corrected": {
-        "method": "taylor",
-        **UNIFORM,
-        "propagate": "corrected",
-    },
     "taylor learned": {"method": "taylor", "shape": "per-layer", "budgets": "learned"},
     "taylor measured": {
         "method": "taylor",

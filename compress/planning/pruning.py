@@ -270,7 +270,7 @@ def _walks(work: PruneWork) -> int:
     """How often blocks run while they are cut."""
     fitted = work.neurons + (work.heads > 0)
     if work.corrects:
-        return 2 + 2 * fitted  # the original goes along
+        return 2 + 2 * fitted - work.neurons  # the original goes along
     return 1 + work.propagates * fitted
 
 

@@ -139,6 +139,7 @@ class Walk:
     ) -> None:
         """Fit o, then ``down`` on what is left of it; the block stays the original."""
         heads, mlps = self._places(index)
+        states, original = streams
         weights: dict[str, Tensor] = {}
 
         def put(cut: Cut) -> None:
@@ -147,7 +148,8 @@ class Walk:
                 block.get_submodule(path).get_parameter("weight")
             )
 
-        if self._folder.has_block(index):
+        has_block = self._folder.has_block(index)
+        if has_block:
             for cut in self._saved(index, [*heads, *mlps]):
                 put(cut)
         else:
@@ -158,8 +160,8 @@ class Walk:
                 put(made[0])
                 cuts += made
             self._save(index, cuts)
-        states, original = streams
-        running.advance(index, original)
+        if has_block or not mlps:
+            running.advance(index, original)
         running.advance(index, states, weights)
 
     def _missing(
@@ -170,19 +172,25 @@ class Walk:
         streams: tuple[Activations, Activations],
         weights: Mapping[str, Tensor],
     ) -> NeuronMoments:
-        """Return what a matrix sees in the pruned model, and what is to come of it."""
+        """Return what a matrix sees in the pruned model, and what is to come of it.
+
+        An MLP is the last of a block: with it the original's stream moves on.
+        """
         index, found = place.block, NeuronMoments()
         is_attention = isinstance(place, AttentionPlace)
         layer: Any = block.get_submodule(place.down_path)
         norm = block.get_submodule(self._model.family.mlp_norm)
         bias = 0.0 if layer.bias is None else layer.bias.float()
         states, original = streams
-        call = states.calls[index]
-        for own, dense in running.feed(running.batches(states), states, original):
+        rows, call = running.batches(states), states.calls[index]
+        batches = running.feed(rows, states, original)
+        for part, (own, dense) in zip(rows, batches, strict=True):
             with input_of(norm) as between:
                 behind = running.call_block(index, dense, call)
             if is_attention:
                 behind = between[0]
+            else:
+                running.store(original, part, behind)
             with input_of(norm) as between, input_of(layer) as inputs:
                 running.call_block(index, own, call, weights=weights)
             before = own if is_attention else between[0]

@@ -93,14 +93,14 @@ def test_more_text_takes_more_time_and_no_less_memory(
     assert peak(more)[1] == 0
 
 
-def test_a_correction_takes_six_passes_and_a_second_stream(tmp_path: Path) -> None:
+def test_a_correction_takes_five_passes_and_a_second_stream(tmp_path: Path) -> None:
     """Products alone: o and down are fitted, each on both models, which then go on."""
     section = {"method": "wanda_sp", "sparsity": 0.3}
     plain, corrected = (
         work_of(tmp_path, **section, propagate=how) for how in ("dense", "corrected")
     )
     more = seconds(corrected) - seconds(plain)
-    assert more > 5 * duration.sweep(LLAMA_7B, 64 * 512, SPEEDS)
+    assert more > 4 * duration.sweep(LLAMA_7B, 64 * 512, SPEEDS)
     assert peak(corrected)[0] > peak(plain)[0] + 4 * 64 * 512 * LLAMA_7B.hidden
 
 

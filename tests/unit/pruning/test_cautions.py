@@ -11,36 +11,28 @@ from pruning_fixtures import pruning_of
 
 from compress.reshaping import cautions
 
+NOISE, WORSE = "fits their noise", "worse for it"
+
 
 @pytest.mark.parametrize(
-    "section, share, warns",
+    "section, share, phrase, warns",
     [
-        ({"method": "cfsp"}, 3.9, True),
-        ({"method": "cfsp"}, 4.0, False),
-        ({"method": "cfsp", "repair": "mask"}, 0.1, False),
-        ({"method": "cfsp", "repair": "none"}, 0.1, False),
+        ({"method": "cfsp"}, 3.9, NOISE, True),
+        ({"method": "cfsp"}, 4.0, NOISE, False),
+        ({"method": "cfsp", "repair": "mask"}, 0.1, NOISE, False),
+        ({"method": "cfsp", "repair": "none"}, 0.1, NOISE, False),
+        ({"propagate": "corrected"}, 127, WORSE, True),
+        ({"propagate": "corrected"}, 128, WORSE, False),
+        ({"propagate": "pruned"}, 127, WORSE, False),
     ],
 )
-def test_least_squares_on_little_text_is_warned_of(
-    tmp_path: Path, section: dict[str, str], share: float, warns: bool
+def test_a_repair_by_little_text_is_warned_of(
+    tmp_path: Path, section: dict[str, str], share: float, phrase: str, warns: bool
 ) -> None:
     _, model, source = random_model()
     pruning = pruning_of(model, source, tmp_path, sparsity=0.25, **section)
     tokens = round(share * model.config["intermediate_size"])
-    found = [text for text in cautions(pruning, tokens) if "fits their noise" in text]
-    assert bool(found) == warns
-    assert all(f"{tokens:,} tokens" in text for text in found)
-
-
-@pytest.mark.parametrize("share, warns", [(127, True), (128, False)])
-def test_a_correction_by_little_text_is_warned_of(
-    tmp_path: Path, share: int, warns: bool
-) -> None:
-    _, model, source = random_model()
-    options = {"propagate": "corrected", "sparsity": 0.25}
-    pruning = pruning_of(model, source, tmp_path, **options)
-    tokens = share * model.config["intermediate_size"]
-    found = [text for text in cautions(pruning, tokens) if "worse for it" in text]
+    found = [text for text in cautions(pruning, tokens) if phrase in text]
     assert bool(found) == warns
     assert all(f"{tokens:,} tokens" in text for text in found)
 
